@@ -1,0 +1,106 @@
+/* core_internal.h: the model as model.c, pager.c and stream.c share it. Not installed. */
+#ifndef NEXUS_CORE_INTERNAL_H
+#define NEXUS_CORE_INTERNAL_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "nexus_core.h"
+
+#define NX_PAGE 4096u
+#define NX_NO_PIECE UINT32_MAX
+#define NX_EVENTS 4096u
+
+typedef struct nx_model_file {
+    char *path;
+    uint64_t nbytes;
+    nx_file *file; /* for the engine */
+    int fd;        /* plain reads: small tensors, rows asked for by tools */
+} nx_model_file;
+
+/* One reservation of ring memory, in FIFO order. LOADING ends when `read.done`; HELD means acquired.
+ * Only the holder of the turn touches slots. */
+typedef enum { NX_SLOT_LOADING, NX_SLOT_HELD, NX_SLOT_RELEASED, NX_SLOT_DROPPED } nx_slot_state;
+
+typedef struct nx_slot {
+    uint32_t piece;
+    nx_slot_state state;
+    uint64_t start, span; /* in the ring */
+    nx_read read;
+} nx_slot;
+
+typedef struct nx_pager {
+    uint8_t *ring;
+    uint64_t ring_bytes, slab_bytes;
+    uint64_t head; /* first free byte; the oldest byte in use is the tail slot's `start` */
+    nx_slot *slots;
+    uint64_t n_slots, tail_slot, head_slot; /* positions only grow; slot i lives at i % n_slots */
+    uint64_t next_slot;                     /* the next one to acquire, if < head_slot */
+    uint32_t *order;                        /* pieces of this turn */
+    size_t n_order, order_capacity, issued, used;
+    uint32_t *successor;  /* piece -> the piece that followed it last time */
+    uint32_t last_issued; /* where reading ahead goes on beyond the end of `order` */
+    uint8_t *scratch;
+    uint64_t scratch_bytes;
+    nx_abort_fn abort;
+    void *abort_ctx;
+} nx_pager;
+
+struct nx_model {
+    atomic_int references;
+    pthread_mutex_t lock; /* guards: turn, closed, events, last_error */
+    pthread_cond_t turn_free;
+    bool turn, closed;
+    nx_io_mode io_mode;
+
+    nx_model_file *files;
+    uint32_t n_files;
+    nx_extent *extents;
+    uint32_t n_extents;
+    uint32_t *index; /* hash of names: open addressing, UINT32_MAX is empty */
+    uint32_t index_mask;
+    uint32_t n_pieces;
+    uint32_t *piece_extent;
+
+    uint8_t *header;
+    size_t header_bytes;
+    uint64_t virtual_bytes;
+
+    uint8_t *pinned;
+    uint64_t pinned_bytes, host_bytes;
+    pthread_mutex_t load_lock; /* guards load_io and the reads of pinned memory */
+    nx_io *load_io;
+    nx_read *load_reads; /* one per extent, used for ram */
+    uint8_t *load_state; /* per extent: 0 not asked for, 1 reading, 2 there */
+    uint64_t load_begin_ns, load_end_ns;
+    atomic_bool loaded; /* nothing claimed is missing */
+
+    nx_io *io; /* only the holder of the turn touches it */
+    nx_pager pager;
+
+    nx_stats stats;
+    nx_error last_error;
+    atomic_bool tracing;
+    nx_event *events;
+    uint64_t n_events;
+};
+
+/* Statistics are read while a graph runs. */
+#define NX_COUNT(m, field, n) \
+    ((void)__atomic_fetch_add(&(m)->stats.field, (uint64_t)(n), __ATOMIC_RELAXED))
+
+nx_status nx_pager_init(nx_model *, nx_error *);
+void nx_pager_free(nx_model *);
+void nx_event_add(nx_model *, nx_event_kind, uint32_t a, uint64_t b);
+void nx_read_error(nx_model *, const nx_extent *, const nx_read *, nx_error *);
+
+/* Anonymous memory, page aligned; NULL when it cannot be had. */
+void *nx_memory_map(uint64_t nbytes);
+void nx_memory_unmap(void *, uint64_t nbytes);
+
+static inline uint64_t nx_round_up(uint64_t value, uint64_t to) {
+    return (value + to - 1) / to * to;
+}
+
+#endif
