@@ -1,0 +1,57 @@
+/* backend.h: the NEXUS device as device.c, graph.c and foreign.c share it. */
+#ifndef NEXUS_BACKEND_H
+#define NEXUS_BACKEND_H
+
+#include <pthread.h>
+
+#include "api.h"
+#include "nexus_core.h"
+
+#define NXB_NAME "NEXUS"
+
+/* A backend (what llama.cpp calls a stream): one for each context. */
+typedef struct nxb_backend {
+    gx_backend base;
+    gx_device twin;  /* base.device: like the registered device, but its default memory is the CPU's */
+    gx_backend *cpu; /* computes everything */
+    int n_threads;
+    void *threadpool; /* ours, for runtimes whose CPU backend would start threads for every graph */
+    bool (*abort)(void *);
+    void *abort_ctx;
+    gx_context *ctx; /* holds `graph` */
+    gx_graph *graph; /* for operations that we put together ourselves */
+    struct nxb_use *uses;
+    size_t uses_capacity;
+} nxb_backend;
+
+/* Functions of the CPU backend that are not part of ggml's public interface. */
+typedef struct nxb_cpu {
+    gx_device *device;
+    void (*set_n_threads)(gx_backend *, int);
+    void (*set_abort)(gx_backend *, bool (*)(void *), void *);
+    void (*set_threadpool)(gx_backend *, void *);
+    void *(*threadpool_new)(void *params);
+    void (*threadpool_free)(void *);
+    bool openmp; /* threads last between graphs by themselves */
+} nxb_cpu;
+
+extern nxb_cpu nxb_delegate;
+
+/* The extent behind a tensor, or NULL when its memory is not ours. */
+nx_extent *nxb_extent(const gx_tensor *);
+int nxb_graph_compute(gx_backend *, gx_graph *);
+
+/* From now on the tensors of this buffer can no longer be set. */
+void nxb_mark_computing(const gx_tensor *);
+
+/* The model that a foreign runtime was started with (NEXUS_MANIFEST), or NULL; the same while no
+ * model of the runtime stands for it. */
+nx_model *nxb_foreign_model(void);
+nx_model *nxb_foreign_available(void);
+void nxb_foreign_taken(bool taken);
+/* One line for the parent process, see foreign.c. */
+void nxb_foreign_report(const char *event, const char *detail);
+/* Does `data`, which the runtime read for this tensor, begin like the extent? */
+bool nxb_foreign_same(nx_extent *, const void *data, size_t nbytes);
+
+#endif
