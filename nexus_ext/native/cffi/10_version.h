@@ -1,0 +1,3 @@
+#include "nexus_version.h"
+
+const char *nx_version(void);

@@ -1,0 +1,28 @@
+"""The decisions that a plugin can replace, and the built-in answer to each.
+
+Pure functions of their arguments: no I/O, no clock, no state. The built-ins are registered through
+the same hooks as everyone else's (`nexus_ext.hookspecs`), before everyone else's.
+"""
+
+from __future__ import annotations
+
+from nexus_ext.policies.base import (
+    IoInfo,
+    IoMode,
+    IoPolicy,
+    ModelInfo,
+    PlacementSolver,
+    RequestInfo,
+)
+
+BUILTIN_MODULES = ("nexus_ext.policies.io", "nexus_ext.policies.placement")
+
+__all__ = [
+    "BUILTIN_MODULES",
+    "IoInfo",
+    "IoMode",
+    "IoPolicy",
+    "ModelInfo",
+    "PlacementSolver",
+    "RequestInfo",
+]

@@ -1,0 +1,32 @@
+"""What holds for every test: it sees the installed package, and a working directory of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# `python -m pytest` puts the checkout first on sys.path. The `nexus_ext` there is source: it has
+# neither its binaries nor `nexus_ext.formats`, and it would hide the installed one. The checkout
+# goes last, which is enough to find `tests`.
+sys.path[:] = [p for p in sys.path if Path(p or os.getcwd()).resolve() != ROOT] + [str(ROOT)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _working_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Leave the checkout: `python -c` and `python -m` look into the working directory first."""
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("cwd"))
+    yield
+    os.chdir(before)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout, for tests of its files."""
+    return ROOT
