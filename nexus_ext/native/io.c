@@ -110,6 +110,7 @@ static void request_arrived(nx_io *io, nx_request *q) {
 void nx_io_completed(nx_io *io, nx_request *q, int64_t result) {
     nx_read *read = q->read;
     nx_file *file = read->file;
+    bool failed = false;
     io->in_flight--;
     if (io->n_faults) result = apply_faults(io, q, result);
 
@@ -136,6 +137,7 @@ void nx_io_completed(nx_io *io, nx_request *q, int64_t result) {
         switch (-result) {
         case 0:
             read_failed(io, read, NX_E_TRUNCATED, 0, at);
+            failed = true;
             break;
         case EINTR:
         case EAGAIN:
@@ -150,12 +152,14 @@ void nx_io_completed(nx_io *io, nx_request *q, int64_t result) {
                 io->stats.retries++;
             } else {
                 read_failed(io, read, NX_E_IO, (int)-result, at);
+                failed = true;
             }
         }
     }
     if (io->closing && read->status == NX_OK)
         read_failed(io, read, NX_E_CLOSED, 0, q->begin + q->have);
-    if (read->status != NX_OK)
+    /* Of a read that has failed only what lies below the failure goes on: it may fail as well. */
+    if (read->status != NX_OK && (io->closing || q->begin + q->have >= read->error_offset || failed))
         request_free(io, q);
     else
         request_retry(io, q);

@@ -14,6 +14,7 @@
 #include <unistd.h>
 #ifdef __linux__
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #endif
 
 /* Without word from the kernel: right for every disk with blocks of up to 4 KiB. */
@@ -58,6 +59,16 @@ _Static_assert(sizeof(nx_statx) == 256, "struct statx is 256 bytes");
 _Static_assert(offsetof(nx_statx, dio_mem_align) == 152, "stx_dio_mem_align");
 #define NX_STATX_DIOALIGN 0x2000u
 #define NX_AT_EMPTY_PATH 0x1000
+
+#define NX_TMPFS_MAGIC 0x01021994u
+#define NX_RAMFS_MAGIC 0x858458f6u
+
+/* A plan must not take the speed of memory for that of a disk. */
+static bool in_memory(const nx_file *file) {
+    struct statfs fs;
+    if (fstatfs(file->fd_buffered, &fs) != 0) return false;
+    return (uint32_t)fs.f_type == NX_TMPFS_MAGIC || (uint32_t)fs.f_type == NX_RAMFS_MAGIC;
+}
 
 /* false: the file system says that it has no direct reads for this file. */
 static bool ask_alignment(nx_file *file) {
@@ -119,6 +130,10 @@ static nx_status open_direct(nx_file *file) {
     struct stat st;
     if (file->nbytes == 0) {
         file->how = NX_FILE_BUFFERED_EMPTY;
+        return NX_OK;
+    }
+    if (in_memory(file)) {
+        file->how = NX_FILE_BUFFERED_MEMORY;
         return NX_OK;
     }
     if (!ask_alignment(file)) {
@@ -223,6 +238,7 @@ static const char *how_text(nx_file_how how) {
     case NX_FILE_DIRECT_UNCACHED: return "F_NOCACHE";
     case NX_FILE_BUFFERED_WANTED: return "buffered reads were asked for";
     case NX_FILE_BUFFERED_EMPTY: return "the file is empty";
+    case NX_FILE_BUFFERED_MEMORY: return "the file system keeps its files in memory";
     case NX_FILE_BUFFERED_REFUSED: return "the file system offers no direct reads";
     case NX_FILE_BUFFERED_FAILED: return "a direct read for trial failed";
     case NX_FILE_BUFFERED_LIES: return "a direct read for trial brought other bytes than a buffered one";

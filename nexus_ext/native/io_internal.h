@@ -36,6 +36,7 @@ typedef enum nx_file_how {
     NX_FILE_DIRECT_UNCACHED,   /* macOS F_NOCACHE */
     NX_FILE_BUFFERED_WANTED,
     NX_FILE_BUFFERED_EMPTY,
+    NX_FILE_BUFFERED_MEMORY,   /* tmpfs: takes O_DIRECT and means nothing by it */
     NX_FILE_BUFFERED_REFUSED,  /* open or statx said no */
     NX_FILE_BUFFERED_FAILED,   /* the trial read failed */
     NX_FILE_BUFFERED_LIES,     /* the trial read brought other bytes */

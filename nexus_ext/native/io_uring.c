@@ -85,6 +85,13 @@ static void *map(int fd, size_t nbytes, off_t what) {
     return at;
 }
 
+/* A filter may let a ring be set up and then forbid its use: better to know now. */
+static bool may_enter(int fd) {
+    struct io_uring_getevents_arg arg = {0};
+    return syscall(SYS_io_uring_enter, fd, 0, 0, IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG, &arg,
+                   sizeof arg) >= 0;
+}
+
 static nx_status uring_start(nx_io *io) {
     struct io_uring_params p;
     nx_uring *u = calloc(1, sizeof *u);
@@ -97,6 +104,11 @@ static nx_status uring_start(nx_io *io) {
     }
     if (!(p.features & IORING_FEAT_EXT_ARG) || !(p.features & IORING_FEAT_SINGLE_MMAP)) {
         snprintf(io->note, sizeof io->note, "io_uring of this kernel is too old (before 5.11)");
+        uring_free(u);
+        return NX_E_UNSUPPORTED;
+    }
+    if (!may_enter(u->fd)) {
+        snprintf(io->note, sizeof io->note, "io_uring may not be entered: %s", strerror(errno));
         uring_free(u);
         return NX_E_UNSUPPORTED;
     }

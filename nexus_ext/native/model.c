@@ -383,9 +383,8 @@ void nx_model_get_stats(nx_model *m, nx_stats *out) {
     nx_io_get_stats(m->load_io, &load);
     pthread_mutex_lock(&m->lock);
     copy_stats(m, out);
-    const uint64_t base = out->bytes_read;
-    out->bytes_loaded = load.bytes_read;
-    out->bytes_read = run.bytes_read + load.bytes_read - base;
+    out->bytes_read = run.bytes_read + load.bytes_read - out->bytes_read;
+    out->bytes_loaded = load.bytes_read - out->bytes_loaded;
     out->retries = run.retries + load.retries;
     out->short_reads = run.short_reads + load.short_reads;
     out->bounces = run.bounces + load.bounces;
@@ -406,8 +405,9 @@ void nx_model_reset_stats(nx_model *m) {
     uint64_t *word = (uint64_t *)&m->stats;
     for (size_t i = 0; i < sizeof m->stats / sizeof *word; i++)
         __atomic_store_n(&word[i], 0, __ATOMIC_RELAXED);
-    /* The base that get_stats subtracts. */
+    /* The bases that get_stats subtracts. */
     __atomic_store_n(&m->stats.bytes_read, run.bytes_read + load.bytes_read, __ATOMIC_RELAXED);
+    __atomic_store_n(&m->stats.bytes_loaded, load.bytes_read, __ATOMIC_RELAXED);
     pthread_mutex_unlock(&m->lock);
 }
 

@@ -1,4 +1,4 @@
-/* Written by build.py with cffi 2.1.1 from 344c7e938cad6962e99d3c41f1d44b62f558718fdbad91d785284ca91f663257. */
+/* Written by build.py with cffi 2.1.1 from 1c369b7d30d2a8d15c509fe49498d005535acaa5dc0780dc53073c6f290f4b74. */
 #define _CFFI_
 
 /* We try to define Py_LIMITED_API before including Python.h.
@@ -581,19 +581,283 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 
 #include "nexus_version.h"
 #include "nexus_status.h"
+#include "nexus_io.h"
+#include "nexus_core.h"
+#include "nexus_membench.h"
 
 
 /************************************************************/
 
 static void *_cffi_types[] = {
-/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // char const *()(nx_status)
-/*  1 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // nx_status
+/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 89), // _Bool()(void *)
+/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 113), // void *
 /*  2 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // char const *()(void)
-/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 6), // char const *
-/*  6 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION, 22), // char const *()(nx_model const *)
+/*  4 */ _CFFI_OP(_CFFI_OP_POINTER, 109), // nx_model const *
+/*  5 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/*  6 */ _CFFI_OP(_CFFI_OP_FUNCTION, 22), // char const *()(nx_status)
+/*  7 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_status
+/*  8 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION, 22), // char const *()(void)
+/* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 11 */ _CFFI_OP(_CFFI_OP_FUNCTION, 77), // int()(void *)
+/* 12 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 14 */ _CFFI_OP(_CFFI_OP_FUNCTION, 77), // int()(void *, uint64_t, uint64_t)
+/* 15 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 16 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
+/* 17 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 19 */ _CFFI_OP(_CFFI_OP_FUNCTION, 77), // int()(void)
+/* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 21 */ _CFFI_OP(_CFFI_OP_FUNCTION, 7), // nx_status()(char const *, nx_io_mode, nx_file * *)
+/* 22 */ _CFFI_OP(_CFFI_OP_POINTER, 90), // char const *
+/* 23 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // nx_io_mode
+/* 24 */ _CFFI_OP(_CFFI_OP_POINTER, 66), // nx_file * *
+/* 25 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 26 */ _CFFI_OP(_CFFI_OP_FUNCTION, 7), // nx_status()(char const *, nx_probe_options const *, nx_probe_result *)
+/* 27 */ _CFFI_OP(_CFFI_OP_NOOP, 22),
+/* 28 */ _CFFI_OP(_CFFI_OP_POINTER, 110), // nx_probe_options const *
+/* 29 */ _CFFI_OP(_CFFI_OP_POINTER, 111), // nx_probe_result *
+/* 30 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 31 */ _CFFI_OP(_CFFI_OP_FUNCTION, 7), // nx_status()(char const *, size_t, void const *, size_t, nx_model * *, nx_error *)
+/* 32 */ _CFFI_OP(_CFFI_OP_NOOP, 22),
+/* 33 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
+/* 34 */ _CFFI_OP(_CFFI_OP_POINTER, 113), // void const *
+/* 35 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 36 */ _CFFI_OP(_CFFI_OP_POINTER, 44), // nx_model * *
+/* 37 */ _CFFI_OP(_CFFI_OP_POINTER, 102), // nx_error *
+/* 38 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION, 7), // nx_status()(nx_membench_options const *, nx_membench_result *)
+/* 40 */ _CFFI_OP(_CFFI_OP_POINTER, 107), // nx_membench_options const *
+/* 41 */ _CFFI_OP(_CFFI_OP_POINTER, 108), // nx_membench_result *
+/* 42 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 43 */ _CFFI_OP(_CFFI_OP_FUNCTION, 7), // nx_status()(nx_model *, int(*)(void *, uint64_t, uint64_t), void *)
+/* 44 */ _CFFI_OP(_CFFI_OP_POINTER, 109), // nx_model *
+/* 45 */ _CFFI_OP(_CFFI_OP_POINTER, 14), // int(*)(void *, uint64_t, uint64_t)
+/* 46 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 47 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 48 */ _CFFI_OP(_CFFI_OP_FUNCTION, 7), // nx_status()(nx_model *, nx_fault const *)
+/* 49 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
+/* 50 */ _CFFI_OP(_CFFI_OP_POINTER, 104), // nx_fault const *
+/* 51 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 52 */ _CFFI_OP(_CFFI_OP_FUNCTION, 7), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
+/* 53 */ _CFFI_OP(_CFFI_OP_NOOP, 4),
+/* 54 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
+/* 55 */ _CFFI_OP(_CFFI_OP_POINTER, 106), // nx_file_info *
+/* 56 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 57 */ _CFFI_OP(_CFFI_OP_FUNCTION, 33), // size_t()(nx_model *, nx_event *, size_t)
+/* 58 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
+/* 59 */ _CFFI_OP(_CFFI_OP_POINTER, 103), // nx_event *
+/* 60 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 61 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 62 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // void *()(nx_model *)
+/* 63 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
+/* 64 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 65 */ _CFFI_OP(_CFFI_OP_FUNCTION, 113), // void()(nx_file *)
+/* 66 */ _CFFI_OP(_CFFI_OP_POINTER, 105), // nx_file *
+/* 67 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 68 */ _CFFI_OP(_CFFI_OP_FUNCTION, 113), // void()(nx_file const *, nx_file_info *)
+/* 69 */ _CFFI_OP(_CFFI_OP_POINTER, 105), // nx_file const *
+/* 70 */ _CFFI_OP(_CFFI_OP_NOOP, 55),
+/* 71 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 72 */ _CFFI_OP(_CFFI_OP_FUNCTION, 113), // void()(nx_model *)
+/* 73 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
+/* 74 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 75 */ _CFFI_OP(_CFFI_OP_FUNCTION, 113), // void()(nx_model *, int)
+/* 76 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
+/* 77 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
+/* 78 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 79 */ _CFFI_OP(_CFFI_OP_FUNCTION, 113), // void()(nx_model *, nx_error *)
+/* 80 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
+/* 81 */ _CFFI_OP(_CFFI_OP_NOOP, 37),
+/* 82 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 83 */ _CFFI_OP(_CFFI_OP_FUNCTION, 113), // void()(nx_model *, nx_stats *)
+/* 84 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
+/* 85 */ _CFFI_OP(_CFFI_OP_POINTER, 112), // nx_stats *
+/* 86 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 87 */ _CFFI_OP(_CFFI_OP_FUNCTION, 113), // void()(void)
+/* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 89 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
+/* 90 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/* 91 */ _CFFI_OP(_CFFI_OP_ARRAY, 90), // char[128]
+/* 92 */ (_cffi_opcode_t)(128),
+/* 93 */ _CFFI_OP(_CFFI_OP_ARRAY, 90), // char[256]
+/* 94 */ (_cffi_opcode_t)(256),
+/* 95 */ _CFFI_OP(_CFFI_OP_ARRAY, 90), // char[512]
+/* 96 */ (_cffi_opcode_t)(512),
+/* 97 */ _CFFI_OP(_CFFI_OP_ARRAY, 90), // char[96]
+/* 98 */ (_cffi_opcode_t)(96),
+/* 99 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
+/* 100 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
+/* 101 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
+/* 102 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_error
+/* 103 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_event
+/* 104 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_fault
+/* 105 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // nx_file
+/* 106 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_file_info
+/* 107 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_membench_options
+/* 108 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_result
+/* 109 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_model
+/* 110 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_probe_options
+/* 111 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_probe_result
+/* 112 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_stats
+/* 113 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_nx_error(nx_error *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  { nx_status *tmp = &p->status; (void)tmp; }
+  (void)((p->sys_errno) | 0);  /* check that 'nx_error.sys_errno' is an integer */
+  (void)((p->offset) | 0);  /* check that 'nx_error.offset' is an integer */
+  (void)((p->nbytes) | 0);  /* check that 'nx_error.nbytes' is an integer */
+  { char(*tmp)[512] = &p->path; (void)tmp; }
+  { char(*tmp)[128] = &p->tensor; (void)tmp; }
+  { char(*tmp)[256] = &p->text; (void)tmp; }
+}
+struct _cffi_align_typedef_nx_error { char x; nx_error y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_nx_event(nx_event *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->t_ns) | 0);  /* check that 'nx_event.t_ns' is an integer */
+  (void)((p->kind) | 0);  /* check that 'nx_event.kind' is an integer */
+  (void)((p->a) | 0);  /* check that 'nx_event.a' is an integer */
+  (void)((p->b) | 0);  /* check that 'nx_event.b' is an integer */
+}
+struct _cffi_align_typedef_nx_event { char x; nx_event y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_nx_fault(nx_fault *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->offset_begin) | 0);  /* check that 'nx_fault.offset_begin' is an integer */
+  (void)((p->offset_end) | 0);  /* check that 'nx_fault.offset_end' is an integer */
+  (void)((p->kind) | 0);  /* check that 'nx_fault.kind' is an integer */
+  (void)((p->count) | 0);  /* check that 'nx_fault.count' is an integer */
+}
+struct _cffi_align_typedef_nx_fault { char x; nx_fault y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_nx_file_info(nx_file_info *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->nbytes) | 0);  /* check that 'nx_file_info.nbytes' is an integer */
+  (void)((p->device) | 0);  /* check that 'nx_file_info.device' is an integer */
+  (void)((p->inode) | 0);  /* check that 'nx_file_info.inode' is an integer */
+  (void)((p->mtime_ns) | 0);  /* check that 'nx_file_info.mtime_ns' is an integer */
+  (void)((p->offset_align) | 0);  /* check that 'nx_file_info.offset_align' is an integer */
+  (void)((p->mem_align) | 0);  /* check that 'nx_file_info.mem_align' is an integer */
+  (void)((p->direct) | 0);  /* check that 'nx_file_info.direct' is an integer */
+  { char(*tmp)[96] = &p->reason; (void)tmp; }
+  (void)((p->sys_errno) | 0);  /* check that 'nx_file_info.sys_errno' is an integer */
+}
+struct _cffi_align_typedef_nx_file_info { char x; nx_file_info y; };
+
+static int _cffi_const_NX_IO_DIRECT(unsigned long long *o)
+{
+  int n = (NX_IO_DIRECT) <= 0;
+  *o = (unsigned long long)((NX_IO_DIRECT) | 0);  /* check that NX_IO_DIRECT is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_IO_BUFFERED(unsigned long long *o)
+{
+  int n = (NX_IO_BUFFERED) <= 0;
+  *o = (unsigned long long)((NX_IO_BUFFERED) | 0);  /* check that NX_IO_BUFFERED is an integer */
+  return n;
+}
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_nx_membench_options(nx_membench_options *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->n_threads) | 0);  /* check that 'nx_membench_options.n_threads' is an integer */
+  (void)((p->buffer_bytes) | 0);  /* check that 'nx_membench_options.buffer_bytes' is an integer */
+  (void)((p->max_ns) | 0);  /* check that 'nx_membench_options.max_ns' is an integer */
+}
+struct _cffi_align_typedef_nx_membench_options { char x; nx_membench_options y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_nx_membench_result(nx_membench_result *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  { double *tmp = &p->bytes_s; (void)tmp; }
+  (void)((p->bytes) | 0);  /* check that 'nx_membench_result.bytes' is an integer */
+  (void)((p->ns) | 0);  /* check that 'nx_membench_result.ns' is an integer */
+  (void)((p->buffer_bytes) | 0);  /* check that 'nx_membench_result.buffer_bytes' is an integer */
+  (void)((p->n_threads) | 0);  /* check that 'nx_membench_result.n_threads' is an integer */
+  (void)((p->n_passes) | 0);  /* check that 'nx_membench_result.n_passes' is an integer */
+  (void)((p->checksum) | 0);  /* check that 'nx_membench_result.checksum' is an integer */
+}
+struct _cffi_align_typedef_nx_membench_result { char x; nx_membench_result y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_nx_probe_options(nx_probe_options *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->block_bytes) | 0);  /* check that 'nx_probe_options.block_bytes' is an integer */
+  (void)((p->depth) | 0);  /* check that 'nx_probe_options.depth' is an integer */
+  (void)((p->random) | 0);  /* check that 'nx_probe_options.random' is an integer */
+  (void)((p->max_bytes) | 0);  /* check that 'nx_probe_options.max_bytes' is an integer */
+  (void)((p->max_ns) | 0);  /* check that 'nx_probe_options.max_ns' is an integer */
+  (void)((p->engine) | 0);  /* check that 'nx_probe_options.engine' is an integer */
+  (void)((p->seed) | 0);  /* check that 'nx_probe_options.seed' is an integer */
+}
+struct _cffi_align_typedef_nx_probe_options { char x; nx_probe_options y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_nx_probe_result(nx_probe_result *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->bytes) | 0);  /* check that 'nx_probe_result.bytes' is an integer */
+  (void)((p->ns) | 0);  /* check that 'nx_probe_result.ns' is an integer */
+  (void)((p->direct) | 0);  /* check that 'nx_probe_result.direct' is an integer */
+  (void)((p->engine) | 0);  /* check that 'nx_probe_result.engine' is an integer */
+  { char(*tmp)[96] = &p->how_cold; (void)tmp; }
+  (void)((p->sys_errno) | 0);  /* check that 'nx_probe_result.sys_errno' is an integer */
+}
+struct _cffi_align_typedef_nx_probe_result { char x; nx_probe_result y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_nx_stats(nx_stats *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->passes) | 0);  /* check that 'nx_stats.passes' is an integer */
+  (void)((p->segments) | 0);  /* check that 'nx_stats.segments' is an integer */
+  (void)((p->bytes_read) | 0);  /* check that 'nx_stats.bytes_read' is an integer */
+  (void)((p->bytes_loaded) | 0);  /* check that 'nx_stats.bytes_loaded' is an integer */
+  (void)((p->bytes_used) | 0);  /* check that 'nx_stats.bytes_used' is an integer */
+  (void)((p->pieces) | 0);  /* check that 'nx_stats.pieces' is an integer */
+  (void)((p->pieces_ready) | 0);  /* check that 'nx_stats.pieces_ready' is an integer */
+  (void)((p->pieces_dropped) | 0);  /* check that 'nx_stats.pieces_dropped' is an integer */
+  (void)((p->demand_reads) | 0);  /* check that 'nx_stats.demand_reads' is an integer */
+  (void)((p->whole_tensors) | 0);  /* check that 'nx_stats.whole_tensors' is an integer */
+  (void)((p->wait_ns) | 0);  /* check that 'nx_stats.wait_ns' is an integer */
+  (void)((p->compute_ns) | 0);  /* check that 'nx_stats.compute_ns' is an integer */
+  (void)((p->pass_ns) | 0);  /* check that 'nx_stats.pass_ns' is an integer */
+  (void)((p->load_ns) | 0);  /* check that 'nx_stats.load_ns' is an integer */
+  (void)((p->retries) | 0);  /* check that 'nx_stats.retries' is an integer */
+  (void)((p->short_reads) | 0);  /* check that 'nx_stats.short_reads' is an integer */
+  (void)((p->bounces) | 0);  /* check that 'nx_stats.bounces' is an integer */
+  (void)((p->pinned_bytes) | 0);  /* check that 'nx_stats.pinned_bytes' is an integer */
+  (void)((p->ring_bytes) | 0);  /* check that 'nx_stats.ring_bytes' is an integer */
+  (void)((p->scratch_bytes) | 0);  /* check that 'nx_stats.scratch_bytes' is an integer */
+  (void)((p->host_bytes) | 0);  /* check that 'nx_stats.host_bytes' is an integer */
+}
+struct _cffi_align_typedef_nx_stats { char x; nx_stats y; };
 
 static int _cffi_const_NX_OK(unsigned long long *o)
 {
@@ -672,6 +936,1213 @@ static int _cffi_const_NX_E_BUSY(unsigned long long *o)
   return n;
 }
 
+static struct _cffi_externpy_s _cffi_externpy__nx_python_progress =
+  { "nexus_ext._native.nx_python_progress", (int)sizeof(int), 0, 0 };
+
+static int nx_python_progress(void * a0, uint64_t a1, uint64_t a2)
+{
+  char a[24];
+  char *p = a;
+  *(void * *)(p + 0) = a0;
+  *(uint64_t *)(p + 8) = a1;
+  *(uint64_t *)(p + 16) = a2;
+  _cffi_call_python(&_cffi_externpy__nx_python_progress, p);
+  return *(int *)p;
+}
+
+static int _cffi_d_fclose(void * x0)
+{
+  return fclose(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_fclose(PyObject *self, PyObject *arg0)
+{
+  void * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (void *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = fclose(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_fclose _cffi_d_fclose
+#endif
+
+static void _cffi_d_nx_file_close(nx_file * x0)
+{
+  nx_file_close(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_file_close(PyObject *self, PyObject *arg0)
+{
+  nx_file * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(66), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_file *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(66), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_file_close(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_file_close _cffi_d_nx_file_close
+#endif
+
+static void _cffi_d_nx_file_get_info(nx_file const * x0, nx_file_info * x1)
+{
+  nx_file_get_info(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_file_get_info(PyObject *self, PyObject *args)
+{
+  nx_file const * x0;
+  nx_file_info * x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "nx_file_get_info", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(69), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_file const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(69), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(55), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (nx_file_info *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(55), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_file_get_info(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_file_get_info _cffi_d_nx_file_get_info
+#endif
+
+static nx_status _cffi_d_nx_file_open(char const * x0, nx_io_mode x1, nx_file * * x2)
+{
+  return nx_file_open(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_file_open(PyObject *self, PyObject *args)
+{
+  char const * x0;
+  nx_io_mode x1;
+  nx_file * * x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "nx_file_open", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(22), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(22), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  if (_cffi_to_c((char *)&x1, _cffi_type(23), arg1) < 0)
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(24), arg2, (char **)&x2);
+  if (datasize != 0) {
+    x2 = ((size_t)datasize) <= 640 ? (nx_file * *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(24), arg2, (char **)&x2,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_file_open(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(7));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_file_open _cffi_d_nx_file_open
+#endif
+
+static void _cffi_d_nx_interrupt_arm(void)
+{
+  nx_interrupt_arm();
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_interrupt_arm(PyObject *self, PyObject *noarg)
+{
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_interrupt_arm(); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  (void)noarg; /* unused */
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_interrupt_arm _cffi_d_nx_interrupt_arm
+#endif
+
+static void _cffi_d_nx_interrupt_disarm(void)
+{
+  nx_interrupt_disarm();
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_interrupt_disarm(PyObject *self, PyObject *noarg)
+{
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_interrupt_disarm(); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  (void)noarg; /* unused */
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_interrupt_disarm _cffi_d_nx_interrupt_disarm
+#endif
+
+static void _cffi_d_nx_interrupt_request(void)
+{
+  nx_interrupt_request();
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_interrupt_request(PyObject *self, PyObject *noarg)
+{
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_interrupt_request(); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  (void)noarg; /* unused */
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_interrupt_request _cffi_d_nx_interrupt_request
+#endif
+
+static int _cffi_d_nx_interrupted(void)
+{
+  return nx_interrupted();
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_interrupted(PyObject *self, PyObject *noarg)
+{
+  int result;
+  PyObject *pyresult;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_interrupted(); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  (void)noarg; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_interrupted _cffi_d_nx_interrupted
+#endif
+
+static _Bool _cffi_d_nx_interrupted_callback(void * x0)
+{
+  return nx_interrupted_callback(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_interrupted_callback(PyObject *self, PyObject *arg0)
+{
+  void * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  _Bool result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (void *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_interrupted_callback(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c__Bool(result);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_interrupted_callback _cffi_d_nx_interrupted_callback
+#endif
+
+static nx_status _cffi_d_nx_io_probe(char const * x0, nx_probe_options const * x1, nx_probe_result * x2)
+{
+  return nx_io_probe(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_io_probe(PyObject *self, PyObject *args)
+{
+  char const * x0;
+  nx_probe_options const * x1;
+  nx_probe_result * x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "nx_io_probe", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(22), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(22), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(28), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (nx_probe_options const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(28), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(29), arg2, (char **)&x2);
+  if (datasize != 0) {
+    x2 = ((size_t)datasize) <= 640 ? (nx_probe_result *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(29), arg2, (char **)&x2,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_io_probe(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(7));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_io_probe _cffi_d_nx_io_probe
+#endif
+
+static void _cffi_d_nx_loading_set(nx_model * x0)
+{
+  nx_loading_set(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_loading_set(PyObject *self, PyObject *arg0)
+{
+  nx_model * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(44), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_loading_set(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_loading_set _cffi_d_nx_loading_set
+#endif
+
+static nx_status _cffi_d_nx_membench_read(nx_membench_options const * x0, nx_membench_result * x1)
+{
+  return nx_membench_read(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_membench_read(PyObject *self, PyObject *args)
+{
+  nx_membench_options const * x0;
+  nx_membench_result * x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "nx_membench_read", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(40), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_membench_options const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(40), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(41), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (nx_membench_result *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(41), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_membench_read(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(7));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_membench_read _cffi_d_nx_membench_read
+#endif
+
+static void _cffi_d_nx_model_clear_error(nx_model * x0)
+{
+  nx_model_clear_error(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_clear_error(PyObject *self, PyObject *arg0)
+{
+  nx_model * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(44), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_model_clear_error(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_model_clear_error _cffi_d_nx_model_clear_error
+#endif
+
+static void _cffi_d_nx_model_clear_faults(nx_model * x0)
+{
+  nx_model_clear_faults(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_clear_faults(PyObject *self, PyObject *arg0)
+{
+  nx_model * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(44), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_model_clear_faults(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_model_clear_faults _cffi_d_nx_model_clear_faults
+#endif
+
+static void _cffi_d_nx_model_close(nx_model * x0)
+{
+  nx_model_close(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_close(PyObject *self, PyObject *arg0)
+{
+  nx_model * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(44), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_model_close(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_model_close _cffi_d_nx_model_close
+#endif
+
+static nx_status _cffi_d_nx_model_create(char const * x0, size_t x1, void const * x2, size_t x3, nx_model * * x4, nx_error * x5)
+{
+  return nx_model_create(x0, x1, x2, x3, x4, x5);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_create(PyObject *self, PyObject *args)
+{
+  char const * x0;
+  size_t x1;
+  void const * x2;
+  size_t x3;
+  nx_model * * x4;
+  nx_error * x5;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+  PyObject *arg4;
+  PyObject *arg5;
+
+  if (!PyArg_UnpackTuple(args, "nx_model_create", 6, 6, &arg0, &arg1, &arg2, &arg3, &arg4, &arg5))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(22), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(22), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, size_t);
+  if (x1 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(34), arg2, (char **)&x2);
+  if (datasize != 0) {
+    x2 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(34), arg2, (char **)&x2,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x3 = _cffi_to_c_int(arg3, size_t);
+  if (x3 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(36), arg4, (char **)&x4);
+  if (datasize != 0) {
+    x4 = ((size_t)datasize) <= 640 ? (nx_model * *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(36), arg4, (char **)&x4,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(37), arg5, (char **)&x5);
+  if (datasize != 0) {
+    x5 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(37), arg5, (char **)&x5,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_model_create(x0, x1, x2, x3, x4, x5); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(7));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_model_create _cffi_d_nx_model_create
+#endif
+
+static size_t _cffi_d_nx_model_events(nx_model * x0, nx_event * x1, size_t x2)
+{
+  return nx_model_events(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_events(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  nx_event * x1;
+  size_t x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  size_t result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "nx_model_events", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(44), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(59), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (nx_event *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(59), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, size_t);
+  if (x2 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_model_events(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, size_t);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_model_events _cffi_d_nx_model_events
+#endif
+
+static nx_status _cffi_d_nx_model_file_info(nx_model const * x0, uint32_t x1, nx_file_info * x2)
+{
+  return nx_model_file_info(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_file_info(PyObject *self, PyObject *args)
+{
+  nx_model const * x0;
+  uint32_t x1;
+  nx_file_info * x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "nx_model_file_info", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(4), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(4), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, uint32_t);
+  if (x1 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(55), arg2, (char **)&x2);
+  if (datasize != 0) {
+    x2 = ((size_t)datasize) <= 640 ? (nx_file_info *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(55), arg2, (char **)&x2,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_model_file_info(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(7));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_model_file_info _cffi_d_nx_model_file_info
+#endif
+
+static nx_status _cffi_d_nx_model_finish_load(nx_model * x0, int(* x1)(void *, uint64_t, uint64_t), void * x2)
+{
+  return nx_model_finish_load(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_finish_load(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  int(* x1)(void *, uint64_t, uint64_t);
+  void * x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "nx_model_finish_load", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(44), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = (int(*)(void *, uint64_t, uint64_t))_cffi_to_c_pointer(arg1, _cffi_type(45));
+  if (x1 == (int(*)(void *, uint64_t, uint64_t))NULL && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg2, (char **)&x2);
+  if (datasize != 0) {
+    x2 = ((size_t)datasize) <= 640 ? (void *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg2, (char **)&x2,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_model_finish_load(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(7));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_model_finish_load _cffi_d_nx_model_finish_load
+#endif
+
+static void _cffi_d_nx_model_get_stats(nx_model * x0, nx_stats * x1)
+{
+  nx_model_get_stats(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_get_stats(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  nx_stats * x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "nx_model_get_stats", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(44), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(85), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (nx_stats *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(85), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_model_get_stats(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_model_get_stats _cffi_d_nx_model_get_stats
+#endif
+
+static nx_status _cffi_d_nx_model_inject(nx_model * x0, nx_fault const * x1)
+{
+  return nx_model_inject(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_inject(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  nx_fault const * x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "nx_model_inject", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(44), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(50), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (nx_fault const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(50), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_model_inject(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(7));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_model_inject _cffi_d_nx_model_inject
+#endif
+
+static char const * _cffi_d_nx_model_io_engine(nx_model const * x0)
+{
+  return nx_model_io_engine(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_io_engine(PyObject *self, PyObject *arg0)
+{
+  nx_model const * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  char const * result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(4), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(4), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_model_io_engine(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(22));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_model_io_engine _cffi_d_nx_model_io_engine
+#endif
+
+static void _cffi_d_nx_model_last_error(nx_model * x0, nx_error * x1)
+{
+  nx_model_last_error(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_last_error(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  nx_error * x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "nx_model_last_error", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(44), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(37), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(37), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_model_last_error(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_model_last_error _cffi_d_nx_model_last_error
+#endif
+
+static void _cffi_d_nx_model_release(nx_model * x0)
+{
+  nx_model_release(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_release(PyObject *self, PyObject *arg0)
+{
+  nx_model * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(44), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_model_release(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_model_release _cffi_d_nx_model_release
+#endif
+
+static void _cffi_d_nx_model_reset_stats(nx_model * x0)
+{
+  nx_model_reset_stats(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_reset_stats(PyObject *self, PyObject *arg0)
+{
+  nx_model * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(44), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_model_reset_stats(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_model_reset_stats _cffi_d_nx_model_reset_stats
+#endif
+
+static void * _cffi_d_nx_model_stream(nx_model * x0)
+{
+  return nx_model_stream(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_stream(PyObject *self, PyObject *arg0)
+{
+  nx_model * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  void * result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(44), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_model_stream(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(1));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_model_stream _cffi_d_nx_model_stream
+#endif
+
+static void _cffi_d_nx_model_trace(nx_model * x0, int x1)
+{
+  nx_model_trace(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_trace(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  int x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "nx_model_trace", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(44), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, int);
+  if (x1 == (int)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_model_trace(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_model_trace _cffi_d_nx_model_trace
+#endif
+
 static char const * _cffi_d_nx_status_text(nx_status x0)
 {
   return nx_status_text(x0);
@@ -684,7 +2155,7 @@ _cffi_f_nx_status_text(PyObject *self, PyObject *arg0)
   char const * result;
   PyObject *pyresult;
 
-  if (_cffi_to_c((char *)&x0, _cffi_type(1), arg0) < 0)
+  if (_cffi_to_c((char *)&x0, _cffi_type(7), arg0) < 0)
     return NULL;
 
   Py_BEGIN_ALLOW_THREADS
@@ -694,7 +2165,7 @@ _cffi_f_nx_status_text(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(5));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(22));
   return pyresult;
 }
 #else
@@ -720,14 +2191,112 @@ _cffi_f_nx_version(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(5));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(22));
   return pyresult;
 }
 #else
 #  define _cffi_f_nx_version _cffi_d_nx_version
 #endif
 
+static int _cffi_const_NX_EVENT_COMPUTE(unsigned long long *o)
+{
+  int n = (NX_EVENT_COMPUTE) <= 0;
+  *o = (unsigned long long)((NX_EVENT_COMPUTE) | 0);  /* check that NX_EVENT_COMPUTE is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_EVENT_DEMAND(unsigned long long *o)
+{
+  int n = (NX_EVENT_DEMAND) <= 0;
+  *o = (unsigned long long)((NX_EVENT_DEMAND) | 0);  /* check that NX_EVENT_DEMAND is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_EVENT_DROP(unsigned long long *o)
+{
+  int n = (NX_EVENT_DROP) <= 0;
+  *o = (unsigned long long)((NX_EVENT_DROP) | 0);  /* check that NX_EVENT_DROP is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_EVENT_ISSUE(unsigned long long *o)
+{
+  int n = (NX_EVENT_ISSUE) <= 0;
+  *o = (unsigned long long)((NX_EVENT_ISSUE) | 0);  /* check that NX_EVENT_ISSUE is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_EVENT_PASS_BEGIN(unsigned long long *o)
+{
+  int n = (NX_EVENT_PASS_BEGIN) <= 0;
+  *o = (unsigned long long)((NX_EVENT_PASS_BEGIN) | 0);  /* check that NX_EVENT_PASS_BEGIN is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_EVENT_PASS_END(unsigned long long *o)
+{
+  int n = (NX_EVENT_PASS_END) <= 0;
+  *o = (unsigned long long)((NX_EVENT_PASS_END) | 0);  /* check that NX_EVENT_PASS_END is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_EVENT_WAIT(unsigned long long *o)
+{
+  int n = (NX_EVENT_WAIT) <= 0;
+  *o = (unsigned long long)((NX_EVENT_WAIT) | 0);  /* check that NX_EVENT_WAIT is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_FAULT_EAGAIN(unsigned long long *o)
+{
+  int n = (NX_FAULT_EAGAIN) <= 0;
+  *o = (unsigned long long)((NX_FAULT_EAGAIN) | 0);  /* check that NX_FAULT_EAGAIN is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_FAULT_EINVAL(unsigned long long *o)
+{
+  int n = (NX_FAULT_EINVAL) <= 0;
+  *o = (unsigned long long)((NX_FAULT_EINVAL) | 0);  /* check that NX_FAULT_EINVAL is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_FAULT_EIO(unsigned long long *o)
+{
+  int n = (NX_FAULT_EIO) <= 0;
+  *o = (unsigned long long)((NX_FAULT_EIO) | 0);  /* check that NX_FAULT_EIO is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_FAULT_EOF(unsigned long long *o)
+{
+  int n = (NX_FAULT_EOF) <= 0;
+  *o = (unsigned long long)((NX_FAULT_EOF) | 0);  /* check that NX_FAULT_EOF is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_FAULT_SHORT(unsigned long long *o)
+{
+  int n = (NX_FAULT_SHORT) <= 0;
+  *o = (unsigned long long)((NX_FAULT_SHORT) | 0);  /* check that NX_FAULT_SHORT is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_IO_ENGINE_URING(unsigned long long *o)
+{
+  int n = (NX_IO_ENGINE_URING) <= 0;
+  *o = (unsigned long long)((NX_IO_ENGINE_URING) | 0);  /* check that NX_IO_ENGINE_URING is an integer */
+  return n;
+}
+
 static const struct _cffi_global_s _cffi_globals[] = {
+  { "NX_EVENT_COMPUTE", (void *)_cffi_const_NX_EVENT_COMPUTE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "NX_EVENT_DEMAND", (void *)_cffi_const_NX_EVENT_DEMAND, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "NX_EVENT_DROP", (void *)_cffi_const_NX_EVENT_DROP, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "NX_EVENT_ISSUE", (void *)_cffi_const_NX_EVENT_ISSUE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "NX_EVENT_PASS_BEGIN", (void *)_cffi_const_NX_EVENT_PASS_BEGIN, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "NX_EVENT_PASS_END", (void *)_cffi_const_NX_EVENT_PASS_END, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "NX_EVENT_WAIT", (void *)_cffi_const_NX_EVENT_WAIT, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "NX_E_ABI", (void *)_cffi_const_NX_E_ABI, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_E_ABORTED", (void *)_cffi_const_NX_E_ABORTED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_E_BUSY", (void *)_cffi_const_NX_E_BUSY, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
@@ -738,35 +2307,317 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "NX_E_NOMEM", (void *)_cffi_const_NX_E_NOMEM, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_E_TRUNCATED", (void *)_cffi_const_NX_E_TRUNCATED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_E_UNSUPPORTED", (void *)_cffi_const_NX_E_UNSUPPORTED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "NX_FAULT_EAGAIN", (void *)_cffi_const_NX_FAULT_EAGAIN, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "NX_FAULT_EINVAL", (void *)_cffi_const_NX_FAULT_EINVAL, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "NX_FAULT_EIO", (void *)_cffi_const_NX_FAULT_EIO, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "NX_FAULT_EOF", (void *)_cffi_const_NX_FAULT_EOF, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "NX_FAULT_SHORT", (void *)_cffi_const_NX_FAULT_SHORT, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "NX_IO_BUFFERED", (void *)_cffi_const_NX_IO_BUFFERED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "NX_IO_DIRECT", (void *)_cffi_const_NX_IO_DIRECT, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "NX_IO_ENGINE_URING", (void *)_cffi_const_NX_IO_ENGINE_URING, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "NX_OK", (void *)_cffi_const_NX_OK, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
-  { "nx_status_text", (void *)_cffi_f_nx_status_text, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 0), (void *)_cffi_d_nx_status_text },
-  { "nx_version", (void *)_cffi_f_nx_version, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 3), (void *)_cffi_d_nx_version },
+  { "fclose", (void *)_cffi_f_fclose, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 11), (void *)_cffi_d_fclose },
+  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 65), (void *)_cffi_d_nx_file_close },
+  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 68), (void *)_cffi_d_nx_file_get_info },
+  { "nx_file_open", (void *)_cffi_f_nx_file_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 21), (void *)_cffi_d_nx_file_open },
+  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 87), (void *)_cffi_d_nx_interrupt_arm },
+  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 87), (void *)_cffi_d_nx_interrupt_disarm },
+  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 87), (void *)_cffi_d_nx_interrupt_request },
+  { "nx_interrupted", (void *)_cffi_f_nx_interrupted, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 19), (void *)_cffi_d_nx_interrupted },
+  { "nx_interrupted_callback", (void *)_cffi_f_nx_interrupted_callback, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 0), (void *)_cffi_d_nx_interrupted_callback },
+  { "nx_io_probe", (void *)_cffi_f_nx_io_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 26), (void *)_cffi_d_nx_io_probe },
+  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 72), (void *)_cffi_d_nx_loading_set },
+  { "nx_membench_read", (void *)_cffi_f_nx_membench_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 39), (void *)_cffi_d_nx_membench_read },
+  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 72), (void *)_cffi_d_nx_model_clear_error },
+  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 72), (void *)_cffi_d_nx_model_clear_faults },
+  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 72), (void *)_cffi_d_nx_model_close },
+  { "nx_model_create", (void *)_cffi_f_nx_model_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 31), (void *)_cffi_d_nx_model_create },
+  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 57), (void *)_cffi_d_nx_model_events },
+  { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 52), (void *)_cffi_d_nx_model_file_info },
+  { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 43), (void *)_cffi_d_nx_model_finish_load },
+  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 83), (void *)_cffi_d_nx_model_get_stats },
+  { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 48), (void *)_cffi_d_nx_model_inject },
+  { "nx_model_io_engine", (void *)_cffi_f_nx_model_io_engine, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 3), (void *)_cffi_d_nx_model_io_engine },
+  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 79), (void *)_cffi_d_nx_model_last_error },
+  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 72), (void *)_cffi_d_nx_model_release },
+  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 72), (void *)_cffi_d_nx_model_reset_stats },
+  { "nx_model_stream", (void *)_cffi_f_nx_model_stream, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 62), (void *)_cffi_d_nx_model_stream },
+  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 75), (void *)_cffi_d_nx_model_trace },
+  { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 45), (void *)nx_python_progress },
+  { "nx_status_text", (void *)_cffi_f_nx_status_text, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 6), (void *)_cffi_d_nx_status_text },
+  { "nx_version", (void *)_cffi_f_nx_version, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 9), (void *)_cffi_d_nx_version },
+};
+
+static const struct _cffi_field_s _cffi_fields[] = {
+  { "status", offsetof(nx_error, status),
+              sizeof(((nx_error *)0)->status),
+              _CFFI_OP(_CFFI_OP_NOOP, 7) },
+  { "sys_errno", offsetof(nx_error, sys_errno),
+                 sizeof(((nx_error *)0)->sys_errno),
+                 _CFFI_OP(_CFFI_OP_NOOP, 77) },
+  { "offset", offsetof(nx_error, offset),
+              sizeof(((nx_error *)0)->offset),
+              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "nbytes", offsetof(nx_error, nbytes),
+              sizeof(((nx_error *)0)->nbytes),
+              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "path", offsetof(nx_error, path),
+            sizeof(((nx_error *)0)->path),
+            _CFFI_OP(_CFFI_OP_NOOP, 95) },
+  { "tensor", offsetof(nx_error, tensor),
+              sizeof(((nx_error *)0)->tensor),
+              _CFFI_OP(_CFFI_OP_NOOP, 91) },
+  { "text", offsetof(nx_error, text),
+            sizeof(((nx_error *)0)->text),
+            _CFFI_OP(_CFFI_OP_NOOP, 93) },
+  { "t_ns", offsetof(nx_event, t_ns),
+            sizeof(((nx_event *)0)->t_ns),
+            _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "kind", offsetof(nx_event, kind),
+            sizeof(((nx_event *)0)->kind),
+            _CFFI_OP(_CFFI_OP_NOOP, 54) },
+  { "a", offsetof(nx_event, a),
+         sizeof(((nx_event *)0)->a),
+         _CFFI_OP(_CFFI_OP_NOOP, 54) },
+  { "b", offsetof(nx_event, b),
+         sizeof(((nx_event *)0)->b),
+         _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "offset_begin", offsetof(nx_fault, offset_begin),
+                    sizeof(((nx_fault *)0)->offset_begin),
+                    _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "offset_end", offsetof(nx_fault, offset_end),
+                  sizeof(((nx_fault *)0)->offset_end),
+                  _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "kind", offsetof(nx_fault, kind),
+            sizeof(((nx_fault *)0)->kind),
+            _CFFI_OP(_CFFI_OP_NOOP, 77) },
+  { "count", offsetof(nx_fault, count),
+             sizeof(((nx_fault *)0)->count),
+             _CFFI_OP(_CFFI_OP_NOOP, 100) },
+  { "nbytes", offsetof(nx_file_info, nbytes),
+              sizeof(((nx_file_info *)0)->nbytes),
+              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "device", offsetof(nx_file_info, device),
+              sizeof(((nx_file_info *)0)->device),
+              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "inode", offsetof(nx_file_info, inode),
+             sizeof(((nx_file_info *)0)->inode),
+             _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "mtime_ns", offsetof(nx_file_info, mtime_ns),
+                sizeof(((nx_file_info *)0)->mtime_ns),
+                _CFFI_OP(_CFFI_OP_NOOP, 101) },
+  { "offset_align", offsetof(nx_file_info, offset_align),
+                    sizeof(((nx_file_info *)0)->offset_align),
+                    _CFFI_OP(_CFFI_OP_NOOP, 54) },
+  { "mem_align", offsetof(nx_file_info, mem_align),
+                 sizeof(((nx_file_info *)0)->mem_align),
+                 _CFFI_OP(_CFFI_OP_NOOP, 54) },
+  { "direct", offsetof(nx_file_info, direct),
+              sizeof(((nx_file_info *)0)->direct),
+              _CFFI_OP(_CFFI_OP_NOOP, 77) },
+  { "reason", offsetof(nx_file_info, reason),
+              sizeof(((nx_file_info *)0)->reason),
+              _CFFI_OP(_CFFI_OP_NOOP, 97) },
+  { "sys_errno", offsetof(nx_file_info, sys_errno),
+                 sizeof(((nx_file_info *)0)->sys_errno),
+                 _CFFI_OP(_CFFI_OP_NOOP, 77) },
+  { "n_threads", offsetof(nx_membench_options, n_threads),
+                 sizeof(((nx_membench_options *)0)->n_threads),
+                 _CFFI_OP(_CFFI_OP_NOOP, 54) },
+  { "buffer_bytes", offsetof(nx_membench_options, buffer_bytes),
+                    sizeof(((nx_membench_options *)0)->buffer_bytes),
+                    _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "max_ns", offsetof(nx_membench_options, max_ns),
+              sizeof(((nx_membench_options *)0)->max_ns),
+              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "bytes_s", offsetof(nx_membench_result, bytes_s),
+               sizeof(((nx_membench_result *)0)->bytes_s),
+               _CFFI_OP(_CFFI_OP_NOOP, 99) },
+  { "bytes", offsetof(nx_membench_result, bytes),
+             sizeof(((nx_membench_result *)0)->bytes),
+             _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "ns", offsetof(nx_membench_result, ns),
+          sizeof(((nx_membench_result *)0)->ns),
+          _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "buffer_bytes", offsetof(nx_membench_result, buffer_bytes),
+                    sizeof(((nx_membench_result *)0)->buffer_bytes),
+                    _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "n_threads", offsetof(nx_membench_result, n_threads),
+                 sizeof(((nx_membench_result *)0)->n_threads),
+                 _CFFI_OP(_CFFI_OP_NOOP, 54) },
+  { "n_passes", offsetof(nx_membench_result, n_passes),
+                sizeof(((nx_membench_result *)0)->n_passes),
+                _CFFI_OP(_CFFI_OP_NOOP, 54) },
+  { "checksum", offsetof(nx_membench_result, checksum),
+                sizeof(((nx_membench_result *)0)->checksum),
+                _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "block_bytes", offsetof(nx_probe_options, block_bytes),
+                   sizeof(((nx_probe_options *)0)->block_bytes),
+                   _CFFI_OP(_CFFI_OP_NOOP, 54) },
+  { "depth", offsetof(nx_probe_options, depth),
+             sizeof(((nx_probe_options *)0)->depth),
+             _CFFI_OP(_CFFI_OP_NOOP, 54) },
+  { "random", offsetof(nx_probe_options, random),
+              sizeof(((nx_probe_options *)0)->random),
+              _CFFI_OP(_CFFI_OP_NOOP, 77) },
+  { "max_bytes", offsetof(nx_probe_options, max_bytes),
+                 sizeof(((nx_probe_options *)0)->max_bytes),
+                 _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "max_ns", offsetof(nx_probe_options, max_ns),
+              sizeof(((nx_probe_options *)0)->max_ns),
+              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "engine", offsetof(nx_probe_options, engine),
+              sizeof(((nx_probe_options *)0)->engine),
+              _CFFI_OP(_CFFI_OP_NOOP, 77) },
+  { "seed", offsetof(nx_probe_options, seed),
+            sizeof(((nx_probe_options *)0)->seed),
+            _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "bytes", offsetof(nx_probe_result, bytes),
+             sizeof(((nx_probe_result *)0)->bytes),
+             _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "ns", offsetof(nx_probe_result, ns),
+          sizeof(((nx_probe_result *)0)->ns),
+          _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "direct", offsetof(nx_probe_result, direct),
+              sizeof(((nx_probe_result *)0)->direct),
+              _CFFI_OP(_CFFI_OP_NOOP, 77) },
+  { "engine", offsetof(nx_probe_result, engine),
+              sizeof(((nx_probe_result *)0)->engine),
+              _CFFI_OP(_CFFI_OP_NOOP, 77) },
+  { "how_cold", offsetof(nx_probe_result, how_cold),
+                sizeof(((nx_probe_result *)0)->how_cold),
+                _CFFI_OP(_CFFI_OP_NOOP, 97) },
+  { "sys_errno", offsetof(nx_probe_result, sys_errno),
+                 sizeof(((nx_probe_result *)0)->sys_errno),
+                 _CFFI_OP(_CFFI_OP_NOOP, 77) },
+  { "passes", offsetof(nx_stats, passes),
+              sizeof(((nx_stats *)0)->passes),
+              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "segments", offsetof(nx_stats, segments),
+                sizeof(((nx_stats *)0)->segments),
+                _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "bytes_read", offsetof(nx_stats, bytes_read),
+                  sizeof(((nx_stats *)0)->bytes_read),
+                  _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "bytes_loaded", offsetof(nx_stats, bytes_loaded),
+                    sizeof(((nx_stats *)0)->bytes_loaded),
+                    _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "bytes_used", offsetof(nx_stats, bytes_used),
+                  sizeof(((nx_stats *)0)->bytes_used),
+                  _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "pieces", offsetof(nx_stats, pieces),
+              sizeof(((nx_stats *)0)->pieces),
+              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "pieces_ready", offsetof(nx_stats, pieces_ready),
+                    sizeof(((nx_stats *)0)->pieces_ready),
+                    _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "pieces_dropped", offsetof(nx_stats, pieces_dropped),
+                      sizeof(((nx_stats *)0)->pieces_dropped),
+                      _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "demand_reads", offsetof(nx_stats, demand_reads),
+                    sizeof(((nx_stats *)0)->demand_reads),
+                    _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "whole_tensors", offsetof(nx_stats, whole_tensors),
+                     sizeof(((nx_stats *)0)->whole_tensors),
+                     _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "wait_ns", offsetof(nx_stats, wait_ns),
+               sizeof(((nx_stats *)0)->wait_ns),
+               _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "compute_ns", offsetof(nx_stats, compute_ns),
+                  sizeof(((nx_stats *)0)->compute_ns),
+                  _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "pass_ns", offsetof(nx_stats, pass_ns),
+               sizeof(((nx_stats *)0)->pass_ns),
+               _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "load_ns", offsetof(nx_stats, load_ns),
+               sizeof(((nx_stats *)0)->load_ns),
+               _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "retries", offsetof(nx_stats, retries),
+               sizeof(((nx_stats *)0)->retries),
+               _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "short_reads", offsetof(nx_stats, short_reads),
+                   sizeof(((nx_stats *)0)->short_reads),
+                   _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "bounces", offsetof(nx_stats, bounces),
+               sizeof(((nx_stats *)0)->bounces),
+               _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "pinned_bytes", offsetof(nx_stats, pinned_bytes),
+                    sizeof(((nx_stats *)0)->pinned_bytes),
+                    _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "ring_bytes", offsetof(nx_stats, ring_bytes),
+                  sizeof(((nx_stats *)0)->ring_bytes),
+                  _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "scratch_bytes", offsetof(nx_stats, scratch_bytes),
+                     sizeof(((nx_stats *)0)->scratch_bytes),
+                     _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "host_bytes", offsetof(nx_stats, host_bytes),
+                  sizeof(((nx_stats *)0)->host_bytes),
+                  _CFFI_OP(_CFFI_OP_NOOP, 16) },
+};
+
+static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
+  { "$nx_error", 102, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_error), offsetof(struct _cffi_align_typedef_nx_error, y), 0, 7 },
+  { "$nx_event", 103, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_event), offsetof(struct _cffi_align_typedef_nx_event, y), 7, 4 },
+  { "$nx_fault", 104, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_fault), offsetof(struct _cffi_align_typedef_nx_fault, y), 11, 4 },
+  { "$nx_file_info", 106, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_file_info), offsetof(struct _cffi_align_typedef_nx_file_info, y), 15, 9 },
+  { "$nx_membench_options", 107, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_membench_options), offsetof(struct _cffi_align_typedef_nx_membench_options, y), 24, 3 },
+  { "$nx_membench_result", 108, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_membench_result), offsetof(struct _cffi_align_typedef_nx_membench_result, y), 27, 7 },
+  { "$nx_probe_options", 110, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_probe_options), offsetof(struct _cffi_align_typedef_nx_probe_options, y), 34, 7 },
+  { "$nx_probe_result", 111, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_probe_result), offsetof(struct _cffi_align_typedef_nx_probe_result, y), 41, 6 },
+  { "$nx_stats", 112, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_stats), offsetof(struct _cffi_align_typedef_nx_stats, y), 47, 21 },
+  { "nx_file", 105, _CFFI_F_OPAQUE,
+    (size_t)-1, -1, -1, 0 /* opaque */ },
+  { "nx_model", 109, _CFFI_F_OPAQUE,
+    (size_t)-1, -1, -1, 0 /* opaque */ },
 };
 
 static const struct _cffi_enum_s _cffi_enums[] = {
-  { "$nx_status", 1, _cffi_prim_int(sizeof(nx_status), ((nx_status)-1) <= 0),
+  { "$nx_io_mode", 23, _cffi_prim_int(sizeof(nx_io_mode), ((nx_io_mode)-1) <= 0),
+    "NX_IO_DIRECT,NX_IO_BUFFERED" },
+  { "$nx_status", 7, _cffi_prim_int(sizeof(nx_status), ((nx_status)-1) <= 0),
     "NX_OK,NX_E_NOMEM,NX_E_IO,NX_E_TRUNCATED,NX_E_CHANGED,NX_E_INVALID,NX_E_ABORTED,NX_E_UNSUPPORTED,NX_E_ABI,"
     "NX_E_CLOSED,NX_E_BUSY" },
 };
 
 static const struct _cffi_typename_s _cffi_typenames[] = {
-  { "nx_status", 1 },
+  { "nx_error", 102 },
+  { "nx_event", 103 },
+  { "nx_fault", 104 },
+  { "nx_file", 105 },
+  { "nx_file_info", 106 },
+  { "nx_io_mode", 23 },
+  { "nx_membench_options", 107 },
+  { "nx_membench_result", 108 },
+  { "nx_model", 109 },
+  { "nx_probe_options", 110 },
+  { "nx_probe_result", 111 },
+  { "nx_stats", 112 },
+  { "nx_status", 7 },
 };
 
 static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_types,
   _cffi_globals,
-  NULL,  /* no fields */
-  NULL,  /* no struct_unions */
+  _cffi_fields,
+  _cffi_struct_unions,
   _cffi_enums,
   _cffi_typenames,
-  13,  /* num_globals */
-  0,  /* num_struct_unions */
-  1,  /* num_enums */
-  1,  /* num_typenames */
+  56,  /* num_globals */
+  11,  /* num_struct_unions */
+  2,  /* num_enums */
+  13,  /* num_typenames */
   NULL,  /* no includes */
-  7,  /* num_types */
-  0,  /* flags */
+  114,  /* num_types */
+  1,  /* flags */
 };
 
 #ifdef __GNUC__
@@ -777,6 +2628,9 @@ static const struct _cffi_type_context_s _cffi_type_context = {
 PyMODINIT_FUNC
 _cffi_pypyinit__native(const void *p[])
 {
+    if (((intptr_t)p[0]) >= 0x0A03) {
+        _cffi_call_python_org = (void(*)(struct _cffi_externpy_s *, char *))p[1];
+    }
     p[0] = (const void *)0x2601;
     p[1] = &_cffi_type_context;
     return NULL;

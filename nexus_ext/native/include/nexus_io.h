@@ -156,7 +156,8 @@ nx_status nx_io_poll(nx_io *io);
 /*
  * Wait until read->done and return read->status. Before it blocks, after every signal and at least every
  * 50 ms it asks `abort` (may be NULL); if that returns non-zero: NX_E_ABORTED, and the read goes on,
- * to be waited for again. NX_E_INVALID: the read was never submitted to this nx_io.
+ * to be waited for again. NX_E_INVALID: the read was never submitted to this nx_io. NX_E_IO while
+ * read->done is 0: the engine itself has failed (read->sys_errno), and only nx_io_destroy is left.
  */
 nx_status nx_io_wait(nx_io *io, nx_read *read, int (*abort)(void *), void *ctx);
 

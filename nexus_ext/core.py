@@ -1,0 +1,312 @@
+"""The native core, as Python sees it: models, statistics, disk and memory measurements.
+
+The only module that touches the CFFI module. It turns status codes into errors and C structs into
+values; it knows nothing of llama.cpp, plans or catalogs beyond the text of a manifest.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from nexus_ext import _native
+from nexus_ext.errors import (
+    BackendUnavailable,
+    FormatError,
+    Interrupted,
+    ModelChanged,
+    ModelClosed,
+    NexusError,
+    OutOfMemory,
+    ReadFailed,
+    UsageError,
+)
+
+ffi = _native.ffi
+lib = _native.lib
+
+_SUFFIX = ".dylib" if os.uname().sysname == "Darwin" else ".so"
+BACKEND_PATH = Path(_native.__file__).parent / f"libggml-nexus{_SUFFIX}"
+
+Progress = Callable[[int, int], bool | None]
+"""Called with (done, total) bytes; returning True stops the load."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStats:
+    """What a model has done since it was opened or since `reset_stats`. Names as in nexus_core.h."""
+
+    passes: int
+    segments: int
+    bytes_read: int
+    bytes_loaded: int
+    bytes_used: int
+    pieces: int
+    pieces_ready: int
+    pieces_dropped: int
+    demand_reads: int
+    whole_tensors: int
+    wait_ns: int
+    compute_ns: int
+    pass_ns: int
+    load_ns: int
+    retries: int
+    short_reads: int
+    bounces: int
+    pinned_bytes: int
+    ring_bytes: int
+    scratch_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileIo:
+    """How one file of a model is read."""
+
+    direct: bool
+    reason: str
+    offset_align: int
+    mem_align: int
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One entry of the trace: `kind` is a name, `a` and `b` as nexus_core.h explains."""
+
+    t_ns: int
+    kind: str
+    a: int
+    b: int
+
+
+_EVENTS = {
+    getattr(lib, name): name.removeprefix("NX_EVENT_").lower()
+    for name in dir(lib)
+    if name.startswith("NX_EVENT_")
+}
+
+
+def _text(array: Any) -> str:
+    raw: bytes = ffi.string(array)
+    return raw.decode("utf-8", "replace")
+
+
+def error_of(error: Any, what: str) -> NexusError:
+    """Return the exception for a filled-in `nx_error`."""
+    text = _text(error.text) or _text(lib.nx_status_text(error.status))
+    path, tensor, code = _text(error.path), _text(error.tensor), int(error.sys_errno)
+    if error.status in (lib.NX_E_TRUNCATED, lib.NX_E_CHANGED):
+        return ModelChanged(
+            f"{what}: {text} ({path}, offset {error.offset})",
+            hint="the file is not what it was when it was opened; open it again",
+            path=path,
+            offset=error.offset,
+            errno=code,
+        )
+    if error.status == lib.NX_E_IO:
+        reason = os.strerror(code) if code else "read error"
+        return ReadFailed(
+            f"{what}: cannot read {error.nbytes} bytes of tensor {tensor} "
+            f"at offset {error.offset} of {path}: {reason}"
+            if tensor
+            else f"{what}: {text}",
+            hint="check the disk and the file; the next call tries again",
+            path=path,
+            offset=error.offset,
+            errno=code,
+        )
+    kinds: dict[int, tuple[type[NexusError], str]] = {
+        lib.NX_E_NOMEM: (OutOfMemory, "give the model a smaller budget, or the process more memory"),
+        lib.NX_E_ABORTED: (Interrupted, ""),
+        lib.NX_E_CLOSED: (ModelClosed, "open the model again"),
+        lib.NX_E_INVALID: (FormatError, ""),
+        lib.NX_E_UNSUPPORTED: (UsageError, ""),
+        lib.NX_E_ABI: (BackendUnavailable, ""),
+    }
+    kind, hint = kinds.get(error.status, (NexusError, ""))
+    return kind(f"{what}: {text}", hint=hint)
+
+
+def check(status: int, what: str) -> None:
+    """Raise the error that `status` stands for, if it is one."""
+    if status == lib.NX_OK:
+        return
+    error = ffi.new("nx_error *")
+    error.status = status
+    raise error_of(error, what)
+
+
+@ffi.def_extern(onerror=lambda *_: None)
+def nx_python_progress(handle: Any, done: int, total: int) -> int:
+    """Relay progress of a load; an exception in the callback stops the load and is kept."""
+    state = ffi.from_handle(handle)
+    try:
+        return 1 if state["progress"](done, total) else 0
+    except BaseException as error:  # must not unwind through C: raised again by finish_load
+        state["error"] = error
+        return 1
+
+
+def _file_io(info: Any) -> FileIo:
+    return FileIo(bool(info.direct), _text(info.reason), info.offset_align, info.mem_align)
+
+
+class Model:
+    """A model of the core: owns files, pinned memory, ring and scratch until `release`."""
+
+    def __init__(self, manifest: str, header: bytes = b"") -> None:
+        """Open the files and reserve the memory that `manifest` speaks of; read nothing.
+
+        Raises ReadFailed, ModelChanged, OutOfMemory or FormatError.
+        """
+        text = manifest.encode()
+        out, error = ffi.new("nx_model **"), ffi.new("nx_error *")
+        status = lib.nx_model_create(text, len(text), header, len(header), out, error)
+        if status != lib.NX_OK:
+            raise error_of(error, "the model cannot be opened")
+        self._model = out[0]
+
+    @property
+    def pointer(self) -> Any:
+        if self._model is None:
+            raise ModelClosed("the model is closed", hint="open it again")
+        return self._model
+
+    def open_stream(self) -> int:
+        """Return the address of a C FILE that serves the model to llama.cpp's loader."""
+        stream = lib.nx_model_stream(self.pointer)
+        if stream == ffi.NULL:
+            raise OutOfMemory("no memory for the stream that llama.cpp loads from")
+        return int(ffi.cast("uintptr_t", stream))
+
+    @staticmethod
+    def close_stream(address: int) -> None:
+        lib.fclose(ffi.cast("void *", address))
+
+    def set_loading(self, on: bool) -> None:
+        """Let tensors that this thread creates belong to the model, or no longer."""
+        lib.nx_loading_set(self.pointer if on else ffi.NULL)
+
+    def finish_load(self, progress: Progress | None = None) -> None:
+        """Wait until everything resident is read.
+
+        Raises ReadFailed, ModelChanged or Interrupted; what `progress` raises is passed on.
+        """
+        state: dict[str, Any] = {"progress": progress, "error": None}
+        handle = ffi.new_handle(state)
+        callback = lib.nx_python_progress if progress else ffi.NULL
+        status = lib.nx_model_finish_load(self.pointer, callback, handle)
+        if state["error"] is not None:
+            self.take_error()
+            raise state["error"]
+        if status != lib.NX_OK:
+            error = self.take_error()
+            if error is None:
+                check(status, "loading the model")
+            else:
+                raise error
+
+    def take_error(self, what: str = "reading weights") -> NexusError | None:
+        """Return the last error of a load or of a graph, and forget it."""
+        error = ffi.new("nx_error *")
+        lib.nx_model_last_error(self.pointer, error)
+        lib.nx_model_clear_error(self.pointer)
+        return None if error.status == lib.NX_OK else error_of(error, what)
+
+    def stats(self) -> ModelStats:
+        out = ffi.new("nx_stats *")
+        lib.nx_model_get_stats(self.pointer, out)
+        return ModelStats(**{f.name: int(getattr(out, f.name)) for f in fields(ModelStats)})
+
+    def reset_stats(self) -> None:
+        lib.nx_model_reset_stats(self.pointer)
+
+    def io_engine(self) -> str:
+        return _text(lib.nx_model_io_engine(self.pointer))
+
+    def file_io(self, index: int = 0) -> FileIo:
+        out = ffi.new("nx_file_info *")
+        check(lib.nx_model_file_info(self.pointer, index, out), f"file {index} of the model")
+        return _file_io(out)
+
+    def trace(self, on: bool) -> None:
+        lib.nx_model_trace(self.pointer, int(on))
+
+    def events(self, most: int = 4096) -> list[Event]:
+        """Return the newest events of the trace, oldest first."""
+        out = ffi.new("nx_event[]", most)
+        n = lib.nx_model_events(self.pointer, out, most)
+        return [Event(e.t_ns, _EVENTS.get(e.kind, "?"), e.a, e.b) for e in out[0:n]]
+
+    def inject(self, kind: str, begin: int = 0, end: int = 2**63, count: int = -1) -> None:
+        """For tests: let reads of [begin, end) fail as `kind` ("eio", "short", "eof") says."""
+        fault = ffi.new("nx_fault *")
+        fault.offset_begin, fault.offset_end, fault.count = begin, end, count
+        fault.kind = getattr(lib, f"NX_FAULT_{kind.upper()}")
+        check(lib.nx_model_inject(self.pointer, fault), f"fault {kind}")
+
+    def clear_faults(self) -> None:
+        lib.nx_model_clear_faults(self.pointer)
+
+    def release(self) -> None:
+        """End running graphs and give up this reference; memory goes with the last one."""
+        if self._model is not None:
+            lib.nx_model_close(self._model)
+            lib.nx_model_release(self._model)
+            self._model = None
+
+
+class interruptible:
+    """While entered, Ctrl-C stops native computations at once (and is raised as usual after)."""
+
+    def __enter__(self) -> None:
+        lib.nx_interrupt_arm()
+
+    def __exit__(self, *_: object) -> None:
+        lib.nx_interrupt_disarm()
+
+
+def interrupted_callback() -> int:
+    """Return the address of an abort callback of ggml's shape: true after Ctrl-C."""
+    return int(ffi.cast("uintptr_t", ffi.addressof(lib, "nx_interrupted_callback")))
+
+
+def read_disk(
+    path: str, block_bytes: int, depth: int, random: bool, max_bytes: int, max_ns: int
+) -> tuple[int, int, bool, str]:
+    """Measure cold reads of a file: (bytes, ns, direct, engine). See `nx_io_probe`."""
+    options, out = ffi.new("nx_probe_options *"), ffi.new("nx_probe_result *")
+    options.block_bytes, options.depth, options.random = block_bytes, depth, int(random)
+    options.max_bytes, options.max_ns = max_bytes, max_ns
+    options.seed = int.from_bytes(os.urandom(7), "little") + 1
+    status = lib.nx_io_probe(os.fsencode(path), options, out)
+    if status != lib.NX_OK:
+        reason = os.strerror(out.sys_errno) if out.sys_errno else _text(lib.nx_status_text(status))
+        raise ReadFailed(
+            f"{path} cannot be measured: {reason}",
+            hint="name another file on the same disk",
+            path=path,
+            errno=int(out.sys_errno),
+        )
+    engine = "io_uring" if out.engine == lib.NX_IO_ENGINE_URING else "threads"
+    return int(out.bytes), int(out.ns), bool(out.direct), engine
+
+
+def direct_io(path: str) -> FileIo:
+    """Return whether and how a file can be read around the page cache."""
+    out, info = ffi.new("nx_file **"), ffi.new("nx_file_info *")
+    check(lib.nx_file_open(os.fsencode(path), lib.NX_IO_DIRECT, out), f"{path} cannot be opened")
+    lib.nx_file_get_info(out[0], info)
+    lib.nx_file_close(out[0])
+    return _file_io(info)
+
+
+def memory_bandwidth(n_threads: int, buffer_bytes: int) -> float:
+    """Measure how fast `n_threads` threads together read memory, in bytes per second."""
+    options, out = ffi.new("nx_membench_options *"), ffi.new("nx_membench_result *")
+    options.n_threads, options.buffer_bytes = n_threads, buffer_bytes
+    check(lib.nx_membench_read(options, out), "measuring memory bandwidth")
+    return float(out.bytes_s)

@@ -1,0 +1,284 @@
+"""`Llama`: llama-cpp-python's class, with weights that need not fit in memory.
+
+Everything of `llama_cpp.Llama` works as it does there. When the plan streams nothing, this is
+llama.cpp as it comes, with nothing of ours in its way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import llama_cpp
+import llama_cpp.llama_cpp as bindings
+
+from nexus_ext import core
+from nexus_ext.errors import FormatError, Interrupted, ModelClosed, NexusError, UsageError
+from nexus_ext.placement import Pin, Plan, PlanRequest
+from nexus_ext.plugins import plugins
+from nexus_ext.policies import ModelInfo, RequestInfo
+from nexus_ext.runtime import backend
+from nexus_ext.runtime.loading import amx_is_broken, loads
+from nexus_ext.runtime.manifest import manifest
+from nexus_ext.runtime.planning import Planned, plan_model
+from nexus_ext.runtime.stats import RunStats, run_stats
+from nexus_ext.units import parse_bytes
+
+if TYPE_CHECKING:
+    from nexus_ext.hardware import HardwareProfile
+
+_log = logging.getLogger("nexus_ext.runtime")
+
+_KV_TYPES = {
+    getattr(bindings, f"GGML_TYPE_{name.upper()}"): name
+    for name in ("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl")
+    if hasattr(bindings, f"GGML_TYPE_{name.upper()}")
+}
+
+
+class NexusHandle:
+    """What nexus_ext does for one `Llama`: `llm.nexus`."""
+
+    def __init__(self, path: str, planned: Planned, model: core.Model | None) -> None:
+        self.catalog = planned.catalog
+        self.hardware = planned.hardware
+        self.plan = planned.plan
+        self.io_mode = planned.io_mode
+        self.model = model
+        self.info = ModelInfo(
+            path=path,
+            fingerprint=self.catalog.fingerprint,
+            architecture=self.catalog.shape.architecture,
+            resident_bytes=self.plan.weights_bytes,
+            streamed_bytes_per_token=self.plan.streamed_bytes_per_token,
+            io_mode=planned.io_mode if model else None,
+        )
+
+    @property
+    def active(self) -> bool:
+        """Whether weights are paged; False when everything fits and llama.cpp runs alone."""
+        return self.model is not None
+
+    def stats(self) -> RunStats:
+        """Return the accounting since the model was opened or `reset_stats` was called.
+
+        Raises UsageError when nothing is paged, ModelClosed after `close`.
+        """
+        model = self._paged()
+        file = model.file_io()
+        return run_stats(
+            model.stats(),
+            self.hardware.disk.sequential_bytes_s,
+            io_engine=model.io_engine(),
+            io_mode="direct" if file.direct else "buffered",
+            direct_reason=file.reason,
+        )
+
+    def reset_stats(self) -> None:
+        self._paged().reset_stats()
+
+    def _paged(self) -> core.Model:
+        if self.model is None:
+            raise UsageError(
+                "everything fits, so nothing is paged and there is nothing to account for",
+                hint="look at `llm.nexus.active` first",
+            )
+        return self.model
+
+
+class _Closed:
+    """Stands where a model and its context were."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ModelClosed(f"the model is closed ({name} was asked of it)", hint="open it again")
+
+
+def _size(value: int | str | None, what: str) -> int | None:
+    return parse_bytes(value, what=what) if isinstance(value, str) else value
+
+
+def _request(arguments: dict[str, Any], **budget: Any) -> PlanRequest:
+    """What the arguments of `llama_cpp.Llama` mean for memory."""
+
+    def kv_type(name: str) -> str:
+        value = arguments.get(name)
+        return "f16" if value is None else _KV_TYPES.get(value, "f16")
+
+    n_ctx = arguments.get("n_ctx", 512)
+    n_batch = arguments.get("n_batch", 512)
+    if n_ctx:
+        n_batch = min(n_ctx, n_batch)
+    return PlanRequest(
+        n_ctx=n_ctx,
+        n_batch=n_batch,
+        n_ubatch=min(n_batch, arguments.get("n_ubatch", 512)),
+        kv_type_k=kv_type("type_k"),
+        kv_type_v=kv_type("type_v"),
+        flash_attn=bool(arguments.get("flash_attn", False)),
+        logits_all=bool(arguments.get("logits_all", False)),
+        n_threads=arguments.get("n_threads") or 0,
+        **budget,
+    )
+
+
+class Llama(llama_cpp.Llama):  # type: ignore[misc]
+    """`llama_cpp.Llama` for models larger than memory. Bit-identical to an unmodified run.
+
+    Arguments beyond those of `llama_cpp.Llama`:
+        ram: everything that the process may touch ("4G" or bytes); None: 80 % of what is free.
+        weights: resident weights and their pools only (for small models and tests).
+        plan: a `Plan`, or the file that `nexus plan -o` wrote, instead of a new one.
+        policy: how streamed weights are read: "auto", "direct" or "buffered".
+        pins: (regex, tier) pairs, or `Pin`s: tensors that the plan must not move.
+        hardware: a profile to plan for; None: this machine, measured once and remembered.
+        progress: called with (done, total) bytes while resident weights are read; True stops.
+
+    `n_gpu_layers=None` (the default) lets the plan decide; a number is obeyed.
+
+    Raises DoesNotFit, FormatError, ReadFailed, ModelChanged, BackendUnavailable, OutOfMemory,
+    and Interrupted when `progress` stopped the load.
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        ram: int | str | None = None,
+        weights: int | str | None = None,
+        plan: Plan | str | os.PathLike[str] | None = None,
+        policy: str = "auto",
+        pins: Iterable[Pin | tuple[str, str]] = (),
+        hardware: HardwareProfile | None = None,
+        progress: core.Progress | None = None,
+        n_gpu_layers: int | None = None,
+        **arguments: Any,
+    ) -> None:
+        path = os.fspath(model_path)
+        self._nexus: NexusHandle | None = None
+        self._stack = contextlib.ExitStack()  # what close() unwinds, also if we fail before super
+        request = _request(
+            arguments,
+            ram_bytes=_size(ram, "ram"),
+            weights_bytes=_size(weights, "weights"),
+            io_mode=policy,
+            pins=tuple(p if isinstance(p, Pin) else Pin(*p) for p in pins),
+            gpu_bytes=0 if n_gpu_layers == 0 else None,
+        )
+        planned = plan_model(path, request, hardware=hardware, plan=plan)
+        layers = planned.plan.n_gpu_layers if n_gpu_layers is None else n_gpu_layers
+        model = None
+        if not planned.plan.everything_fits:
+            backend.register()
+            text = manifest(planned.catalog, planned.plan, planned.io_mode)
+            model = core.Model(text, planned.catalog.header)
+            arguments.setdefault("offload_kqv", layers != 0)
+        handle = NexusHandle(path, planned, model)
+        try:
+            with loads(model, extra_buffers=model is None and not amx_is_broken()):
+                try:
+                    super().__init__(path, n_gpu_layers=layers, **arguments)
+                except ValueError as error:
+                    raise _load_error(path, model, error) from error
+            self._nexus = handle
+            if model is not None:
+                model.finish_load(progress)
+            self._watch_context()
+        except BaseException:
+            self._free(model)
+            raise
+        plugins().model_loaded(handle.info)
+
+    @property
+    def nexus(self) -> NexusHandle:
+        if self._nexus is None:
+            raise ModelClosed("the model is closed", hint="open it again")
+        return self._nexus
+
+    def _watch_context(self) -> None:
+        """Give errors of this context their names, and let Ctrl-C stop it within a token."""
+        context = self._ctx
+        callback = ctypes.cast(core.interrupted_callback(), bindings.ggml_abort_callback)
+        bindings.llama_set_abort_callback(context.ctx, callback, None)
+        context.decode = self._guarded(context.decode)
+        context.encode = self._guarded(context.encode)
+
+    def _guarded(self, call: Callable[..., None]) -> Callable[..., None]:
+        def guarded(batch: Any) -> None:
+            with core.interruptible():
+                try:
+                    call(batch)
+                except RuntimeError as error:
+                    stopped = core.lib.nx_interrupted()
+                    model = self.nexus.model
+                    named = model.take_error("decoding") if model else None
+                    if stopped:
+                        # Python's own handler raises KeyboardInterrupt; this is for others.
+                        raise Interrupted("the computation was interrupted") from error
+                    if named is not None:
+                        raise named from error
+                    raise
+
+        return guarded
+
+    def generate(self, tokens: Any, *args: Any, **kwargs: Any) -> Iterator[int]:
+        """As `llama_cpp.Llama.generate`; tells the plugins when the request is done."""
+        handle = self.nexus
+        begin = first = time.perf_counter_ns()
+        read_before = handle.model.stats().bytes_read if handle.model else 0
+        n_tokens = 0
+        inner = super().generate(tokens, *args, **kwargs)
+        try:
+            token = next(inner, None)
+            first = time.perf_counter_ns()
+            while token is not None:
+                n_tokens += 1
+                sent = yield token
+                token = next(inner, None) if sent is None else inner.send(sent)
+        except StopIteration:
+            return
+        finally:
+            inner.close()
+            # The model may have been closed while the generator was suspended.
+            read = handle.model.stats().bytes_read - read_before if handle.model else 0
+            plugins().request_done(
+                RequestInfo(
+                    model=handle.info,
+                    n_prompt_tokens=len(tokens),
+                    n_tokens=n_tokens,
+                    prefill_ns=first - begin,
+                    decode_ns=time.perf_counter_ns() - first,
+                    read_bytes=read,
+                )
+            )
+
+    def close(self) -> None:
+        """Give back every byte. The object cannot be used any more."""
+        handle, self._nexus = self._nexus, None
+        self._free(handle.model if handle else None)
+        if handle is not None:
+            handle.model = None
+            plugins().model_closed(handle.info)
+
+    def _free(self, model: core.Model | None) -> None:
+        super().close()
+        self._ctx = self._model = self._batch = _Closed()
+        if model is not None:
+            model.release()
+
+    def __del__(self) -> None:
+        # An interpreter that shuts down has no modules left to close with.
+        with contextlib.suppress(Exception):
+            self.close()
+
+
+def _load_error(path: str, model: core.Model | None, error: ValueError) -> NexusError:
+    named = model.take_error("loading the model") if model else None
+    return named or FormatError(
+        f"llama.cpp cannot load {path}: {error}",
+        hint="verbose=True shows what it says; the model may need a newer llama-cpp-python",
+    )

@@ -1,0 +1,96 @@
+"""How llama-cpp-python loads a model while nexus_ext has something to say about it.
+
+`llama_cpp.Llama` builds its model through one function of the bindings. That function is wrapped
+once; a thread that asked for something special (a paged model, or a stock model with plain CPU
+buffers) gets it, every other load goes through unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from nexus_ext import core
+
+
+@dataclass(slots=True)
+class _Request:
+    model: core.Model | None  # None: llama.cpp's own loader
+    extra_buffers: bool  # repacked weights of the CPU backend, which round differently
+
+
+_thread = threading.local()
+_install_lock = threading.Lock()
+
+
+def _install() -> None:
+    import llama_cpp.llama_cpp as bindings
+
+    with _install_lock:
+        stock = bindings.llama_model_load_from_file
+        if getattr(stock, "nexus_ext", False):
+            return
+
+        @functools.wraps(stock)
+        def load(path: bytes, params: Any) -> Any:
+            request: _Request | None = getattr(_thread, "request", None)
+            if request is None:
+                return stock(path, params)
+            params.use_extra_bufts = params.use_extra_bufts and request.extra_buffers
+            if request.model is None:
+                return stock(path, params)
+            params.load_mode = bindings.LLAMA_LOAD_MODE_NONE
+            return _load_paged(request.model, params)
+
+        load.nexus_ext = True  # type: ignore[attr-defined]
+        bindings.llama_model_load_from_file = load
+
+
+def _load_paged(model: core.Model, params: Any) -> Any:
+    """Let llama.cpp load from the core's stream; paged tensors cost it nothing."""
+    import llama_cpp.llama_cpp as bindings
+
+    stream = model.open_stream()
+    model.set_loading(True)
+    try:
+        return bindings.llama_model_load_from_file_ptr(ctypes.c_void_p(stream), params)
+    finally:
+        model.set_loading(False)
+        core.Model.close_stream(stream)
+
+
+@contextlib.contextmanager
+def loads(model: core.Model | None, *, extra_buffers: bool) -> Iterator[None]:
+    """Within the block, models that this thread creates are loaded like this."""
+    _install()
+    _thread.request = _Request(model, extra_buffers)
+    try:
+        yield
+    finally:
+        _thread.request = None
+
+
+@functools.cache
+def amx_is_broken() -> bool:
+    """Whether this CPU announces AMX while the system does not let programs use it.
+
+    A llama.cpp built on such a machine puts weights into AMX buffers and dies at the first product.
+    Virtual machines are like that. Source: Linux, Documentation/arch/x86/xstate.rst.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            if "amx_tile" not in file.read():
+                return False
+    except OSError:
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    libc = ctypes.CDLL(None, use_errno=True)
+    return bool(libc.syscall(arch_prctl, request_permission, tile_data) != 0)

@@ -1,0 +1,43 @@
+"""A plan, told to the native core: the text that native/manifest.c reads."""
+
+from __future__ import annotations
+
+from nexus_ext.errors import UsageError
+from nexus_ext.placement import Plan
+from nexus_ext.types import Catalog
+
+_CORE_TIERS = {"gpu": "host", "host": "host", "ram": "ram", "nvme": "nvme"}
+
+
+def manifest(catalog: Catalog, plan: Plan, io_mode: str) -> str:
+    """Return the manifest of `catalog` placed by `plan`, read in `io_mode`.
+
+    Tensors on a GPU are llama.cpp's business, as host tensors are. Raises UsageError when the plan
+    was made for another model.
+    """
+    if plan.fingerprint != catalog.fingerprint:
+        raise UsageError(
+            f"the plan is for the model {plan.fingerprint}, this is {catalog.fingerprint}",
+            hint="make a plan of this model with `nexus plan`",
+        )
+    lines = [
+        "nexus-manifest 1",
+        f"ring {plan.ring_bytes}",
+        f"slab {plan.slab_bytes}",
+        f"scratch {plan.scratch_bytes}",
+        f"virtual {catalog.virtual_nbytes}",
+        f"io {io_mode}",
+    ]
+    for file in catalog.files:
+        if "\n" in file.path:
+            raise UsageError(f"the path {file.path!r} has a line break", hint="rename the file")
+        lines.append(f"file {file.nbytes} {file.path}")
+    for tensor, virtual_offset in zip(catalog.tensors, catalog.virtual_offsets, strict=True):
+        shape = (*tensor.shape, 1, 1, 1, 1)[:4]
+        tier = _CORE_TIERS[plan.tiers[tensor.name]] if tensor.nbytes else "host"
+        lines.append(
+            f"tensor {tier} {tensor.file} {tensor.offset} {tensor.nbytes} {virtual_offset} "
+            f"{shape[0]} {shape[1]} {shape[2]} {shape[3]} {tensor.type_name} {tensor.name}"
+        )
+    lines.append(f"end {len(catalog.tensors)}")
+    return "\n".join(lines) + "\n"

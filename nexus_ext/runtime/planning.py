@@ -1,0 +1,124 @@
+"""From a file and a wish to a plan: catalog, hardware, solver and I/O policy put together."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from nexus_ext import core
+from nexus_ext.errors import UsageError
+from nexus_ext.formats import open_gguf
+from nexus_ext.hardware import HardwareProfile, load_profile, probe
+from nexus_ext.hardware.disk import DirectIO
+from nexus_ext.hardware.profile import Gpu
+from nexus_ext.placement import Plan, PlanRequest
+from nexus_ext.plugins import plugins
+from nexus_ext.policies import IoInfo, IoMode
+from nexus_ext.runtime import ggml
+from nexus_ext.types import Catalog
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A model with its plan and everything that the plan was made from."""
+
+    catalog: Catalog
+    hardware: HardwareProfile
+    plan: Plan
+    io_mode: IoMode
+
+
+def _gpus() -> list[Gpu]:
+    return [
+        Gpu(
+            name=device.description or device.name,
+            total_bytes=device.total_bytes,
+            free_bytes=device.free_bytes,
+            # Metal reports what it lets one process use as the total.
+            working_set_bytes=device.total_bytes,
+            unified=unified or device.name.lower().startswith("metal"),
+        )
+        for device, unified in ggml.gpus()
+    ]
+
+
+def _direct_io(path: str) -> DirectIO:
+    found = core.direct_io(path)
+    return DirectIO(found.direct, found.reason, found.offset_align, found.mem_align)
+
+
+def hardware_profile(
+    path: str | os.PathLike[str],
+    *,
+    file: str | None = None,
+    refresh: bool = False,
+    disk_seconds: float = 2.0,
+) -> HardwareProfile:
+    """Return this machine with the disk of `path`, or the machine that `file` describes.
+
+    Measured bandwidths are taken from the cache when they are not too old. Raises UsageError,
+    FormatError or ReadFailed.
+    """
+    if file is not None:
+        return load_profile(file)
+    return probe(
+        path,
+        disk_reader=core.read_disk,
+        memory_bandwidth=core.memory_bandwidth,
+        gpus=_gpus,
+        direct_io=_direct_io,
+        refresh=refresh,
+        disk_seconds=disk_seconds,
+    )
+
+
+def plan_model(
+    path: str | os.PathLike[str],
+    request: PlanRequest,
+    *,
+    hardware: HardwareProfile | None = None,
+    plan: Plan | str | os.PathLike[str] | None = None,
+) -> Planned:
+    """Read the header of a model and decide where its weights go.
+
+    `plan` is a plan made before (or the file that holds it) instead of a new one. Raises
+    FormatError, DoesNotFit, UsageError, or what a plugin's solver may raise.
+    """
+    catalog = open_gguf(os.fspath(path))
+    hardware = hardware or hardware_profile(path)
+    if plan is None:
+        plan = plugins().solve(catalog, hardware, request)
+    elif not isinstance(plan, Plan):
+        plan = _read_plan(Path(plan))
+    return Planned(catalog, hardware, plan, io_mode(catalog, hardware, plan))
+
+
+def _read_plan(file: Path) -> Plan:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"the plan {str(file)!r} cannot be read: {error}",
+            hint="make one with `nexus plan MODEL -o FILE`",
+        ) from error
+    return Plan.from_json(text, source=str(file))
+
+
+def io_mode(catalog: Catalog, hardware: HardwareProfile, plan: Plan) -> IoMode:
+    """Return how streamed weights are to be read: as the plan says, else as the policy decides."""
+    if plan.io_mode in ("direct", "buffered"):
+        return plan.io_mode  # type: ignore[return-value]
+    memory = hardware.memory
+    limit_bytes = memory.limit_bytes
+    if plan.budget.ram_bytes is not None:
+        # A budget is a promise about this process; the page cache that it causes counts as well.
+        limit_bytes = min(limit_bytes or plan.budget.ram_bytes, plan.budget.ram_bytes)
+    return plugins().choose_io(
+        IoInfo(
+            streamed_bytes=sum(t.nbytes for t in catalog.tensors if plan.tiers[t.name] == "nvme"),
+            resident_bytes=plan.ram_bytes,
+            available_bytes=memory.available_bytes,
+            limit_bytes=limit_bytes,
+        )
+    )

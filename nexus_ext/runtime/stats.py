@@ -1,0 +1,69 @@
+"""The accounting of a run: what was read, what it cost, and how near to the bound it came."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nexus_ext.core import ModelStats
+
+
+@dataclass(frozen=True, slots=True)
+class RunStats:
+    """Since the model was opened or `reset_stats` was called.
+
+    `bound_fraction` is the time that the bytes read would have taken at the disk's measured rate,
+    divided by the time that the graphs took: 1.0 is the physical limit. None when nothing was read.
+    """
+
+    passes: int  # graphs computed: one a decoded token, one a micro-batch of a prompt
+    segments_per_pass: float
+    bytes_read: int  # from the disk, for graphs (not for loading)
+    bytes_loaded: int  # from the disk, into resident memory
+    bytes_used: int  # streamed weights that computations consumed
+    read_per_pass_bytes: float
+    hit_rate: float  # slabs that were there when they were asked for
+    pieces_dropped: int  # read ahead and not used
+    demand_reads: int  # rows and experts
+    wait_s: float  # computation stood still for a read
+    compute_s: float
+    pass_s: float
+    load_s: float
+    bound_tok_s: float | None  # at the bytes that each pass read
+    bound_fraction: float | None
+    retries: int
+    resident_bytes: int  # pinned weights, ring and scratch
+    io_engine: str
+    io_mode: str
+    direct_reason: str
+
+
+def run_stats(
+    stats: ModelStats, disk_bytes_s: float, *, io_engine: str, io_mode: str, direct_reason: str
+) -> RunStats:
+    """Derive the accounting from the core's counters and the disk's measured bandwidth."""
+    read = max(stats.bytes_read - stats.bytes_loaded, 0)
+    passes = max(stats.passes, 1)
+    pass_s = stats.pass_ns / 1e9
+    streamed = read > 0 and pass_s > 0
+    return RunStats(
+        passes=stats.passes,
+        segments_per_pass=stats.segments / passes,
+        bytes_read=read,
+        bytes_loaded=stats.bytes_loaded,
+        bytes_used=stats.bytes_used,
+        read_per_pass_bytes=read / passes,
+        hit_rate=stats.pieces_ready / stats.pieces if stats.pieces else 1.0,
+        pieces_dropped=stats.pieces_dropped,
+        demand_reads=stats.demand_reads,
+        wait_s=stats.wait_ns / 1e9,
+        compute_s=stats.compute_ns / 1e9,
+        pass_s=pass_s,
+        load_s=stats.load_ns / 1e9,
+        bound_tok_s=disk_bytes_s * stats.passes / read if streamed else None,
+        bound_fraction=read / disk_bytes_s / pass_s if streamed else None,
+        retries=stats.retries,
+        resident_bytes=stats.pinned_bytes + stats.ring_bytes + stats.scratch_bytes,
+        io_engine=io_engine,
+        io_mode=io_mode,
+        direct_reason=direct_reason,
+    )

@@ -1,0 +1,345 @@
+"""Which tensors and keys a model of a given architecture has.
+
+Shapes and names are those that llama.cpp loads. Knows dense llama and the kinds of mixtures of
+experts that differ in what a loader must handle.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tests.synth.blocks import storable_type
+from tests.synth.container import Tensor, Value, write_gguf
+from tests.synth.vocab import tokenizer_pairs
+
+MOE_ARCHITECTURES = ("qwen3moe", "qwen2moe", "llama", "gpt-oss", "deepseek2")
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaDims:
+    """Size of a dense llama."""
+
+    n_layers: int
+    n_embd: int
+    n_ff: int
+    n_heads: int
+    n_heads_kv: int
+    n_vocab: int = 32000
+
+
+@dataclass(frozen=True, slots=True)
+class MoeDims:
+    """Size of a mixture of experts; n_ff is that of one expert (and of dense layers)."""
+
+    n_layers: int = 3
+    n_embd: int = 128
+    n_ff: int = 64
+    n_heads: int = 4
+    n_heads_kv: int = 2
+    n_vocab: int = 320
+    n_experts: int = 8
+    n_used: int = 2
+
+
+# Widths of models that people run; "-6gb" and the like are made for 4 bits.
+LLAMA_PRESETS = {
+    "llama-tiny": LlamaDims(4, 256, 768, 8, 4, 512),
+    "llama-1b": LlamaDims(16, 2048, 8192, 32, 8, 128256),
+    "llama-3b": LlamaDims(28, 3072, 8192, 24, 8, 128256),
+    "llama-8b": LlamaDims(32, 4096, 14336, 32, 8, 128256),
+    "llama-6gb": LlamaDims(48, 4096, 14336, 32, 8, 32000),
+    "llama-13b": LlamaDims(40, 5120, 13824, 40, 40, 32000),
+    "llama-70b": LlamaDims(80, 8192, 28672, 64, 8, 128256),
+}
+
+
+class _Builder:
+    """Collects tensors, each matrix in the type that its rows allow."""
+
+    def __init__(self, quant: str) -> None:
+        self.quant = quant
+        self.tensors: list[Tensor] = []
+
+    def matrix(self, name: str, *shape: int, type_name: str | None = None) -> None:
+        kind = storable_type(type_name or self.quant, shape[0])
+        self.tensors.append(Tensor(name + ".weight", shape, kind))
+
+    def vector(self, name: str, *shape: int, fill: str = "ones") -> None:
+        self.tensors.append(Tensor(name, shape, "F32", fill))
+
+    def attention(self, block: str, n_embd: int, n_q: int, n_kv: int) -> None:
+        self.matrix(f"{block}.attn_q", n_embd, n_q)
+        self.matrix(f"{block}.attn_k", n_embd, n_kv)
+        self.matrix(f"{block}.attn_v", n_embd, n_kv)
+        self.matrix(f"{block}.attn_output", n_q, n_embd)
+
+    def feed_forward(self, block: str, n_embd: int, n_ff: int, suffix: str = "") -> None:
+        self.matrix(f"{block}.ffn_gate{suffix}", n_embd, n_ff)
+        self.matrix(f"{block}.ffn_up{suffix}", n_embd, n_ff)
+        self.matrix(f"{block}.ffn_down{suffix}", n_ff, n_embd)
+
+    def experts(self, block: str, dims: MoeDims, *, fused: bool = False) -> None:
+        n_embd, n_ff, n_experts = dims.n_embd, dims.n_ff, dims.n_experts
+        self.matrix(f"{block}.ffn_gate_inp", n_embd, n_experts, type_name="F32")
+        if fused:
+            self.matrix(f"{block}.ffn_gate_up_exps", n_embd, 2 * n_ff, n_experts)
+        else:
+            self.matrix(f"{block}.ffn_gate_exps", n_embd, n_ff, n_experts)
+            self.matrix(f"{block}.ffn_up_exps", n_embd, n_ff, n_experts)
+        self.matrix(f"{block}.ffn_down_exps", n_ff, n_embd, n_experts)
+
+
+def write_llama(
+    path: str | os.PathLike[str],
+    *,
+    n_layers: int,
+    n_embd: int,
+    n_ff: int,
+    n_heads: int,
+    n_heads_kv: int,
+    n_vocab: int,
+    quant: str = "Q4_0",
+    output_quant: str | None = None,
+    tied: bool = False,
+    split: int | None = None,
+    alignment: int = 32,
+    seed: int = 0,
+    n_ctx: int = 4096,
+    sparse: bool = False,
+) -> list[Path]:
+    """Write a dense llama and return its files.
+
+    `tied` leaves out the output head (the token embedding serves as one). For `split`, `sparse`
+    and the names of files see `write_gguf`.
+    """
+    dims = LlamaDims(n_layers, n_embd, n_ff, n_heads, n_heads_kv, n_vocab)
+    pairs = {**_common_pairs("llama", dims, n_ctx), **tokenizer_pairs(n_vocab)}
+    tensors = _llama_tensors(dims, quant.upper(), output_quant, tied)
+    return write_gguf(
+        path, pairs, tensors, alignment=alignment, split=split, seed=seed, sparse=sparse
+    )
+
+
+def write_preset(
+    path: str | os.PathLike[str],
+    name: str,
+    *,
+    quant: str = "Q4_K",
+    tied: bool = False,
+    split: int | None = None,
+    seed: int = 0,
+    sparse: bool = False,
+) -> list[Path]:
+    """Write one of LLAMA_PRESETS and return its files."""
+    return _write_dims(path, LLAMA_PRESETS[name], quant, tied, split, seed, sparse)
+
+
+def _write_dims(
+    path: str | os.PathLike[str],
+    dims: LlamaDims,
+    quant: str,
+    tied: bool,
+    split: int | None,
+    seed: int,
+    sparse: bool,
+) -> list[Path]:
+    return write_llama(
+        path,
+        n_layers=dims.n_layers,
+        n_embd=dims.n_embd,
+        n_ff=dims.n_ff,
+        n_heads=dims.n_heads,
+        n_heads_kv=dims.n_heads_kv,
+        n_vocab=dims.n_vocab,
+        quant=quant,
+        tied=tied,
+        split=split,
+        seed=seed,
+        sparse=sparse,
+    )
+
+
+def llama_dims_for_size(nbytes: int, quant: str = "Q4_0") -> LlamaDims:
+    """Return the llama of the largest usual width whose file of `nbytes` has 16 layers or more."""
+    best: tuple[int, LlamaDims] | None = None
+    for dims in LLAMA_PRESETS.values():
+        dims = replace(dims, n_layers=1, n_vocab=min(dims.n_vocab, 32000))
+        sizes = {True: 0, False: 0}
+        for tensor in _llama_tensors(dims, quant.upper(), None, False):
+            sizes[tensor.name.startswith("blk.")] += tensor.nbytes
+        n_layers = round((nbytes - sizes[False]) / sizes[True])
+        if n_layers >= (16 if best else 1) and (best is None or dims.n_embd > best[0]):
+            best = (dims.n_embd, replace(dims, n_layers=n_layers))
+    if best is None:
+        raise ValueError(f"{nbytes} bytes are too few for a model")
+    return best[1]
+
+
+def write_moe(
+    path: str | os.PathLike[str],
+    *,
+    arch: str = "qwen3moe",
+    dims: MoeDims | None = None,
+    quant: str = "Q4_0",
+    fused: bool = False,
+    split: int | None = None,
+    alignment: int = 32,
+    seed: int = 0,
+    n_ctx: int = 512,
+    sparse: bool = False,
+) -> list[Path]:
+    """Write a mixture of experts of one of MOE_ARCHITECTURES and return its files.
+
+    qwen3moe and llama (Mixtral) have plain experts, qwen2moe and deepseek2 shared ones beside
+    them, gpt-oss biases of experts; deepseek2 has latent attention, a dense first layer and, with
+    `fused`, gate and up projection in one tensor.
+    """
+    if arch not in MOE_ARCHITECTURES:
+        raise ValueError(f"arch is {arch!r}, known are {', '.join(MOE_ARCHITECTURES)}")
+    if fused and arch != "deepseek2":
+        raise ValueError(f"llama.cpp loads no fused gate and up projection for {arch}")
+    dims = dims or MoeDims()
+    builder = _Builder(quant.upper())
+    pairs = _common_pairs(arch, dims, n_ctx)
+    pairs[f"{arch}.expert_count"] = dims.n_experts
+    pairs[f"{arch}.expert_used_count"] = dims.n_used
+    builder.matrix("token_embd", dims.n_embd, dims.n_vocab)
+    for layer in range(dims.n_layers):
+        _moe_layer(builder, pairs, arch, f"blk.{layer}", layer, dims, fused)
+    builder.vector("output_norm.weight", dims.n_embd)
+    builder.matrix("output", dims.n_embd, dims.n_vocab)
+    return write_gguf(
+        path,
+        {**pairs, **tokenizer_pairs(dims.n_vocab)},
+        builder.tensors,
+        alignment=alignment,
+        split=split,
+        seed=seed,
+        sparse=sparse,
+    )
+
+
+def _common_pairs(arch: str, dims: LlamaDims | MoeDims, n_ctx: int) -> dict[str, Value]:
+    return {
+        "general.architecture": arch,
+        "general.name": f"synthetic {arch}",
+        "general.quantization_version": 2,
+        f"{arch}.context_length": n_ctx,
+        f"{arch}.embedding_length": dims.n_embd,
+        f"{arch}.block_count": dims.n_layers,
+        f"{arch}.feed_forward_length": dims.n_ff,
+        f"{arch}.attention.head_count": dims.n_heads,
+        f"{arch}.attention.head_count_kv": dims.n_heads_kv,
+        f"{arch}.attention.layer_norm_rms_epsilon": 1e-5,
+        f"{arch}.rope.dimension_count": dims.n_embd // dims.n_heads,
+        f"{arch}.rope.freq_base": 10000.0,
+        f"{arch}.vocab_size": dims.n_vocab,
+    }
+
+
+def _llama_tensors(
+    dims: LlamaDims, quant: str, output_quant: str | None, tied: bool
+) -> Sequence[Tensor]:
+    builder = _Builder(quant)
+    head = dims.n_embd // dims.n_heads
+    builder.matrix("token_embd", dims.n_embd, dims.n_vocab)
+    for layer in range(dims.n_layers):
+        block = f"blk.{layer}"
+        builder.vector(f"{block}.attn_norm.weight", dims.n_embd)
+        builder.attention(block, dims.n_embd, dims.n_embd, head * dims.n_heads_kv)
+        builder.vector(f"{block}.ffn_norm.weight", dims.n_embd)
+        builder.feed_forward(block, dims.n_embd, dims.n_ff)
+    builder.vector("output_norm.weight", dims.n_embd)
+    if not tied:
+        builder.matrix("output", dims.n_embd, dims.n_vocab, type_name=output_quant)
+    return builder.tensors
+
+
+def _moe_layer(
+    builder: _Builder,
+    pairs: dict[str, Value],
+    arch: str,
+    block: str,
+    layer: int,
+    dims: MoeDims,
+    fused: bool,
+) -> None:
+    n_embd, n_ff = dims.n_embd, dims.n_ff
+    head = n_embd // dims.n_heads
+    builder.vector(f"{block}.attn_norm.weight", n_embd)
+    if arch == "deepseek2":
+        _latent_attention(builder, pairs, block, dims)
+    else:
+        builder.attention(block, n_embd, n_embd, head * dims.n_heads_kv)
+    builder.vector(
+        f"{block}.{'post_attention' if arch == 'gpt-oss' else 'ffn'}_norm.weight", n_embd
+    )
+    if arch == "deepseek2" and layer == 0:
+        pairs[f"{arch}.leading_dense_block_count"] = 1
+        builder.feed_forward(block, n_embd, n_ff)
+        return
+    builder.experts(block, dims, fused=fused)
+    if arch != "llama":
+        pairs[f"{arch}.expert_feed_forward_length"] = n_ff
+    if arch == "qwen3moe":
+        pairs[f"{arch}.attention.key_length"] = head
+        pairs[f"{arch}.attention.value_length"] = head
+        builder.vector(f"{block}.attn_q_norm.weight", head)
+        builder.vector(f"{block}.attn_k_norm.weight", head)
+    elif arch == "qwen2moe":
+        pairs[f"{arch}.expert_shared_feed_forward_length"] = 2 * n_ff
+        for part, extent in (("q", n_embd), ("k", head * dims.n_heads_kv)):
+            builder.vector(f"{block}.attn_{part}.bias", extent, fill="zeros")
+        builder.vector(f"{block}.attn_v.bias", head * dims.n_heads_kv, fill="zeros")
+        builder.vector(f"{block}.ffn_gate_inp_shexp.weight", n_embd)
+        builder.feed_forward(block, n_embd, 2 * n_ff, "_shexp")
+    elif arch == "deepseek2":
+        pairs[f"{arch}.expert_shared_count"] = 1
+        builder.feed_forward(block, n_embd, n_ff, "_shexp")
+        builder.vector(f"{block}.exp_probs_b.bias", dims.n_experts, fill="zeros")
+    elif arch == "gpt-oss":
+        pairs[f"{arch}.attention.sliding_window"] = 128
+        for name, extents in (
+            ("attn_sinks.weight", (dims.n_heads,)),
+            ("attn_q.bias", (n_embd,)),
+            ("attn_k.bias", (head * dims.n_heads_kv,)),
+            ("attn_v.bias", (head * dims.n_heads_kv,)),
+            ("attn_output.bias", (n_embd,)),
+            ("ffn_gate_inp.bias", (dims.n_experts,)),
+            ("ffn_gate_exps.bias", (n_ff, dims.n_experts)),
+            ("ffn_up_exps.bias", (n_ff, dims.n_experts)),
+            ("ffn_down_exps.bias", (n_embd, dims.n_experts)),
+        ):
+            builder.vector(f"{block}.{name}", *extents, fill="random")
+
+
+def _latent_attention(
+    builder: _Builder, pairs: dict[str, Value], block: str, dims: MoeDims
+) -> None:
+    """Attention of DeepSeek V2: keys and values from one latent vector a token, heads absorbed."""
+    rank, rope, nope = 64, 32, 32
+    pairs.update(
+        {
+            "deepseek2.attention.head_count_kv": 1,
+            "deepseek2.attention.q_lora_rank": rank,
+            "deepseek2.attention.kv_lora_rank": rank,
+            "deepseek2.attention.key_length": rank + rope,
+            "deepseek2.attention.value_length": rank,
+            "deepseek2.attention.key_length_mla": nope + rope,
+            "deepseek2.attention.value_length_mla": nope,
+            "deepseek2.rope.dimension_count": rope,
+            "deepseek2.expert_weights_scale": 1.0,
+            "deepseek2.expert_gating_func": 2,
+        }
+    )
+    builder.vector(f"{block}.attn_q_a_norm.weight", rank)
+    builder.vector(f"{block}.attn_kv_a_norm.weight", rank)
+    builder.matrix(f"{block}.attn_q_a", dims.n_embd, rank)
+    builder.matrix(f"{block}.attn_q_b", rank, dims.n_heads * (nope + rope))
+    builder.matrix(f"{block}.attn_kv_a_mqa", dims.n_embd, rank + rope)
+    builder.matrix(f"{block}.attn_k_b", nope, rank, dims.n_heads)
+    builder.matrix(f"{block}.attn_v_b", rank, nope, dims.n_heads)
+    builder.matrix(f"{block}.attn_output", dims.n_heads * nope, dims.n_embd)
