@@ -6,8 +6,9 @@ values; it knows nothing of llama.cpp, plans or catalogs beyond the text of a ma
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -175,16 +176,20 @@ class Model:
             raise ModelClosed("the model is closed", hint="open it again")
         return self._model
 
-    def open_stream(self) -> int:
-        """Return the address of a C FILE that serves the model to llama.cpp's loader."""
-        stream = lib.nx_model_stream(self.pointer)
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[tuple[int, bool]]:
+        """Within the block: the address of a C FILE that serves the model to llama.cpp's loader.
+
+        The second value says whether it may be loaded from in mmap mode, which copies nothing.
+        """
+        has_descriptor = ffi.new("int *")
+        stream = lib.nx_model_stream(self.pointer, has_descriptor)
         if stream == ffi.NULL:
             raise OutOfMemory("no memory for the stream that llama.cpp loads from")
-        return int(ffi.cast("uintptr_t", stream))
-
-    @staticmethod
-    def close_stream(address: int) -> None:
-        lib.fclose(ffi.cast("void *", address))
+        try:
+            yield int(ffi.cast("uintptr_t", stream)), bool(has_descriptor[0])
+        finally:
+            lib.nx_model_stream_close(stream)
 
     def set_loading(self, on: bool) -> None:
         """Let tensors that this thread creates belong to the model, or no longer."""

@@ -16,6 +16,7 @@ typedef struct nx_model_file {
     char *path;
     uint64_t nbytes;
     nx_file *file; /* for the engine */
+    uint64_t slack; /* what a direct read may overwrite beyond whole pages, before and after */
     int fd;        /* plain reads: small tensors, rows asked for by tools */
 } nx_model_file;
 
@@ -40,7 +41,14 @@ typedef struct nx_pager {
     uint32_t *order;                        /* pieces of this turn */
     size_t n_order, order_capacity, issued, used;
     uint32_t *successor;  /* piece -> the piece that followed it last time */
+    uint32_t *ahead;      /* piece -> its slots that are LOADING */
     uint32_t last_issued; /* where reading ahead goes on beyond the end of `order` */
+    uint32_t last_used;   /* the last piece of the last graph that used any */
+    nx_read *demand;      /* the reads of one fetch */
+    size_t demand_capacity;
+    void *orphan; /* memory that a broken engine may still write into */
+    uint64_t orphan_bytes;
+    bool broken; /* the engine failed, not a read: only nx_io_destroy is left */
     uint8_t *scratch;
     uint64_t scratch_bytes;
     nx_abort_fn abort;
@@ -66,6 +74,7 @@ struct nx_model {
     uint8_t *header;
     size_t header_bytes;
     uint64_t virtual_bytes;
+    bool overlaid; /* load: see nx_model_overlay */
 
     uint8_t *pinned;
     uint64_t pinned_bytes, host_bytes;
@@ -73,13 +82,15 @@ struct nx_model {
     nx_io *load_io;
     nx_read *load_reads; /* one per extent, used for ram */
     uint8_t *load_state; /* per extent: 0 not asked for, 1 reading, 2 there */
-    uint64_t load_begin_ns, load_end_ns;
+    uint64_t load_begin_ns, load_end_ns; /* atomic: read by nx_model_get_stats */
     atomic_bool loaded; /* nothing claimed is missing */
 
     nx_io *io; /* only the holder of the turn touches it */
     nx_pager pager;
 
     nx_stats stats;
+    /* What the engines have counted: as their drivers saw it last, and at the last reset. */
+    nx_io_stats run_seen, load_seen, run_base, load_base;
     nx_error last_error;
     atomic_bool tracing;
     nx_event *events;
@@ -94,6 +105,8 @@ nx_status nx_pager_init(nx_model *, nx_error *);
 void nx_pager_free(nx_model *);
 void nx_event_add(nx_model *, nx_event_kind, uint32_t a, uint64_t b);
 void nx_read_error(nx_model *, const nx_extent *, const nx_read *, nx_error *);
+/* Publish an engine's counters. Only its driver may ask the engine; anyone may ask for statistics. */
+void nx_stats_see(const nx_io *, nx_io_stats *seen);
 
 /* Anonymous memory, page aligned; NULL when it cannot be had. */
 void *nx_memory_map(uint64_t nbytes);
@@ -101,6 +114,16 @@ void nx_memory_unmap(void *, uint64_t nbytes);
 
 static inline uint64_t nx_round_up(uint64_t value, uint64_t to) {
     return (value + to - 1) / to * to;
+}
+
+/* Where a read lands in page aligned memory: `lead` bytes after its start, in `span` bytes. The offset
+ * within the page is that in the file, so that a direct read of whole pages lands without a copy and
+ * stays within the span. */
+static inline uint64_t nx_lead(const nx_model_file *f, uint64_t offset) {
+    return f->slack + offset % NX_PAGE;
+}
+static inline uint64_t nx_span(const nx_model_file *f, uint64_t offset, uint64_t nbytes) {
+    return nx_round_up(offset % NX_PAGE + nbytes, NX_PAGE) + 2 * f->slack;
 }
 
 #endif

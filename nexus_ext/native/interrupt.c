@@ -22,15 +22,25 @@ static void on_sigint(int number, siginfo_t *info, void *context) {
     else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) before.sa_handler(number);
 }
 
+static int is_ours(const struct sigaction *action) {
+    return (action->sa_flags & SA_SIGINFO) && action->sa_sigaction == on_sigint;
+}
+
 void nx_interrupt_arm(void) {
     pthread_mutex_lock(&lock);
     if (armed++ == 0) {
         atomic_store(&flag, 0);
-        struct sigaction ours = {.sa_sigaction = on_sigint, .sa_flags = SA_SIGINFO};
-        sigemptyset(&ours.sa_mask);
-        sigaction(SIGINT, NULL, &before);
-        /* SIG_IGN stays ignored: a background job must not die of the terminal's Ctrl-C. */
-        if ((before.sa_flags & SA_SIGINFO) || before.sa_handler != SIG_IGN) sigaction(SIGINT, &ours, NULL);
+        struct sigaction now;
+        sigaction(SIGINT, NULL, &now);
+        /* SIG_IGN stays ignored: a background job must not die of the terminal's Ctrl-C. Ours may be
+         * there although nothing is armed, when somebody has put it back: it must not come before itself. */
+        if (!is_ours(&now) && ((now.sa_flags & SA_SIGINFO) || now.sa_handler != SIG_IGN)) {
+            before = now;
+            struct sigaction ours = {.sa_mask = now.sa_mask,
+                                     .sa_flags = SA_SIGINFO | (now.sa_flags & (SA_RESTART | SA_ONSTACK))};
+            ours.sa_sigaction = on_sigint;
+            sigaction(SIGINT, &ours, NULL);
+        }
     }
     pthread_mutex_unlock(&lock);
 }
@@ -38,7 +48,9 @@ void nx_interrupt_arm(void) {
 void nx_interrupt_disarm(void) {
     pthread_mutex_lock(&lock);
     if (armed > 0 && --armed == 0) {
-        sigaction(SIGINT, &before, NULL);
+        struct sigaction now;
+        sigaction(SIGINT, NULL, &now);
+        if (is_ours(&now)) sigaction(SIGINT, &before, NULL); /* else somebody has set another since */
         atomic_store(&flag, 0);
     }
     pthread_mutex_unlock(&lock);

@@ -1,5 +1,6 @@
 /*
- * io.c: turns reads into requests, and keeps the promises of nexus_io.h whichever engine moves them.
+ * io.c: turns reads into requests, and keeps the promises of nexus_io.h whichever engine moves
+ * them.
  *
  * Life of a read: queued (in the list, some of it not yet cut into requests) -> issued (wholly cut)
  * -> done, when its last request has ended. nx_active counts its requests that exist.
@@ -44,8 +45,10 @@ static void read_done(nx_io *io, nx_read *read) {
     read->done = 1;
 }
 
-/* The failure at the lowest offset wins: what is reported does not depend on the order of arrival. */
-static void read_failed(nx_io *io, nx_read *read, nx_status status, int sys_errno, uint64_t offset) {
+/* The failure at the lowest offset wins: what is reported does not depend on the order of arrival.
+ */
+static void read_failed(nx_io *io, nx_read *read, nx_status status, int sys_errno,
+                        uint64_t offset) {
     if (read->status == NX_OK || offset < read->error_offset) {
         read->status = status;
         read->sys_errno = sys_errno;
@@ -103,7 +106,8 @@ static void request_arrived(nx_io *io, nx_request *q) {
     }
 #ifdef POSIX_FADV_DONTNEED
     if (io->options.drop_cache && !q->direct)
-        (void)posix_fadvise(q->fd, (off_t)q->begin, (off_t)(q->end - q->begin), POSIX_FADV_DONTNEED);
+        (void)posix_fadvise(q->fd, (off_t)q->begin, (off_t)(q->end - q->begin),
+                            POSIX_FADV_DONTNEED);
 #endif
 }
 
@@ -159,13 +163,15 @@ void nx_io_completed(nx_io *io, nx_request *q, int64_t result) {
     if (io->closing && read->status == NX_OK)
         read_failed(io, read, NX_E_CLOSED, 0, q->begin + q->have);
     /* Of a read that has failed only what lies below the failure goes on: it may fail as well. */
-    if (read->status != NX_OK && (io->closing || q->begin + q->have >= read->error_offset || failed))
+    if (read->status != NX_OK &&
+        (io->closing || q->begin + q->have >= read->error_offset || failed))
         request_free(io, q);
     else
         request_retry(io, q);
 }
 
-/* May a direct request go straight into place? Decided for a read as a whole, apart from its cuts. */
+/* May a direct request go straight into place? Decided for a read as a whole, apart from its cuts.
+ */
 static bool lands_in_place(const nx_read *read, const nx_file *file) {
     uint64_t begin = nx_io_floor(read->offset, file->offset_align);
     uint64_t end = nx_io_ceil(read->nx_end, file->offset_align);
@@ -205,7 +211,8 @@ static void request_cut(nx_io *io) {
         if (bounced && limit > NX_IO_BOUNCE_BYTES) limit = NX_IO_BOUNCE_BYTES;
     }
     if (limit < unit) limit = unit;
-    if (end - begin > limit) { /* cut in equal parts: a small rest costs as much as a whole request */
+    if (end - begin >
+        limit) { /* cut in equal parts: a small rest costs as much as a whole request */
         uint64_t n = (end - begin + limit - 1) / limit;
         uint64_t cut = nx_io_ceil(begin + (end - begin + n - 1) / n, unit);
         if (cut > begin + limit) cut = nx_io_floor(begin + limit, unit);
@@ -224,8 +231,8 @@ static void request_cut(nx_io *io) {
     q->fd = direct ? file->fd_direct : file->fd_buffered;
     q->bounced = bounced;
     /* As an integer: `begin` may lie before `offset`, in the slack. */
-    q->mem = bounced ? q->bounce
-                     : (uint8_t *)((uintptr_t)read->dst + (uintptr_t)(begin - read->offset));
+    q->mem =
+        bounced ? q->bounce : (uint8_t *)((uintptr_t)read->dst + (uintptr_t)(begin - read->offset));
     q->begin = begin;
     q->end = end;
     q->have = 0;
@@ -320,7 +327,8 @@ nx_status nx_io_poll(nx_io *io) {
 }
 
 nx_status nx_io_wait(nx_io *io, nx_read *read, int (*abort)(void *), void *ctx) {
-    if (!read->done && (read->nx_owner != io || read->nx_state == NX_READ_IDLE)) return NX_E_INVALID;
+    if (!read->done && (read->nx_owner != io || read->nx_state == NX_READ_IDLE))
+        return NX_E_INVALID;
     if (read->done) return read->status;
     nx_status status = nx_io_poll(io);
     uint64_t asked_ns = 0;

@@ -1,6 +1,6 @@
 /*
- * io_file.c: one open file. Which alignment direct reads of it need, whether they can be trusted, and
- * whether it is still the file that was opened.
+ * io_file.c: one open file. Which alignment direct reads of it need, whether they can be trusted,
+ * and whether it is still the file that was opened.
  */
 #include "io_internal.h"
 
@@ -241,7 +241,8 @@ static const char *how_text(nx_file_how how) {
     case NX_FILE_BUFFERED_MEMORY: return "the file system keeps its files in memory";
     case NX_FILE_BUFFERED_REFUSED: return "the file system offers no direct reads";
     case NX_FILE_BUFFERED_FAILED: return "a direct read for trial failed";
-    case NX_FILE_BUFFERED_LIES: return "a direct read for trial brought other bytes than a buffered one";
+    case NX_FILE_BUFFERED_LIES:
+        return "a direct read for trial brought other bytes than a buffered one";
     case NX_FILE_BUFFERED_LATE: return "a direct read was refused later on";
     }
     return "unknown";
@@ -266,7 +267,8 @@ nx_status nx_file_check(nx_file *file) {
     struct stat st;
     if (fstat(file->fd_buffered, &st) != 0) return NX_E_IO;
     if ((uint64_t)st.st_size < file->nbytes) return NX_E_TRUNCATED;
-    if ((uint64_t)st.st_size != file->nbytes || mtime_ns(&st) != file->mtime_ns) return NX_E_CHANGED;
+    if ((uint64_t)st.st_size != file->nbytes || mtime_ns(&st) != file->mtime_ns)
+        return NX_E_CHANGED;
     if (stat(file->path, &st) != 0) return errno == ENOENT || errno == ENOTDIR ? NX_OK : NX_E_IO;
     if ((uint64_t)st.st_dev != file->device || (uint64_t)st.st_ino != file->inode)
         return NX_E_CHANGED;

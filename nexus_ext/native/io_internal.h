@@ -2,13 +2,13 @@
  * io_internal.h: what io.c, io_file.c and the engines share. Not installed.
  *
  *   io.c          reads -> requests: order, cutting, alignment, bounce, retries, faults
- *   io_file.c     one open file: is direct reading possible, with which alignment, is it the same file
+ *   io_file.c     an open file: can it be read directly, with which alignment, is it still the same
  *   io_uring.c    an engine: moves requests through io_uring
  *   io_threads.c  an engine: moves requests through a pool of threads
  *   io_probe.c    the bandwidth of a disk, with the above
  *
- * A request is one contiguous range of one file on its way into memory. It is in exactly one place at
- * a time: the free list, the retry list (waiting to be issued again), or the engine (in flight).
+ * A request is one contiguous range of one file on its way into memory. It is in exactly one place
+ * at a time: the free list, the retry list (waiting to be issued again), or the engine (in flight).
  */
 #ifndef NEXUS_IO_INTERNAL_H
 #define NEXUS_IO_INTERNAL_H
@@ -33,14 +33,14 @@
 
 typedef enum nx_file_how {
     NX_FILE_DIRECT,
-    NX_FILE_DIRECT_UNCACHED,   /* macOS F_NOCACHE */
+    NX_FILE_DIRECT_UNCACHED, /* macOS F_NOCACHE */
     NX_FILE_BUFFERED_WANTED,
     NX_FILE_BUFFERED_EMPTY,
-    NX_FILE_BUFFERED_MEMORY,   /* tmpfs: takes O_DIRECT and means nothing by it */
-    NX_FILE_BUFFERED_REFUSED,  /* open or statx said no */
-    NX_FILE_BUFFERED_FAILED,   /* the trial read failed */
-    NX_FILE_BUFFERED_LIES,     /* the trial read brought other bytes */
-    NX_FILE_BUFFERED_LATE      /* a read refused it long after */
+    NX_FILE_BUFFERED_MEMORY,  /* tmpfs: takes O_DIRECT and means nothing by it */
+    NX_FILE_BUFFERED_REFUSED, /* open or statx said no */
+    NX_FILE_BUFFERED_FAILED,  /* the trial read failed */
+    NX_FILE_BUFFERED_LIES,    /* the trial read brought other bytes */
+    NX_FILE_BUFFERED_LATE     /* a read refused it long after */
 } nx_file_how;
 
 struct nx_file {
@@ -77,10 +77,11 @@ typedef struct nx_request {
 } nx_request;
 
 /*
- * What moves requests. `start` sets io->engine_state, or fails and says why in io->note. `push` only
- * notes a request down. `turn` hands over what was pushed, waits up to wait_ns for a completion if
- * none is there (0: does not wait), and calls nx_io_completed for each. It returns 0, or the errno with
- * which the engine itself failed. `stop` waits until nothing is in flight and frees.
+ * What moves requests. `start` sets io->engine_state, or fails and says why in io->note. `push`
+ * only notes a request down. `turn` hands over what was pushed, waits up to wait_ns for a
+ * completion if none is there (0: does not wait), and calls nx_io_completed for each. It returns 0,
+ * or the errno with which the engine itself failed. `stop` waits until nothing is in flight and
+ * frees.
  */
 typedef struct nx_engine {
     const char *name;
@@ -92,7 +93,7 @@ typedef struct nx_engine {
 } nx_engine;
 
 extern const nx_engine nx_engine_threads;
-extern const nx_engine nx_engine_uring; /* `start` is NX_E_UNSUPPORTED where it was not compiled in */
+extern const nx_engine nx_engine_uring; /* NX_E_UNSUPPORTED where it was not compiled in */
 
 struct nx_io {
     nx_io_options options; /* defaults filled in */

@@ -1,8 +1,8 @@
 /*
  * io_probe.c: the cold read bandwidth of the disk under one file.
  *
- * Direct reads are cold by nature. Where they are refused, the pages are dropped first, and the result
- * says whether the kernel admits that they are gone.
+ * Direct reads are cold by nature. Where they are refused, the pages are dropped first, and the
+ * result says whether the kernel admits that they are gone.
  */
 #include "io_internal.h"
 
@@ -22,8 +22,8 @@
 typedef struct nx_probe {
     nx_io *io;
     nx_file *file;
-    nx_read *reads; /* twice the depth, so that the engine always has one to issue; each with its own
-                       part of `memory` */
+    nx_read *reads; /* twice the depth, so that the engine always has one to issue; each with its
+                       own part of `memory` */
     uint8_t *memory;
     uint64_t n_blocks; /* that fit into the file */
     uint64_t random;   /* state */
@@ -164,7 +164,8 @@ nx_status nx_io_probe(const char *path, const nx_probe_options *options, nx_prob
         if (status == NX_OK) status = run(&p, out);
         if (out->direct && !nx_file_is_direct(p.file)) { /* refused on the way */
             out->direct = 0;
-            snprintf(out->how_cold, sizeof out->how_cold, "mixed: direct reads were refused on the way");
+            snprintf(out->how_cold, sizeof out->how_cold,
+                     "mixed: direct reads were refused on the way");
         }
     } else {
         out->sys_errno = errno;

@@ -2,7 +2,8 @@
  * io_threads.c: the engine for machines without io_uring: a pool of threads that call pread.
  *
  * The driver owns `fresh`. `work` and `finished` are under the lock, and so is the handing over of
- * requests: between push and nx_io_completed a request belongs to the pool. No lock is held over a read.
+ * requests: between push and nx_io_completed a request belongs to the pool. No lock is held over a
+ * read.
  */
 #include "io_internal.h"
 
@@ -93,7 +94,8 @@ static void cond_wait_ns(pthread_cond_t *cond, pthread_mutex_t *lock, int64_t ns
     (void)pthread_cond_timedwait_relative_np(cond, lock, &t);
 #else
     uint64_t until = nx_io_now_ns() + (uint64_t)ns;
-    struct timespec t = {.tv_sec = (time_t)(until / 1000000000u), .tv_nsec = (long)(until % 1000000000u)};
+    struct timespec t = {.tv_sec = (time_t)(until / 1000000000u),
+                         .tv_nsec = (long)(until % 1000000000u)};
     (void)pthread_cond_timedwait(cond, lock, &t);
 #endif
 }

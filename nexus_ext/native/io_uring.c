@@ -1,14 +1,15 @@
 /*
  * io_uring.c: the engine for Linux: one ring, spoken to by system calls (no liburing).
  *
- * Only the driver touches the ring. The kernel writes the head of the submission queue and the tail of
- * the completion queue; each side publishes its own index with release and reads the other's with
- * acquire. A request has at most one entry in the ring and there are at most `depth` of them, so neither
- * queue can run over.
+ * Only the driver touches the ring. The kernel writes the head of the submission queue and the tail
+ * of the completion queue; each side publishes its own index with release and reads the other's
+ * with acquire. A request has at most one entry in the ring and there are at most `depth` of them,
+ * so neither queue can run over.
  *
- * The driving thread may change, so IORING_SETUP_SINGLE_ISSUER and DEFER_TASKRUN are out of the
- * question. COOP_TASKRUN is fine: completions are taken in when the thread that submitted enters the kernel,
- * sleeps or ends, instead of by an interrupt of its computation.
+ * The driving thread may change, which rules out the flags SINGLE_ISSUER and DEFER_TASKRUN.
+ * COOP_TASKRUN gained nothing that could be measured, and delayed completions by up to a tick of
+ * the scheduler while the thread that had submitted was computing and another one waited. So the
+ * ring has no flags at all.
  */
 #include "io_internal.h"
 
@@ -29,17 +30,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* Flags of kernels 5.18 and 5.19, which older headers lack. */
-#define NX_SETUP_SUBMIT_ALL (1u << 7)
-#define NX_SETUP_COOP_TASKRUN (1u << 8)
-#define NX_SETUP_TASKRUN_FLAG (1u << 9)
-#define NX_SQ_CQ_OVERFLOW (1u << 1)
-#define NX_SQ_TASKRUN (1u << 2)
-
 /*
  * Entries per call. For three or more the kernel plugs the queue of the device, and neighbours are
- * merged into requests of up to max_sectors_kb. The caller has chosen request_bytes on purpose: on the
- * virtual disk where this was measured, 512 KiB requests merged to 4 MiB lost 15 % of the bandwidth.
+ * merged into requests of up to max_sectors_kb. The caller has chosen request_bytes on purpose: on
+ * the virtual disk where this was measured, 512 KiB requests merged to 4 MiB lost 15 % of the
+ * bandwidth.
  */
 #define NX_URING_BATCH 2u
 
@@ -53,7 +48,7 @@ typedef struct nx_uring {
     size_t sqes_bytes;
     uint32_t sq_tail; /* ours; published by turn */
     uint32_t sq_mask, cq_mask;
-    shared_u32 *sq_head_shared, *sq_tail_shared, *sq_flags, *cq_head_shared, *cq_tail_shared;
+    shared_u32 *sq_head_shared, *sq_tail_shared, *cq_head_shared, *cq_tail_shared;
     const struct io_uring_cqe *cqes;
 } nx_uring;
 
@@ -62,19 +57,6 @@ static void uring_free(nx_uring *u) {
     if (u->rings) munmap(u->rings, u->rings_bytes);
     if (u->fd >= 0) close(u->fd);
     free(u);
-}
-
-static int setup(uint32_t entries, struct io_uring_params *p) {
-    static const uint32_t flags[] = {
-        NX_SETUP_SUBMIT_ALL | NX_SETUP_COOP_TASKRUN | NX_SETUP_TASKRUN_FLAG, 0};
-    int fd = -1;
-    for (size_t i = 0; i < sizeof flags / sizeof *flags; i++) {
-        memset(p, 0, sizeof *p);
-        p->flags = flags[i];
-        fd = (int)syscall(SYS_io_uring_setup, entries, p);
-        if (fd >= 0 || errno != EINVAL) break;
-    }
-    return fd;
 }
 
 /* NULL: it cannot be mapped (errno). A child of fork must not write into the parent's ring. */
@@ -88,15 +70,15 @@ static void *map(int fd, size_t nbytes, off_t what) {
 /* A filter may let a ring be set up and then forbid its use: better to know now. */
 static bool may_enter(int fd) {
     struct io_uring_getevents_arg arg = {0};
-    return syscall(SYS_io_uring_enter, fd, 0, 0, IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG, &arg,
-                   sizeof arg) >= 0;
+    return syscall(SYS_io_uring_enter, fd, 0, 0, IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG,
+                   &arg, sizeof arg) >= 0;
 }
 
 static nx_status uring_start(nx_io *io) {
-    struct io_uring_params p;
+    struct io_uring_params p = {0};
     nx_uring *u = calloc(1, sizeof *u);
     if (!u) return NX_E_NOMEM;
-    u->fd = setup(io->options.depth, &p);
+    u->fd = (int)syscall(SYS_io_uring_setup, io->options.depth, &p);
     if (u->fd < 0) {
         snprintf(io->note, sizeof io->note, "io_uring is not available: %s", strerror(errno));
         uring_free(u);
@@ -126,7 +108,6 @@ static nx_status uring_start(nx_io *io) {
     uint8_t *base = u->rings;
     u->sq_head_shared = (shared_u32 *)(base + p.sq_off.head);
     u->sq_tail_shared = (shared_u32 *)(base + p.sq_off.tail);
-    u->sq_flags = (shared_u32 *)(base + p.sq_off.flags);
     u->cq_head_shared = (shared_u32 *)(base + p.cq_off.head);
     u->cq_tail_shared = (shared_u32 *)(base + p.cq_off.tail);
     u->cqes = (const struct io_uring_cqe *)(base + p.cq_off.cqes);
@@ -169,13 +150,17 @@ static uint32_t reap(nx_io *io) {
     return n;
 }
 
+static void pause_1ms(void) {
+    struct timespec t = {.tv_sec = 0, .tv_nsec = 1000000};
+    nanosleep(&t, NULL);
+}
+
 static int uring_turn(nx_io *io, int64_t wait_ns) {
     nx_uring *u = io->engine_state;
     atomic_store_explicit(u->sq_tail_shared, u->sq_tail, memory_order_release);
     if (reap(io) > 0) wait_ns = 0;
     uint32_t to_submit = unsubmitted(u);
-    uint32_t flags = atomic_load_explicit(u->sq_flags, memory_order_relaxed);
-    if (to_submit == 0 && wait_ns == 0 && !(flags & (NX_SQ_TASKRUN | NX_SQ_CQ_OVERFLOW))) return 0;
+    if (to_submit == 0 && wait_ns == 0) return 0;
     while (to_submit > NX_URING_BATCH) {
         /* A refusal comes again with the last call, which knows what to do about it. */
         if (syscall(SYS_io_uring_enter, u->fd, NX_URING_BATCH, 0, 0, NULL, 0) <= 0) break;
@@ -191,25 +176,25 @@ static int uring_turn(nx_io *io, int64_t wait_ns) {
     switch (error) {
     case 0:
     case ETIME:
-    case EINTR:
-    case EAGAIN: /* the kernel is short of memory for a moment; the entries stay and go next time */
+    case EINTR: return 0;
+    case EAGAIN: /* short of memory for a moment: the entries stay, and go next time */
     case EBUSY:
     case ENOMEM:
+        if (wait_ns > 0) pause_1ms();
         return 0;
-    default:
-        return error;
+    default: return error;
     }
 }
 
 static void uring_stop(nx_io *io) {
     nx_uring *u = io->engine_state;
-    /* If entering is refused now, what was never submitted never starts; the rest still completes. */
+    /* If entering is refused now, what was never submitted never starts; the rest still completes.
+     */
     while (io->in_flight > 0) {
         int error = uring_turn(io, 100000000);
         if (error == 0) continue;
         if (io->in_flight <= unsubmitted(u)) break;
-        struct timespec t = {.tv_sec = 0, .tv_nsec = 1000000};
-        nanosleep(&t, NULL);
+        pause_1ms();
     }
     uring_free(u);
     io->engine_state = NULL;

@@ -22,16 +22,22 @@ typedef struct cursor {
     unsigned line;
 } cursor;
 
+static bool at_end(cursor *c) {
+    while (c->at < c->end && *c->at == ' ') c->at++;
+    return c->at == c->end;
+}
+
 /* The next word of the line, copied into `word`; false at the end of the line or when too long. */
 static bool take_word(cursor *c, char *word, size_t size) {
-    while (c->at < c->end && *c->at == ' ') c->at++;
+    word[0] = 0;
+    if (at_end(c)) return false;
     size_t n = 0;
     while (c->at < c->end && *c->at != ' ') {
         if (n + 1 >= size) return false;
         word[n++] = *c->at++;
+        word[n] = 0;
     }
-    word[n] = 0;
-    return n > 0;
+    return true;
 }
 
 static bool take_number(cursor *c, uint64_t *value) {
@@ -42,6 +48,9 @@ static bool take_number(cursor *c, uint64_t *value) {
     *value = strtoull(word, &end, 10);
     return errno == 0 && *end == 0;
 }
+
+/* The last word of a line. */
+static bool take_last_number(cursor *c, uint64_t *value) { return take_number(c, value) && at_end(c); }
 
 /* What is left of the line, without the one space before it. */
 static bool take_rest(cursor *c, char *text, size_t size) {
@@ -73,7 +82,7 @@ static bool parse_tensor(nx_model *m, cursor *c, uint32_t capacity) {
         !take_number(c, &e->nbytes) || !take_number(c, &e->virtual_offset))
         return false;
     for (int i = 0; i < NX_MAX_DIMS; i++)
-        if (!take_number(c, &e->ne[i]) || e->ne[i] == 0) return false;
+        if (!take_number(c, &e->ne[i])) return false;
     if (!take_word(c, e->type, sizeof e->type) || !take_rest(c, e->name, sizeof e->name)) return false;
     if (strcmp(tier, "host") == 0) e->tier = NX_TIER_HOST;
     else if (strcmp(tier, "ram") == 0) e->tier = NX_TIER_RAM;
@@ -81,12 +90,17 @@ static bool parse_tensor(nx_model *m, cursor *c, uint32_t capacity) {
     else return false;
     if (file >= m->n_files) return false;
     const uint64_t size = m->files[file].nbytes;
-    if (e->nbytes == 0 || e->offset > size || e->nbytes > size - e->offset) return false;
-    uint64_t rows = 1;
+    uint64_t rows = 1, virtual_end;
+    if (e->offset > size || e->nbytes > size - e->offset) return false;
+    if (__builtin_add_overflow(e->virtual_offset, e->nbytes, &virtual_end)) return false;
     for (int i = 1; i < NX_MAX_DIMS; i++)
         if (__builtin_mul_overflow(rows, e->ne[i], &rows)) return false;
-    if (e->nbytes % rows != 0) return false;
-    e->row_bytes = e->nbytes / rows;
+    if (rows == 0 || e->ne[0] == 0) {
+        if (e->nbytes != 0 || e->tier != NX_TIER_HOST) return false; /* there is nothing to page */
+    } else {
+        if (e->nbytes == 0 || e->nbytes % rows != 0) return false;
+        e->row_bytes = e->nbytes / rows;
+    }
     e->file = (uint32_t)file;
     e->model = m;
     m->n_extents++;
@@ -101,6 +115,27 @@ static uint32_t count_tensors(const char *text, size_t nbytes) {
     return n;
 }
 
+/* What follows `key` on its line. */
+static bool parse_line(nx_model *m, cursor *c, const char *key, uint32_t capacity, bool *ended) {
+    char word[24];
+    uint64_t n = 0;
+    if (c->line == 1) return strcmp(key, "nexus-manifest") == 0 && take_last_number(c, &n) && n == 1;
+    if (strcmp(key, "ring") == 0) return take_last_number(c, &m->pager.ring_bytes);
+    if (strcmp(key, "slab") == 0) return take_last_number(c, &m->pager.slab_bytes);
+    if (strcmp(key, "scratch") == 0) return take_last_number(c, &m->pager.scratch_bytes);
+    if (strcmp(key, "virtual") == 0)
+        return take_last_number(c, &m->virtual_bytes) && m->virtual_bytes <= INT64_MAX;
+    if (strcmp(key, "io") == 0) {
+        const bool one = take_word(c, word, sizeof word) && at_end(c);
+        m->io_mode = strcmp(word, "buffered") == 0 ? NX_IO_BUFFERED : NX_IO_DIRECT;
+        return one && (m->io_mode == NX_IO_BUFFERED || strcmp(word, "direct") == 0);
+    }
+    if (strcmp(key, "file") == 0) return parse_file(m, c);
+    if (strcmp(key, "tensor") == 0) return parse_tensor(m, c, capacity);
+    *ended = strcmp(key, "end") == 0 && take_last_number(c, &n) && n == m->n_extents;
+    return *ended;
+}
+
 nx_status nx_manifest_parse(nx_model *m, const char *text, size_t nbytes, nx_error *error) {
     const uint32_t capacity = count_tensors(text, nbytes);
     m->extents = calloc(capacity ? capacity : 1, sizeof *m->extents);
@@ -110,28 +145,17 @@ nx_status nx_manifest_parse(nx_model *m, const char *text, size_t nbytes, nx_err
     }
     bool ended = false;
     unsigned line = 0;
-    for (const char *at = text, *end = text + nbytes; at < end && !ended;) {
+    if (nbytes && memchr(text, 0, nbytes)) { /* or a path or a name would end where it does not */
+        nx_error_set(error, NX_E_INVALID, 0, "the manifest is not text: it holds a zero byte");
+        return NX_E_INVALID;
+    }
+    for (const char *at = text, *end = text + nbytes; at < end;) {
         const char *newline = memchr(at, '\n', (size_t)(end - at));
         cursor c = {.at = at, .end = newline ? newline : end, .line = ++line};
         at = newline ? newline + 1 : end;
-        char key[24], word[24];
-        uint64_t n = 0;
-        bool good = take_word(&c, key, sizeof key);
-        if (!good) continue;
-        if (line == 1) good = strcmp(key, "nexus-manifest") == 0 && take_number(&c, &n) && n == 1;
-        else if (strcmp(key, "ring") == 0) good = take_number(&c, &m->pager.ring_bytes);
-        else if (strcmp(key, "slab") == 0) good = take_number(&c, &m->pager.slab_bytes);
-        else if (strcmp(key, "scratch") == 0) good = take_number(&c, &m->pager.scratch_bytes);
-        else if (strcmp(key, "virtual") == 0) good = take_number(&c, &m->virtual_bytes);
-        else if (strcmp(key, "io") == 0) {
-            good = take_word(&c, word, sizeof word) &&
-                   (strcmp(word, "direct") == 0 || strcmp(word, "buffered") == 0);
-            m->io_mode = good && word[0] == 'b' ? NX_IO_BUFFERED : NX_IO_DIRECT;
-        } else if (strcmp(key, "file") == 0) good = parse_file(m, &c);
-        else if (strcmp(key, "tensor") == 0) good = parse_tensor(m, &c, capacity);
-        else if (strcmp(key, "end") == 0) good = ended = take_number(&c, &n) && n == m->n_extents;
-        else good = false;
-        if (!good) {
+        char key[24];
+        if (line > 1 && at_end(&c)) continue;
+        if (!take_word(&c, key, sizeof key) || ended || !parse_line(m, &c, key, capacity, &ended)) {
             nx_error_set(error, NX_E_INVALID, 0, "line %u of the manifest (\"%s\") is not valid", line, key);
             return NX_E_INVALID;
         }
@@ -142,6 +166,9 @@ nx_status nx_manifest_parse(nx_model *m, const char *text, size_t nbytes, nx_err
     }
     return NX_OK;
 }
+
+/* Too many for a number is too many for the pager, which says so. */
+static uint32_t bounded(uint64_t n) { return n < UINT32_MAX ? (uint32_t)n : UINT32_MAX; }
 
 /* Rows of one slab, and how many slabs a matrix of `rows` rows makes.
  *
@@ -162,19 +189,16 @@ void nx_slab_split(uint64_t rows, uint64_t row_bytes, uint64_t slab_bytes, uint6
         target = target / unit * unit;
         if (target == 0) target = 4;
         *slab_rows = target;
-        *n_slabs = (uint32_t)((rows + target - 1) / target);
+        *n_slabs = bounded((rows - 1) / target + 1);
         return;
     }
     const uint64_t class = rows % 4 == 2 ? 2 : 1;
     target = target > class ? (target - class) / 4 * 4 + class : class;
-    while (((rows + target - 1) / target) % 2 == 0) {
-        if (target <= class) { /* one row a slab and an even number of them: do not cut */
-            *slab_rows = rows;
-            *n_slabs = 1;
-            return;
-        }
-        target -= 4;
+    uint64_t n = (rows - 1) / target + 1;
+    while (n % 2 == 0) { /* ends: slabs of `class` rows are an odd number */
+        target = ((rows - 1) / n - class) / 4 * 4 + class; /* the largest that makes more than n */
+        n = (rows - 1) / target + 1;
     }
     *slab_rows = target;
-    *n_slabs = (uint32_t)((rows + target - 1) / target);
+    *n_slabs = bounded(n);
 }

@@ -136,6 +136,7 @@ nx_extent *nx_model_find(nx_model *m, const char *name) {
 static nx_status open_files(nx_model *m, nx_error *error) {
     for (uint32_t i = 0; i < m->n_files; i++) {
         nx_model_file *f = &m->files[i];
+        nx_file_info info;
         nx_status status = nx_file_open(f->path, m->io_mode, &f->file);
         int code = errno;
         if (status == NX_OK) {
@@ -148,8 +149,15 @@ static nx_status open_files(nx_model *m, nx_error *error) {
             snprintf(error->path, sizeof error->path, "%s", f->path);
             return status;
         }
+        nx_file_get_info(f->file, &info);
+        if (info.offset_align > NX_PAGE) f->slack = NX_IO_SLACK;
         struct stat st;
-        if (fstat(f->fd, &st) != 0 || (uint64_t)st.st_size != f->nbytes) {
+        if (fstat(f->fd, &st) != 0 || (uint64_t)st.st_dev != info.device || (uint64_t)st.st_ino != info.inode) {
+            nx_error_set(error, NX_E_CHANGED, 0, "%s was replaced while it was being opened", f->path);
+            snprintf(error->path, sizeof error->path, "%s", f->path);
+            return NX_E_CHANGED;
+        }
+        if ((uint64_t)st.st_size != f->nbytes || info.nbytes != f->nbytes) {
             nx_error_set(error, NX_E_CHANGED, 0, "%s has %lld bytes, its header was read when it had %llu",
                          f->path, (long long)st.st_size, (unsigned long long)f->nbytes);
             snprintf(error->path, sizeof error->path, "%s", f->path);
@@ -162,20 +170,20 @@ static nx_status open_files(nx_model *m, nx_error *error) {
     return NX_OK;
 }
 
-/* Give each pinned extent its place: the offset within the page equals that in the file, so that a
- * direct read lands without a copy. */
+/* Give each pinned extent its place. */
 static nx_status place_pinned(nx_model *m, nx_error *error) {
     uint64_t total = 0;
     for (uint32_t i = 0; i < m->n_extents; i++) {
         nx_extent *e = &m->extents[i];
         if (e->tier == NX_TIER_HOST) m->host_bytes += e->nbytes;
         if (e->tier != NX_TIER_RAM) continue;
-        total += nx_round_up(e->offset % NX_PAGE + e->nbytes, NX_PAGE);
+        total += nx_span(&m->files[e->file], e->offset, e->nbytes);
+        if (total > INT64_MAX) break; /* extents may overlap, and be more than there is of anything */
     }
     /* A page of slack on both sides: the reader may write there. */
     m->pinned_bytes = total ? total + 2 * NX_PAGE : 0;
     if (!total) return NX_OK;
-    m->pinned = nx_memory_map(m->pinned_bytes);
+    if (total <= INT64_MAX) m->pinned = nx_memory_map(m->pinned_bytes);
     if (!m->pinned) {
         nx_error_set(error, NX_E_NOMEM, ENOMEM, "%llu bytes for resident weights cannot be allocated",
                      (unsigned long long)m->pinned_bytes);
@@ -185,8 +193,8 @@ static nx_status place_pinned(nx_model *m, nx_error *error) {
     for (uint32_t i = 0; i < m->n_extents; i++) {
         nx_extent *e = &m->extents[i];
         if (e->tier != NX_TIER_RAM) continue;
-        e->pinned = at + e->offset % NX_PAGE;
-        at += nx_round_up(e->offset % NX_PAGE + e->nbytes, NX_PAGE);
+        e->pinned = at + nx_lead(&m->files[e->file], e->offset);
+        at += nx_span(&m->files[e->file], e->offset, e->nbytes);
     }
     return NX_OK;
 }
@@ -246,7 +254,7 @@ nx_status nx_model_create(const char *manifest, size_t manifest_bytes, const voi
         model_free(m);
         return status;
     }
-    memcpy(m->header, header, header_bytes);
+    if (header_bytes) memcpy(m->header, header, header_bytes);
     m->header_bytes = header_bytes;
     atomic_init(&m->loaded, true);
     *out = m;
@@ -265,8 +273,8 @@ nx_extent *nx_model_extent(nx_model *m, size_t i) { return i < m->n_extents ? &m
 void nx_model_close(nx_model *m) {
     pthread_mutex_lock(&m->lock);
     m->closed = true;
+    pthread_cond_broadcast(&m->turn_free); /* who waits for a turn need not wait for it to end */
     while (m->turn) pthread_cond_wait(&m->turn_free, &m->lock);
-    pthread_cond_broadcast(&m->turn_free);
     pthread_mutex_unlock(&m->lock);
 }
 
@@ -279,18 +287,19 @@ static nx_status load_start(nx_model *m, nx_extent *e) {
     nx_read *read = &m->load_reads[i];
     *read = (nx_read){
         .file = m->files[e->file].file, .offset = e->offset, .nbytes = e->nbytes, .dst = e->pinned};
-    nx_status status = nx_io_submit(m->load_io, &read, 1);
-    if (status != NX_OK) return status;
-    if (!m->load_begin_ns) m->load_begin_ns = nx_now_ns();
-    m->load_state[i] = 1;
     atomic_store(&m->loaded, false);
-    return NX_OK;
+    nx_status status = nx_io_submit(m->load_io, &read, 1);
+    if (status != NX_OK && status != NX_E_IO) return status;
+    if (!m->load_begin_ns) __atomic_store_n(&m->load_begin_ns, nx_now_ns(), __ATOMIC_RELAXED);
+    m->load_state[i] = 1; /* also if the engine failed (NX_E_IO): it still knows the read */
+    return status;
 }
 
 nx_status nx_model_claim(nx_model *m, nx_extent *e) {
     pthread_mutex_lock(&m->load_lock);
-    e->claimed = 1;
+    __atomic_store_n(&e->claimed, 1, __ATOMIC_RELAXED);
     nx_status status = e->tier == NX_TIER_RAM ? load_start(m, e) : NX_OK;
+    nx_stats_see(m->load_io, &m->load_seen);
     pthread_mutex_unlock(&m->load_lock);
     return status;
 }
@@ -322,6 +331,7 @@ nx_status nx_model_finish_load(nx_model *m, int (*progress)(void *, uint64_t, ui
         nx_extent *e = &m->extents[i];
         if (m->load_state[i] == 1) {
             result = nx_io_wait(m->load_io, &m->load_reads[i], load_should_stop, &state);
+            nx_stats_see(m->load_io, &m->load_seen);
             if (result == NX_OK && (result = m->load_reads[i].status) == NX_OK) m->load_state[i] = 2;
             else if (m->load_reads[i].done) {
                 m->load_state[i] = 0;
@@ -330,7 +340,8 @@ nx_status nx_model_finish_load(nx_model *m, int (*progress)(void *, uint64_t, ui
                 nx_model_fail(m, &error);
             } else {
                 nx_error error;
-                nx_error_set(&error, result, 0, "loading was stopped");
+                nx_error_set(&error, result, m->load_reads[i].sys_errno,
+                             result == NX_E_ABORTED ? "loading was stopped" : "the read engine failed");
                 nx_model_fail(m, &error);
             }
         }
@@ -338,7 +349,7 @@ nx_status nx_model_finish_load(nx_model *m, int (*progress)(void *, uint64_t, ui
         if (result == NX_OK && load_should_stop(&state)) result = NX_E_ABORTED;
     }
     if (result == NX_OK) {
-        m->load_end_ns = nx_now_ns();
+        __atomic_store_n(&m->load_end_ns, nx_now_ns(), __ATOMIC_RELAXED);
         atomic_store(&m->loaded, true);
     }
     pthread_mutex_unlock(&m->load_lock);
@@ -369,26 +380,33 @@ nx_status nx_model_read(nx_model *m, const nx_extent *e, uint64_t offset, void *
 
 /* -- facts -------------------------------------------------------------------------------------- */
 
-/* Counters are written by whoever has the turn, without a lock. */
-static void copy_stats(const nx_model *m, nx_stats *out) {
-    const uint64_t *from = (const uint64_t *)&m->stats;
-    uint64_t *to = (uint64_t *)out;
-    for (size_t i = 0; i < sizeof *out / sizeof *to; i++)
-        to[i] = __atomic_load_n(&from[i], __ATOMIC_RELAXED);
+/* Counters are words that are written without a lock, by whoever has the turn, and read at any time. */
+static void copy_words(void *to, const void *from, size_t nbytes) {
+    for (size_t i = 0; i < nbytes / sizeof(uint64_t); i++)
+        __atomic_store_n((uint64_t *)to + i, __atomic_load_n((const uint64_t *)from + i, __ATOMIC_RELAXED),
+                         __ATOMIC_RELAXED);
+}
+
+void nx_stats_see(const nx_io *io, nx_io_stats *seen) {
+    nx_io_stats now;
+    nx_io_get_stats(io, &now);
+    copy_words(seen, &now, sizeof now);
 }
 
 void nx_model_get_stats(nx_model *m, nx_stats *out) {
-    struct nx_io_stats run, load;
-    nx_io_get_stats(m->io, &run);
-    nx_io_get_stats(m->load_io, &load);
+    nx_io_stats run, load;
     pthread_mutex_lock(&m->lock);
-    copy_stats(m, out);
-    out->bytes_read = run.bytes_read + load.bytes_read - out->bytes_read;
-    out->bytes_loaded = load.bytes_read - out->bytes_loaded;
-    out->retries = run.retries + load.retries;
-    out->short_reads = run.short_reads + load.short_reads;
-    out->bounces = run.bounces + load.bounces;
-    out->load_ns = m->load_end_ns > m->load_begin_ns ? m->load_end_ns - m->load_begin_ns : 0;
+    copy_words(out, &m->stats, sizeof *out);
+    copy_words(&run, &m->run_seen, sizeof run);
+    copy_words(&load, &m->load_seen, sizeof load);
+    out->bytes_loaded = load.bytes_read - m->load_base.bytes_read;
+    out->bytes_read = run.bytes_read - m->run_base.bytes_read + out->bytes_loaded;
+    out->retries = run.retries - m->run_base.retries + load.retries - m->load_base.retries;
+    out->short_reads = run.short_reads - m->run_base.short_reads + load.short_reads - m->load_base.short_reads;
+    out->bounces = run.bounces - m->run_base.bounces + load.bounces - m->load_base.bounces;
+    const uint64_t begin = __atomic_load_n(&m->load_begin_ns, __ATOMIC_RELAXED);
+    const uint64_t end = __atomic_load_n(&m->load_end_ns, __ATOMIC_RELAXED);
+    out->load_ns = end > begin ? end - begin : 0;
     out->pinned_bytes = m->pinned_bytes;
     out->ring_bytes = m->pager.ring_bytes;
     out->scratch_bytes = m->pager.scratch_bytes;
@@ -397,17 +415,11 @@ void nx_model_get_stats(nx_model *m, nx_stats *out) {
 }
 
 void nx_model_reset_stats(nx_model *m) {
-    struct nx_io_stats run;
-    nx_io_get_stats(m->io, &run);
-    struct nx_io_stats load;
-    nx_io_get_stats(m->load_io, &load);
+    static const nx_stats zero;
     pthread_mutex_lock(&m->lock);
-    uint64_t *word = (uint64_t *)&m->stats;
-    for (size_t i = 0; i < sizeof m->stats / sizeof *word; i++)
-        __atomic_store_n(&word[i], 0, __ATOMIC_RELAXED);
-    /* The bases that get_stats subtracts. */
-    __atomic_store_n(&m->stats.bytes_read, run.bytes_read + load.bytes_read, __ATOMIC_RELAXED);
-    __atomic_store_n(&m->stats.bytes_loaded, load.bytes_read, __ATOMIC_RELAXED);
+    copy_words(&m->stats, &zero, sizeof zero);
+    copy_words(&m->run_base, &m->run_seen, sizeof m->run_base);
+    copy_words(&m->load_base, &m->load_seen, sizeof m->load_base);
     pthread_mutex_unlock(&m->lock);
 }
 

@@ -12,7 +12,8 @@
  * has ended. Nothing is ever handed out before `read.done` with status NX_OK.
  *
  * Reading ahead does not stop at the end of a graph: the piece that followed the last one the last time
- * (usually the first layer, for the next token) is read while the tail of this graph is computed.
+ * (usually the first layer, for the next token) is read while the tail of this graph is computed. It
+ * stops before a piece that is ahead already: a ring that holds a whole cycle need not hold two.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -24,7 +25,7 @@
 
 nx_status nx_pager_init(nx_model *m, nx_error *error) {
     nx_pager *p = &m->pager;
-    uint64_t n_pieces = 0, largest = 0;
+    uint64_t n_pieces = 0;
     for (uint32_t i = 0; i < m->n_extents; i++) {
         nx_extent *e = &m->extents[i];
         if (e->tier != NX_TIER_NVME) continue;
@@ -33,8 +34,6 @@ nx_status nx_pager_init(nx_model *m, nx_error *error) {
             e->n_pieces = 1;
         } else {
             nx_slab_split(e->ne[1], e->row_bytes, p->slab_bytes, &e->slab_rows, &e->n_pieces);
-            uint64_t piece = e->slab_rows * e->row_bytes;
-            if (piece > largest) largest = piece;
         }
         e->first_piece = (uint32_t)n_pieces;
         n_pieces += e->n_pieces;
@@ -45,7 +44,7 @@ nx_status nx_pager_init(nx_model *m, nx_error *error) {
         return NX_E_INVALID;
     }
     m->n_pieces = (uint32_t)n_pieces;
-    p->last_issued = NX_NO_PIECE;
+    p->last_issued = p->last_used = NX_NO_PIECE;
     p->ring_bytes = p->ring_bytes / NX_PAGE * NX_PAGE;
     p->n_slots = p->ring_bytes / (2 * NX_PAGE) + 2;
     const nx_io_options options = {.engine = NX_IO_ENGINE_AUTO};
@@ -56,10 +55,11 @@ nx_status nx_pager_init(nx_model *m, nx_error *error) {
     }
     m->piece_extent = malloc((n_pieces + 1) * sizeof *m->piece_extent);
     p->successor = malloc((n_pieces + 1) * sizeof *p->successor);
+    p->ahead = calloc(n_pieces + 1, sizeof *p->ahead);
     p->slots = calloc(p->n_slots, sizeof *p->slots);
     if (p->ring_bytes) p->ring = nx_memory_map(p->ring_bytes);
     if (p->scratch_bytes) p->scratch = nx_memory_map(p->scratch_bytes);
-    if (!m->piece_extent || !p->successor || !p->slots || (p->ring_bytes && !p->ring) ||
+    if (!m->piece_extent || !p->successor || !p->ahead || !p->slots || (p->ring_bytes && !p->ring) ||
         (p->scratch_bytes && !p->scratch)) {
         nx_error_set(error, NX_E_NOMEM, ENOMEM,
                      "%llu bytes for the ring and %llu for scratch cannot be allocated",
@@ -81,6 +81,9 @@ void nx_pager_free(nx_model *m) {
     nx_io_destroy(m->io); /* waits for reads in flight */
     nx_memory_unmap(p->ring, p->ring_bytes);
     nx_memory_unmap(p->scratch, p->scratch_bytes);
+    nx_memory_unmap(p->orphan, p->orphan_bytes);
+    free(p->demand);
+    free(p->ahead);
     free(p->slots);
     free(p->order);
     free(p->successor);
@@ -134,24 +137,37 @@ static uint32_t next_to_issue(const nx_pager *p) {
     return next != NX_NO_PIECE ? next : p->n_order ? p->order[0] : NX_NO_PIECE;
 }
 
+/* The engine itself has failed: what it had in hand stays where it is until it is destroyed. */
+static nx_status engine_failed(nx_model *m, int sys_errno) {
+    nx_error error;
+    nx_error_set(&error, NX_E_IO, sys_errno, "the %s engine that reads the model failed",
+                 nx_io_engine_name(m->io));
+    nx_model_fail(m, &error);
+    m->pager.broken = true;
+    return NX_E_IO;
+}
+
 static nx_status issue(nx_model *m) {
     nx_pager *p = &m->pager;
+    if (p->broken) return NX_E_IO;
     retire(p);
     for (uint32_t piece; (piece = next_to_issue(p)) != NX_NO_PIECE;) {
+        if (p->issued == p->n_order && p->ahead[piece]) break;
         uint64_t row, rows, start;
         nx_extent *e = piece_of(m, piece, &row, &rows);
         const uint64_t offset = e->offset + row * e->row_bytes, nbytes = rows * e->row_bytes;
-        const uint64_t span = nx_round_up(offset % NX_PAGE + nbytes, NX_PAGE);
+        const nx_model_file *f = &m->files[e->file];
+        const uint64_t span = nx_span(f, offset, nbytes);
         if (!reserve(p, span, &start)) break;
         nx_slot *s = SLOT(p, p->head_slot);
         *s = (nx_slot){.piece = piece, .state = NX_SLOT_LOADING, .start = start, .span = span};
-        /* dst has the file's offset within the page: the covering span is exactly the slot */
-        s->read = (nx_read){.file = m->files[e->file].file, .offset = offset, .nbytes = nbytes,
-                            .dst = p->ring + start + offset % NX_PAGE};
+        s->read = (nx_read){.file = f->file, .offset = offset, .nbytes = nbytes,
+                            .dst = p->ring + start + nx_lead(f, offset)};
         nx_read *read = &s->read;
         nx_status status = nx_io_submit(m->io, &read, 1);
-        if (status != NX_OK) return status;
+        if (status != NX_OK) return engine_failed(m, errno);
         p->head_slot++;
+        p->ahead[piece]++;
         p->head = start + span;
         if (p->issued < p->n_order) p->issued++;
         p->last_issued = piece;
@@ -162,6 +178,7 @@ static nx_status issue(nx_model *m) {
 
 static void drop(nx_model *m, nx_slot *s) {
     s->state = NX_SLOT_DROPPED;
+    m->pager.ahead[s->piece]--;
     nx_io_cancel(m->io, &s->read);
     NX_COUNT(m, pieces_dropped, 1);
     nx_event_add(m, NX_EVENT_DROP, s->piece, s->read.nbytes);
@@ -172,7 +189,10 @@ static void drop(nx_model *m, nx_slot *s) {
 static nx_status set_order(nx_model *m, nx_extent *const *uses, size_t n_uses) {
     nx_pager *p = &m->pager;
     size_t n = 0;
-    for (size_t i = 0; i < n_uses; i++) n += uses[i]->n_pieces;
+    for (size_t i = 0; i < n_uses; i++) {
+        if (uses[i]->model != m) return NX_E_INVALID;
+        n += uses[i]->n_pieces;
+    }
     if (n > p->order_capacity) {
         uint32_t *order = realloc(p->order, n * sizeof *order);
         if (!order) return NX_E_NOMEM;
@@ -186,11 +206,14 @@ static nx_status set_order(nx_model *m, nx_extent *const *uses, size_t n_uses) {
     return NX_OK;
 }
 
-/* Keep what was read ahead as far as it is what this graph begins with; drop the rest. */
+/* Keep what was read ahead as far as it is what this graph begins with; drop the rest. A graph that
+ * uses nothing says nothing about what comes next. */
 static void match_read_ahead(nx_model *m) {
     nx_pager *p = &m->pager;
     p->issued = p->used = 0;
-    uint32_t expected = p->n_order ? p->order[0] : NX_NO_PIECE;
+    p->next_slot = p->tail_slot;
+    if (p->n_order == 0) return;
+    uint32_t expected = p->order[0];
     for (uint64_t i = p->tail_slot; i < p->head_slot; i++) {
         nx_slot *s = SLOT(p, i);
         if (s->state != NX_SLOT_LOADING) continue;
@@ -202,13 +225,12 @@ static void match_read_ahead(nx_model *m) {
             drop(m, s);
         }
     }
-    p->next_slot = p->tail_slot;
 }
 
-static void learn_successors(nx_pager *p, uint32_t before) {
+static void learn_successors(nx_pager *p) {
     for (size_t i = 0; i < p->n_order; i++) {
-        if (before != NX_NO_PIECE) p->successor[before] = p->order[i];
-        before = p->order[i];
+        if (p->last_used != NX_NO_PIECE) p->successor[p->last_used] = p->order[i];
+        p->last_used = p->order[i];
     }
 }
 
@@ -223,7 +245,7 @@ nx_status nx_turn_begin(nx_model *m, nx_extent *const *uses, size_t n_uses, nx_a
     p->abort = abort;
     p->abort_ctx = ctx;
 
-    nx_status status = NX_OK;
+    nx_status status = p->broken ? NX_E_IO : NX_OK; /* the error was told when it broke */
     for (uint32_t i = 0; i < m->n_files && status == NX_OK; i++) {
         status = nx_file_check(m->files[i].file);
         if (status != NX_OK) {
@@ -233,11 +255,10 @@ nx_status nx_turn_begin(nx_model *m, nx_extent *const *uses, size_t n_uses, nx_a
             nx_model_fail(m, &error);
         }
     }
-    const uint32_t before = p->n_order ? p->order[p->n_order - 1] : NX_NO_PIECE;
     if (status == NX_OK) status = set_order(m, uses, n_uses);
     if (status == NX_OK) {
         nx_io_poll(m->io);
-        learn_successors(p, before);
+        learn_successors(p);
         match_read_ahead(m);
         status = issue(m);
         NX_COUNT(m, passes, 1);
@@ -257,6 +278,7 @@ void nx_turn_end(nx_model *m, int failed) {
     retire(p);
     if (failed) p->last_issued = NX_NO_PIECE;
     else (void)issue(m); /* reads ahead for the next graph; an error shows up there */
+    nx_stats_see(m->io, &m->run_seen);
     nx_event_add(m, NX_EVENT_PASS_END, (uint32_t)p->used, 0);
     pthread_mutex_lock(&m->lock);
     m->turn = false;
@@ -277,9 +299,10 @@ static nx_slot *next_slot(nx_pager *p) {
 }
 
 int nx_piece_ready(nx_model *m) {
+    nx_pager *p = &m->pager;
     nx_io_poll(m->io);
-    if (issue(m) != NX_OK) return 0;
-    nx_slot *s = next_slot(&m->pager);
+    if (p->used >= p->n_order || issue(m) != NX_OK) return 0;
+    nx_slot *s = next_slot(p);
     return s && s->read.done && s->read.status == NX_OK;
 }
 
@@ -290,7 +313,9 @@ static nx_status wait_read(nx_model *m, uint32_t piece, nx_read *read) {
     const uint64_t ns = nx_now_ns() - begin;
     NX_COUNT(m, wait_ns, ns);
     nx_event_add(m, NX_EVENT_WAIT, piece, ns);
-    return read->done ? NX_OK : status; /* how the read ended is for the caller to look at */
+    nx_stats_see(m->io, &m->run_seen);
+    if (read->done) return NX_OK; /* how it ended is for the caller to look at */
+    return status == NX_E_ABORTED ? status : engine_failed(m, read->sys_errno);
 }
 
 static nx_status fail_read(nx_model *m, const nx_extent *e, const nx_read *read) {
@@ -332,6 +357,7 @@ nx_status nx_piece_acquire(nx_model *m, nx_piece *out) {
     nx_extent *e = piece_of(m, s->piece, &out->row, &out->n_rows);
     if (s->read.status != NX_OK) return fail_read(m, e, &s->read);
     s->state = NX_SLOT_HELD;
+    p->ahead[s->piece]--;
     p->next_slot++;
     p->used++;
     NX_COUNT(m, pieces, 1);
@@ -364,49 +390,75 @@ static uint64_t record_stride(uint64_t record_bytes) {
     return nx_round_up(record_bytes, 512) + 2 * NX_IO_SLACK;
 }
 
+/* Room for the descriptors of n reads. They outlive a fetch: a broken engine never lets go of them. */
+static nx_status demand_room(nx_model *m, size_t n) {
+    nx_pager *p = &m->pager;
+    if (p->broken) return NX_E_IO;
+    if (n <= p->demand_capacity) return NX_OK;
+    nx_read *reads = realloc(p->demand, n * sizeof *reads);
+    if (!reads) return NX_E_NOMEM;
+    p->demand = reads;
+    p->demand_capacity = n;
+    return NX_OK;
+}
+
+/* Read demand[0, n) ahead of everything. None of them is in flight afterwards, however it ends, unless
+ * the engine is broken. */
+static nx_status demand(nx_model *m, const nx_extent *e, size_t n) {
+    nx_pager *p = &m->pager;
+    nx_read **list = malloc((n ? n : 1) * sizeof *list);
+    if (!list) return NX_E_NOMEM;
+    for (size_t i = 0; i < n; i++) list[i] = &p->demand[i];
+    nx_status status = nx_io_submit_front(m->io, list, n);
+    free(list);
+    if (status != NX_OK) return engine_failed(m, errno);
+    for (size_t i = 0; i < n && status == NX_OK; i++) {
+        status = wait_read(m, e->first_piece, &p->demand[i]);
+        if (status == NX_OK && p->demand[i].status != NX_OK) status = fail_read(m, e, &p->demand[i]);
+    }
+    for (size_t i = 0; i < n && !p->broken; i++) {
+        nx_read *read = &p->demand[i];
+        if (!read->done && !nx_io_cancel(m->io, read)) (void)nx_io_wait(m->io, read, NULL, NULL);
+        if (!read->done) status = engine_failed(m, read->sys_errno);
+    }
+    nx_stats_see(m->io, &m->run_seen);
+    return status;
+}
+
 size_t nx_fetch_max(const nx_model *m, uint64_t record_bytes) {
-    return (size_t)(m->pager.scratch_bytes / record_stride(record_bytes));
+    const uint64_t scratch_bytes = m->pager.scratch_bytes;
+    return record_bytes > scratch_bytes ? 0 : (size_t)(scratch_bytes / record_stride(record_bytes));
 }
 
 nx_status nx_fetch(nx_model *m, nx_extent *e, const uint64_t *offsets, size_t n, uint64_t record_bytes,
                    void **base, uint64_t *stride) {
     nx_pager *p = &m->pager;
+    for (size_t i = 0; i < n; i++)
+        if (offsets[i] > e->nbytes || record_bytes > e->nbytes - offsets[i]) return NX_E_INVALID;
     if (n > nx_fetch_max(m, record_bytes)) return NX_E_BUSY;
+    nx_status status = demand_room(m, n);
+    if (status != NX_OK) return status;
     *stride = record_stride(record_bytes);
-    *base = p->scratch + NX_IO_SLACK;
-    nx_read *reads = calloc(n ? n : 1, sizeof *reads);
-    nx_read **list = calloc(n ? n : 1, sizeof *list);
-    nx_status status = reads && list ? NX_OK : NX_E_NOMEM;
-    size_t submitted = 0;
-    for (size_t i = 0; i < n && status == NX_OK; i++) {
-        reads[i] = (nx_read){.file = m->files[e->file].file, .offset = e->offset + offsets[i],
-                             .nbytes = record_bytes, .dst = (uint8_t *)*base + i * *stride};
-        list[i] = &reads[i];
-    }
-    if (status == NX_OK) {
-        status = nx_io_submit_front(m->io, list, n); /* a demand never queues behind read-ahead */
-        if (status == NX_OK) submitted = n;
-    }
-    uint64_t bytes = 0;
-    for (size_t i = 0; i < n && status == NX_OK; i++) {
-        status = wait_read(m, e->first_piece, &reads[i]);
-        if (status == NX_OK && reads[i].status != NX_OK) status = fail_read(m, e, &reads[i]);
-        bytes += reads[i].nbytes;
-    }
-    /* On an error the others may still be in flight, and their descriptors are ours to free. */
-    for (size_t i = 0; i < submitted; i++)
-        if (!reads[i].done && !nx_io_cancel(m->io, &reads[i])) (void)nx_io_wait(m->io, &reads[i], NULL, NULL);
+    *base = n ? p->scratch + NX_IO_SLACK : NULL;
+    for (size_t i = 0; i < n; i++)
+        p->demand[i] = (nx_read){.file = m->files[e->file].file, .offset = e->offset + offsets[i],
+                                 .nbytes = record_bytes, .dst = (uint8_t *)*base + i * *stride};
+    status = demand(m, e, n);
+    if (status != NX_OK) return status;
     NX_COUNT(m, demand_reads, n);
-    NX_COUNT(m, bytes_used, bytes);
-    nx_event_add(m, NX_EVENT_DEMAND, (uint32_t)n, bytes);
-    free(reads);
-    free(list);
-    return status;
+    NX_COUNT(m, bytes_used, n * record_bytes);
+    nx_event_add(m, NX_EVENT_DEMAND, (uint32_t)n, n * record_bytes);
+    return NX_OK;
 }
 
 nx_status nx_whole_fetch(nx_model *m, nx_extent *e, void **data) {
-    const uint64_t head = e->offset % NX_PAGE;
-    uint8_t *memory = nx_memory_map(nx_round_up(head + e->nbytes, NX_PAGE));
+    nx_pager *p = &m->pager;
+    const nx_model_file *f = &m->files[e->file];
+    const uint64_t span = nx_span(f, e->offset, e->nbytes);
+    *data = NULL;
+    nx_status status = demand_room(m, 1);
+    if (status != NX_OK) return status;
+    uint8_t *memory = nx_memory_map(span);
     if (!memory) {
         nx_error error;
         nx_error_set(&error, NX_E_NOMEM, ENOMEM, "%llu bytes for tensor %s cannot be allocated",
@@ -414,25 +466,25 @@ nx_status nx_whole_fetch(nx_model *m, nx_extent *e, void **data) {
         nx_model_fail(m, &error);
         return NX_E_NOMEM;
     }
-    nx_read read = {.file = m->files[e->file].file, .offset = e->offset, .nbytes = e->nbytes,
-                    .dst = memory + head};
-    nx_read *list = &read;
-    nx_status status = nx_io_submit_front(m->io, &list, 1);
+    p->demand[0] = (nx_read){
+        .file = f->file, .offset = e->offset, .nbytes = e->nbytes, .dst = memory + nx_lead(f, e->offset)};
+    status = demand(m, e, 1);
     if (status == NX_OK) {
-        status = wait_read(m, e->first_piece, &read);
-        if (!read.done) (void)nx_io_wait(m->io, &read, NULL, NULL); /* stopped: `read` is on our stack */
-        if (status == NX_OK && read.status != NX_OK) status = fail_read(m, e, &read);
+        *data = p->demand[0].dst;
+        NX_COUNT(m, whole_tensors, 1);
+        NX_COUNT(m, bytes_used, e->nbytes);
+    } else if (p->broken) {
+        p->orphan = memory; /* the only one: nothing is read any more */
+        p->orphan_bytes = span;
+    } else {
+        nx_memory_unmap(memory, span);
     }
-    *data = memory + head;
-    if (status != NX_OK) nx_whole_free(e, *data);
-    NX_COUNT(m, whole_tensors, 1);
-    NX_COUNT(m, bytes_used, e->nbytes);
     return status;
 }
 
 void nx_whole_free(nx_extent *e, void *data) {
-    const uint64_t head = e->offset % NX_PAGE;
-    nx_memory_unmap((uint8_t *)data - head, nx_round_up(head + e->nbytes, NX_PAGE));
+    const nx_model_file *f = &e->model->files[e->file];
+    if (data) nx_memory_unmap((uint8_t *)data - nx_lead(f, e->offset), nx_span(f, e->offset, e->nbytes));
 }
 
 void nx_note_compute(nx_model *m, uint32_t first_node, uint64_t ns) {

@@ -1,9 +1,13 @@
-/* stream.c: the model as a FILE that llama.cpp can load from.
+/* stream.c: the model as a FILE that llama.cpp can load from without reading weights.
  *
  * One virtual GGUF, whatever the files really are: the header from memory, then each tensor at its
- * virtual offset. llama.cpp reads all of it once, but tensors that the backend pages have no business
- * in that pass: their reads return at once and touch nothing. Nothing goes through the page cache but
- * the few small tensors that llama.cpp keeps itself.
+ * virtual offset. Reads of tensors that the backend pages return at once and touch nothing.
+ *
+ * llama.cpp would still copy "what it read" through buffers of its own, so where we can (glibc) we let
+ * it believe in mmap: the FILE has a descriptor, of an empty file. Mapping that to the virtual size gives
+ * addresses without memory; populating it stops at the first page. Pointers into the mapping only tell
+ * the backend which tensor is meant (nx_model_overlay), and what the runtime wants to read itself, such
+ * as weights for a GPU, is mapped over the addresses where it expects them.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE /* fopencookie */
@@ -11,14 +15,19 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/types.h>
+#include <unistd.h>
 
 #include "core_internal.h"
 
 typedef struct stream {
     nx_model *model;
     uint64_t at;
-    nx_extent **by_offset; /* sorted by virtual offset */
+    FILE *file;
+    int empty; /* the descriptor of an empty file, or -1 */
+    nx_extent **by_offset; /* those with bytes, sorted by virtual offset */
+    size_t n;
 } stream;
 
 static int by_virtual_offset(const void *a, const void *b) {
@@ -26,16 +35,30 @@ static int by_virtual_offset(const void *a, const void *b) {
     return x->virtual_offset < y->virtual_offset ? -1 : x->virtual_offset > y->virtual_offset;
 }
 
+/* One byte belongs to one tensor, or it is not clear which one a reader gets. */
+static bool overlap(nx_model *m, nx_extent *const *by_offset, size_t n) {
+    for (size_t i = 1; i < n; i++) {
+        const nx_extent *a = by_offset[i - 1], *b = by_offset[i];
+        if (a->virtual_offset + a->nbytes <= b->virtual_offset) continue;
+        nx_error error;
+        nx_error_set(&error, NX_E_INVALID, 0, "tensors %s and %s lie in the same place", a->name, b->name);
+        nx_model_fail(m, &error);
+        errno = EINVAL;
+        return true;
+    }
+    return false;
+}
+
 /* The extent that holds virtual offset `at`, or the first one after it, or NULL. */
 static nx_extent *extent_at(const stream *s, uint64_t at) {
-    size_t low = 0, high = s->model->n_extents;
+    size_t low = 0, high = s->n;
     while (low < high) {
         const size_t mid = (low + high) / 2;
         const nx_extent *e = s->by_offset[mid];
         if (e->virtual_offset + e->nbytes <= at) low = mid + 1;
         else high = mid;
     }
-    return low < s->model->n_extents ? s->by_offset[low] : NULL;
+    return low < s->n ? s->by_offset[low] : NULL;
 }
 
 static ssize_t stream_read(void *cookie, char *buffer, size_t size) {
@@ -56,7 +79,7 @@ static ssize_t stream_read(void *cookie, char *buffer, size_t size) {
             } else {
                 const uint64_t inside = s->at - e->virtual_offset;
                 if (n > e->nbytes - inside) n = e->nbytes - inside;
-                if (!e->claimed && nx_model_read(m, e, inside, buffer + done, n) != NX_OK) {
+                if (!__atomic_load_n(&e->claimed, __ATOMIC_RELAXED) && nx_model_read(m, e, inside, buffer + done, n) != NX_OK) {
                     errno = EIO;
                     return done ? (ssize_t)done : -1;
                 }
@@ -71,11 +94,12 @@ static ssize_t stream_read(void *cookie, char *buffer, size_t size) {
 static int stream_move(stream *s, int64_t offset, int whence, uint64_t *result) {
     const int64_t base = whence == SEEK_SET ? 0 : whence == SEEK_CUR ? (int64_t)s->at
                                                                      : (int64_t)s->model->virtual_bytes;
-    if (base + offset < 0) {
+    int64_t at;
+    if (__builtin_add_overflow(base, offset, &at) || at < 0) {
         errno = EINVAL;
         return -1;
     }
-    s->at = (uint64_t)(base + offset);
+    s->at = (uint64_t)at;
     *result = s->at;
     return 0;
 }
@@ -83,6 +107,7 @@ static int stream_move(stream *s, int64_t offset, int whence, uint64_t *result) 
 static int stream_close(void *cookie) {
     stream *s = cookie;
     nx_model_release(s->model);
+    if (s->empty >= 0) close(s->empty);
     free(s->by_offset);
     free(s);
     return 0;
@@ -110,23 +135,84 @@ static FILE *open_stream(stream *s) {
 }
 #endif
 
-FILE *nx_model_stream(nx_model *m) {
+#ifdef __GLIBC__
+/* fileno() of a cookie stream is what this public member of FILE says; a negative one means none. */
+static bool give_descriptor(stream *s) {
+    s->empty = memfd_create("nexus", MFD_CLOEXEC);
+    if (s->empty < 0) return false;
+    s->file->_fileno = s->empty;
+    return fileno(s->file) == s->empty;
+}
+#else
+static bool give_descriptor(stream *s) {
+    (void)s;
+    return false;
+}
+#endif
+
+/* Put the bytes of one extent where the runtime expects them: the file's pages if they lie alike,
+ * else a copy. */
+static bool overlay_extent(nx_model *m, const nx_extent *e, uint8_t *base) {
+    const uint64_t begin = e->virtual_offset / NX_PAGE * NX_PAGE;
+    const uint64_t end = nx_round_up(e->virtual_offset + e->nbytes, NX_PAGE);
+    const uint64_t file_begin = e->offset / NX_PAGE * NX_PAGE;
+    if (e->offset % NX_PAGE == e->virtual_offset % NX_PAGE)
+        return mmap(base + begin, end - begin, PROT_READ, MAP_SHARED | MAP_FIXED, m->files[e->file].fd,
+                    (off_t)file_begin) != MAP_FAILED;
+    /* Neighbours may share the first and the last page: map new pages only where there are none. */
+    for (uint64_t at = begin; at < end; at += NX_PAGE) {
+        unsigned char there;
+        if (mincore(base + at, NX_PAGE, &there) == 0 && (there & 1)) continue;
+        if (mmap(base + at, NX_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) ==
+            MAP_FAILED)
+            return false;
+        memset(base + at, 0, 1); /* there now, for the neighbour that asks */
+    }
+    return nx_model_read(m, e, 0, base + e->virtual_offset, e->nbytes) == NX_OK;
+}
+
+nx_status nx_model_overlay(nx_model *m, void *data, const nx_extent *at) {
+    uint8_t *base = (uint8_t *)data - at->virtual_offset;
+    if (m->overlaid || (uintptr_t)base % NX_PAGE) return NX_OK; /* done, or not a mapping of ours */
+    m->overlaid = true;
+    for (uint32_t i = 0; i < m->n_extents; i++) {
+        if (m->extents[i].claimed || overlay_extent(m, &m->extents[i], base)) continue;
+        nx_error error;
+        nx_error_set(&error, NX_E_NOMEM, errno, "tensor %s cannot be mapped for the runtime",
+                     m->extents[i].name);
+        nx_model_fail(m, &error);
+        return NX_E_NOMEM;
+    }
+    return NX_OK;
+}
+
+FILE *nx_model_stream(nx_model *m, int *has_descriptor) {
     stream *s = calloc(1, sizeof *s);
     nx_extent **list = calloc(m->n_extents ? m->n_extents : 1, sizeof *list);
-    if (!s || !list) {
+    size_t n = 0;
+    for (uint32_t i = 0; list && i < m->n_extents; i++)
+        if (m->extents[i].nbytes) list[n++] = &m->extents[i];
+    if (n) qsort(list, n, sizeof *list, by_virtual_offset);
+    if (!s || !list || overlap(m, list, n)) {
         free(s);
         free(list);
         return NULL;
     }
-    for (uint32_t i = 0; i < m->n_extents; i++) list[i] = &m->extents[i];
-    qsort(list, m->n_extents, sizeof *list, by_virtual_offset);
-    *s = (stream){.model = m, .by_offset = list};
+    *s = (stream){.model = m, .empty = -1, .by_offset = list, .n = n};
     nx_model_retain(m);
-    FILE *file = open_stream(s);
-    if (!file) {
+    m->overlaid = false;
+    s->file = open_stream(s);
+    if (!s->file) {
         stream_close(s);
         return NULL;
     }
-    setvbuf(file, NULL, _IONBF, 0); /* no bytes copied that nobody asked for */
-    return file;
+    *has_descriptor = give_descriptor(s);
+    return s->file;
+}
+
+void nx_model_stream_close(FILE *file) {
+#ifdef __GLIBC__
+    file->_fileno = -2; /* what it was: the descriptor is the stream's to close, not stdio's */
+#endif
+    fclose(file);
 }

@@ -45,7 +45,6 @@ def _install() -> None:
             params.use_extra_bufts = params.use_extra_bufts and request.extra_buffers
             if request.model is None:
                 return stock(path, params)
-            params.load_mode = bindings.LLAMA_LOAD_MODE_NONE
             return _load_paged(request.model, params)
 
         load.nexus_ext = True  # type: ignore[attr-defined]
@@ -56,13 +55,16 @@ def _load_paged(model: core.Model, params: Any) -> Any:
     """Let llama.cpp load from the core's stream; paged tensors cost it nothing."""
     import llama_cpp.llama_cpp as bindings
 
-    stream = model.open_stream()
-    model.set_loading(True)
-    try:
-        return bindings.llama_model_load_from_file_ptr(ctypes.c_void_p(stream), params)
-    finally:
-        model.set_loading(False)
-        core.Model.close_stream(stream)
+    params.use_extra_bufts = False  # our buffers come first, and a mix would round differently
+    with model.stream() as (stream, can_map):
+        params.load_mode = (
+            bindings.LLAMA_LOAD_MODE_MMAP if can_map else bindings.LLAMA_LOAD_MODE_NONE
+        )
+        model.set_loading(True)
+        try:
+            return bindings.llama_model_load_from_file_ptr(ctypes.c_void_p(stream), params)
+        finally:
+            model.set_loading(False)
 
 
 @contextlib.contextmanager

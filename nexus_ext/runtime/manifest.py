@@ -6,7 +6,8 @@ from nexus_ext.errors import UsageError
 from nexus_ext.placement import Plan
 from nexus_ext.types import Catalog
 
-_CORE_TIERS = {"gpu": "host", "host": "host", "ram": "ram", "nvme": "nvme"}
+# What stays resident is ours to read and to keep, however small. What goes to a GPU is llama.cpp's.
+_CORE_TIERS = {"gpu": "host", "host": "ram", "ram": "ram", "nvme": "nvme"}
 
 
 def manifest(catalog: Catalog, plan: Plan, io_mode: str) -> str:

@@ -1,9 +1,9 @@
 /*
  * nx_test.h: a test harness in one header, without dependencies.
  *
- * A test is a function without arguments; NX_CHECK stops the program at the first broken promise and
- * says where, since what follows a broken invariant tells nothing. nx_test_main runs all tests, or
- * those whose name contains one of the arguments.
+ * A test is a function without arguments; NX_CHECK stops the program at the first broken promise
+ * and says where, since what follows a broken invariant tells nothing. nx_test_main runs all tests,
+ * or those whose name contains one of the arguments.
  */
 #ifndef NX_TEST_H
 #define NX_TEST_H
@@ -32,22 +32,22 @@ __attribute__((format(printf, 1, 2), unused)) static void nx_test_about(const ch
     va_end(args);
 }
 
-__attribute__((noreturn, unused)) static void nx_test_fail(const char *file, int line, const char *what,
-                                                           int64_t seen, int64_t wanted) {
-    fprintf(stderr, "%s:%d: %s: %" PRId64 ", not %" PRId64 " [%s]\n", file, line, what, seen, wanted,
-            nx_test_context);
+__attribute__((noreturn, unused)) static void
+nx_test_fail(const char *file, int line, const char *what, int64_t seen, int64_t wanted) {
+    fprintf(stderr, "%s:%d: %s: %" PRId64 ", not %" PRId64 " [%s]\n", file, line, what, seen,
+            wanted, nx_test_context);
     exit(1);
 }
 
-#define NX_CHECK(condition)                                                                \
-    do {                                                                                   \
-        if (!(condition)) nx_test_fail(__FILE__, __LINE__, #condition, 0, 1);              \
+#define NX_CHECK(condition)                                                   \
+    do {                                                                      \
+        if (!(condition)) nx_test_fail(__FILE__, __LINE__, #condition, 0, 1); \
     } while (0)
 
-#define NX_CHECK_EQ(seen, wanted)                                                          \
-    do {                                                                                   \
-        int64_t seen_ = (int64_t)(seen), wanted_ = (int64_t)(wanted);                      \
-        if (seen_ != wanted_) nx_test_fail(__FILE__, __LINE__, #seen, seen_, wanted_);     \
+#define NX_CHECK_EQ(seen, wanted)                                                      \
+    do {                                                                               \
+        int64_t seen_ = (int64_t)(seen), wanted_ = (int64_t)(wanted);                  \
+        if (seen_ != wanted_) nx_test_fail(__FILE__, __LINE__, #seen, seen_, wanted_); \
     } while (0)
 
 /* splitmix64 */
@@ -58,7 +58,8 @@ __attribute__((unused)) static uint64_t nx_test_random(uint64_t *state) {
     return z ^ (z >> 31);
 }
 
-__attribute__((unused)) static int nx_test_main(const nx_test *tests, size_t n, int argc, char **argv) {
+__attribute__((unused)) static int nx_test_main(const nx_test *tests, size_t n, int argc,
+                                                char **argv) {
     size_t n_run = 0;
     for (size_t i = 0; i < n; i++) {
         int chosen = argc < 2;

@@ -10,6 +10,7 @@ build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 cc=${CC:-cc}
 warnings="-std=c11 -Wall -Wextra -Werror"
+sanitize="-O1 -g -fno-omit-frame-pointer"
 include="-I$native/include -I$native -I$here"
 case $(uname -s) in
 Darwin) defines='' ;;
@@ -23,8 +24,8 @@ fi
 flags_of() {
     case $1 in
     plain) echo "-O2 -g" ;;
-    address) echo "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" ;;
-    thread) echo "-O1 -g -fno-omit-frame-pointer -fsanitize=thread" ;;
+    address) echo "$sanitize -fsanitize=address,undefined -fno-sanitize-recover=all" ;;
+    thread) echo "$sanitize -fsanitize=thread" ;;
     *) echo "run.sh: unknown build '$1'" >&2; exit 2 ;;
     esac
 }

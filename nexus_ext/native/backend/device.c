@@ -128,6 +128,7 @@ static void buffer_set(gx_buffer *b, gx_tensor *t, const void *data, size_t offs
     }
     /* The loader hands over what it read, or did not read at all (stream.c): we read it ourselves. */
     if (((buffer *)b->context)->computing) refuse_write(e);
+    else if (e->model == nx_loading_get()) (void)nx_model_overlay(e->model, (void *)(uintptr_t)data, e);
     else if (e->model == nxb_foreign_model() && offset == 0 && !nxb_foreign_same(e, data, size)) {
         nx_error error;
         nx_error_set(&error, NX_E_INVALID, 0, "the plan is for another file: tensor %s begins with other bytes",
@@ -228,13 +229,16 @@ static void device_props(gx_device *d, gx_device_props *props) {
 static gx_buft *registered_buffer_type(gx_device *d) { (void)d; return &paged; }
 static gx_buft *twin_buffer_type(gx_device *d) { (void)d; return gx.backend_dev_buffer_type(nxb_delegate.device); }
 
-/* The loader asks with a weight in a buffer of ours: is it one that the plan pages? */
+/* The loader asks with a weight in a buffer of ours: is it one that the plan gives us, and can the CPU
+ * compute with it? Streamed weights are good for any op (graph.c), but cheap only in products. */
 static bool registered_supports_op(gx_device *d, const gx_tensor *op) {
     (void)d;
-    if (op->op != gx.op_mul_mat && op->op != gx.op_get_rows && op->op != gx.op_mul_mat_id) return false;
-    const gx_tensor *w = op->src[0];
-    if (!w || !w->buffer || w->buffer->buft != &paged || !planned(model_being_loaded(), w)) return false;
-    return gx.backend_dev_supports_op(nxb_delegate.device, op);
+    for (int s = 0; s < GX_MAX_SRC && op->src[s]; s++) {
+        const gx_tensor *w = op->src[s];
+        if (w->buffer && w->buffer->buft == &paged)
+            return planned(model_being_loaded(), w) && gx.backend_dev_supports_op(nxb_delegate.device, op);
+    }
+    return false;
 }
 
 static bool twin_supports_op(gx_device *d, const gx_tensor *op) {

@@ -59,8 +59,8 @@ void nx_model_last_error(nx_model *, nx_error *);
 void nx_model_clear_error(nx_model *);
 nx_status nx_model_inject(nx_model *, const nx_fault *);
 void nx_model_clear_faults(nx_model *);
-void *nx_model_stream(nx_model *);
-int fclose(void *);
+FILE *nx_model_stream(nx_model *, int *has_descriptor);
+void nx_model_stream_close(FILE *);
 void nx_loading_set(nx_model *);
 
 void nx_interrupt_arm(void);

@@ -1,4 +1,4 @@
-/* Written by build.py with cffi 2.1.1 from 1c369b7d30d2a8d15c509fe49498d005535acaa5dc0780dc53073c6f290f4b74. */
+/* Written by build.py with cffi 2.1.1 from 08b642fe5d2e636719988873f411ecaab7c595f528e5d22db40841d5597c96b4. */
 #define _CFFI_
 
 /* We try to define Py_LIMITED_API before including Python.h.
@@ -589,120 +589,122 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 /************************************************************/
 
 static void *_cffi_types[] = {
-/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 89), // _Bool()(void *)
-/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 113), // void *
-/*  2 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION, 22), // char const *()(nx_model const *)
-/*  4 */ _CFFI_OP(_CFFI_OP_POINTER, 109), // nx_model const *
-/*  5 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  6 */ _CFFI_OP(_CFFI_OP_FUNCTION, 22), // char const *()(nx_status)
-/*  7 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_status
-/*  8 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION, 22), // char const *()(void)
-/* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 11 */ _CFFI_OP(_CFFI_OP_FUNCTION, 77), // int()(void *)
-/* 12 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 14 */ _CFFI_OP(_CFFI_OP_FUNCTION, 77), // int()(void *, uint64_t, uint64_t)
-/* 15 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 16 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
-/* 17 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 19 */ _CFFI_OP(_CFFI_OP_FUNCTION, 77), // int()(void)
-/* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 21 */ _CFFI_OP(_CFFI_OP_FUNCTION, 7), // nx_status()(char const *, nx_io_mode, nx_file * *)
-/* 22 */ _CFFI_OP(_CFFI_OP_POINTER, 90), // char const *
-/* 23 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // nx_io_mode
-/* 24 */ _CFFI_OP(_CFFI_OP_POINTER, 66), // nx_file * *
-/* 25 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 26 */ _CFFI_OP(_CFFI_OP_FUNCTION, 7), // nx_status()(char const *, nx_probe_options const *, nx_probe_result *)
-/* 27 */ _CFFI_OP(_CFFI_OP_NOOP, 22),
-/* 28 */ _CFFI_OP(_CFFI_OP_POINTER, 110), // nx_probe_options const *
-/* 29 */ _CFFI_OP(_CFFI_OP_POINTER, 111), // nx_probe_result *
-/* 30 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 31 */ _CFFI_OP(_CFFI_OP_FUNCTION, 7), // nx_status()(char const *, size_t, void const *, size_t, nx_model * *, nx_error *)
-/* 32 */ _CFFI_OP(_CFFI_OP_NOOP, 22),
-/* 33 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
-/* 34 */ _CFFI_OP(_CFFI_OP_POINTER, 113), // void const *
-/* 35 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 36 */ _CFFI_OP(_CFFI_OP_POINTER, 44), // nx_model * *
-/* 37 */ _CFFI_OP(_CFFI_OP_POINTER, 102), // nx_error *
-/* 38 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION, 7), // nx_status()(nx_membench_options const *, nx_membench_result *)
-/* 40 */ _CFFI_OP(_CFFI_OP_POINTER, 107), // nx_membench_options const *
-/* 41 */ _CFFI_OP(_CFFI_OP_POINTER, 108), // nx_membench_result *
-/* 42 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 43 */ _CFFI_OP(_CFFI_OP_FUNCTION, 7), // nx_status()(nx_model *, int(*)(void *, uint64_t, uint64_t), void *)
-/* 44 */ _CFFI_OP(_CFFI_OP_POINTER, 109), // nx_model *
-/* 45 */ _CFFI_OP(_CFFI_OP_POINTER, 14), // int(*)(void *, uint64_t, uint64_t)
-/* 46 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 47 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 48 */ _CFFI_OP(_CFFI_OP_FUNCTION, 7), // nx_status()(nx_model *, nx_fault const *)
-/* 49 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
-/* 50 */ _CFFI_OP(_CFFI_OP_POINTER, 104), // nx_fault const *
-/* 51 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 52 */ _CFFI_OP(_CFFI_OP_FUNCTION, 7), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
-/* 53 */ _CFFI_OP(_CFFI_OP_NOOP, 4),
-/* 54 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
-/* 55 */ _CFFI_OP(_CFFI_OP_POINTER, 106), // nx_file_info *
-/* 56 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 57 */ _CFFI_OP(_CFFI_OP_FUNCTION, 33), // size_t()(nx_model *, nx_event *, size_t)
-/* 58 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
-/* 59 */ _CFFI_OP(_CFFI_OP_POINTER, 103), // nx_event *
-/* 60 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 61 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 62 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // void *()(nx_model *)
-/* 63 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
-/* 64 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 65 */ _CFFI_OP(_CFFI_OP_FUNCTION, 113), // void()(nx_file *)
-/* 66 */ _CFFI_OP(_CFFI_OP_POINTER, 105), // nx_file *
-/* 67 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 68 */ _CFFI_OP(_CFFI_OP_FUNCTION, 113), // void()(nx_file const *, nx_file_info *)
-/* 69 */ _CFFI_OP(_CFFI_OP_POINTER, 105), // nx_file const *
-/* 70 */ _CFFI_OP(_CFFI_OP_NOOP, 55),
-/* 71 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 72 */ _CFFI_OP(_CFFI_OP_FUNCTION, 113), // void()(nx_model *)
-/* 73 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
-/* 74 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 75 */ _CFFI_OP(_CFFI_OP_FUNCTION, 113), // void()(nx_model *, int)
-/* 76 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
-/* 77 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
-/* 78 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 79 */ _CFFI_OP(_CFFI_OP_FUNCTION, 113), // void()(nx_model *, nx_error *)
-/* 80 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
-/* 81 */ _CFFI_OP(_CFFI_OP_NOOP, 37),
-/* 82 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 83 */ _CFFI_OP(_CFFI_OP_FUNCTION, 113), // void()(nx_model *, nx_stats *)
-/* 84 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
-/* 85 */ _CFFI_OP(_CFFI_OP_POINTER, 112), // nx_stats *
-/* 86 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 87 */ _CFFI_OP(_CFFI_OP_FUNCTION, 113), // void()(void)
-/* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 89 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
-/* 90 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
-/* 91 */ _CFFI_OP(_CFFI_OP_ARRAY, 90), // char[128]
-/* 92 */ (_cffi_opcode_t)(128),
-/* 93 */ _CFFI_OP(_CFFI_OP_ARRAY, 90), // char[256]
-/* 94 */ (_cffi_opcode_t)(256),
-/* 95 */ _CFFI_OP(_CFFI_OP_ARRAY, 90), // char[512]
-/* 96 */ (_cffi_opcode_t)(512),
-/* 97 */ _CFFI_OP(_CFFI_OP_ARRAY, 90), // char[96]
-/* 98 */ (_cffi_opcode_t)(96),
-/* 99 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
-/* 100 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
-/* 101 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
-/* 102 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_error
-/* 103 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_event
-/* 104 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_fault
-/* 105 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // nx_file
-/* 106 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_file_info
-/* 107 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_membench_options
-/* 108 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_result
-/* 109 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_model
-/* 110 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_probe_options
-/* 111 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_probe_result
-/* 112 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_stats
-/* 113 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
+/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 64), // FILE *()(nx_model *, int *)
+/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 111), // nx_model *
+/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 78), // int *
+/*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 91), // _Bool()(void *)
+/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 115), // void *
+/*  6 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/*  7 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // char const *()(nx_model const *)
+/*  8 */ _CFFI_OP(_CFFI_OP_POINTER, 111), // nx_model const *
+/*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // char const *()(nx_status)
+/* 11 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_status
+/* 12 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // char const *()(void)
+/* 14 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 15 */ _CFFI_OP(_CFFI_OP_FUNCTION, 78), // int()(void *, uint64_t, uint64_t)
+/* 16 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 17 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
+/* 18 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 19 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION, 78), // int()(void)
+/* 21 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 22 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(char const *, nx_io_mode, nx_file * *)
+/* 23 */ _CFFI_OP(_CFFI_OP_POINTER, 92), // char const *
+/* 24 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // nx_io_mode
+/* 25 */ _CFFI_OP(_CFFI_OP_POINTER, 67), // nx_file * *
+/* 26 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 27 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(char const *, nx_probe_options const *, nx_probe_result *)
+/* 28 */ _CFFI_OP(_CFFI_OP_NOOP, 23),
+/* 29 */ _CFFI_OP(_CFFI_OP_POINTER, 112), // nx_probe_options const *
+/* 30 */ _CFFI_OP(_CFFI_OP_POINTER, 113), // nx_probe_result *
+/* 31 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 32 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(char const *, size_t, void const *, size_t, nx_model * *, nx_error *)
+/* 33 */ _CFFI_OP(_CFFI_OP_NOOP, 23),
+/* 34 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
+/* 35 */ _CFFI_OP(_CFFI_OP_POINTER, 115), // void const *
+/* 36 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 37 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // nx_model * *
+/* 38 */ _CFFI_OP(_CFFI_OP_POINTER, 104), // nx_error *
+/* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(nx_membench_options const *, nx_membench_result *)
+/* 41 */ _CFFI_OP(_CFFI_OP_POINTER, 109), // nx_membench_options const *
+/* 42 */ _CFFI_OP(_CFFI_OP_POINTER, 110), // nx_membench_result *
+/* 43 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 44 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(nx_model *, int(*)(void *, uint64_t, uint64_t), void *)
+/* 45 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 46 */ _CFFI_OP(_CFFI_OP_POINTER, 15), // int(*)(void *, uint64_t, uint64_t)
+/* 47 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 48 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 49 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(nx_model *, nx_fault const *)
+/* 50 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 51 */ _CFFI_OP(_CFFI_OP_POINTER, 106), // nx_fault const *
+/* 52 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 53 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
+/* 54 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
+/* 55 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
+/* 56 */ _CFFI_OP(_CFFI_OP_POINTER, 108), // nx_file_info *
+/* 57 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 58 */ _CFFI_OP(_CFFI_OP_FUNCTION, 34), // size_t()(nx_model *, nx_event *, size_t)
+/* 59 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 60 */ _CFFI_OP(_CFFI_OP_POINTER, 105), // nx_event *
+/* 61 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 62 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 63 */ _CFFI_OP(_CFFI_OP_FUNCTION, 115), // void()(FILE *)
+/* 64 */ _CFFI_OP(_CFFI_OP_POINTER, 90), // FILE *
+/* 65 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION, 115), // void()(nx_file *)
+/* 67 */ _CFFI_OP(_CFFI_OP_POINTER, 107), // nx_file *
+/* 68 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 69 */ _CFFI_OP(_CFFI_OP_FUNCTION, 115), // void()(nx_file const *, nx_file_info *)
+/* 70 */ _CFFI_OP(_CFFI_OP_POINTER, 107), // nx_file const *
+/* 71 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
+/* 72 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 73 */ _CFFI_OP(_CFFI_OP_FUNCTION, 115), // void()(nx_model *)
+/* 74 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 75 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 76 */ _CFFI_OP(_CFFI_OP_FUNCTION, 115), // void()(nx_model *, int)
+/* 77 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 78 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
+/* 79 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 80 */ _CFFI_OP(_CFFI_OP_FUNCTION, 115), // void()(nx_model *, nx_error *)
+/* 81 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 82 */ _CFFI_OP(_CFFI_OP_NOOP, 38),
+/* 83 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 84 */ _CFFI_OP(_CFFI_OP_FUNCTION, 115), // void()(nx_model *, nx_stats *)
+/* 85 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 86 */ _CFFI_OP(_CFFI_OP_POINTER, 114), // nx_stats *
+/* 87 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION, 115), // void()(void)
+/* 89 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 90 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // FILE
+/* 91 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
+/* 92 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/* 93 */ _CFFI_OP(_CFFI_OP_ARRAY, 92), // char[128]
+/* 94 */ (_cffi_opcode_t)(128),
+/* 95 */ _CFFI_OP(_CFFI_OP_ARRAY, 92), // char[256]
+/* 96 */ (_cffi_opcode_t)(256),
+/* 97 */ _CFFI_OP(_CFFI_OP_ARRAY, 92), // char[512]
+/* 98 */ (_cffi_opcode_t)(512),
+/* 99 */ _CFFI_OP(_CFFI_OP_ARRAY, 92), // char[96]
+/* 100 */ (_cffi_opcode_t)(96),
+/* 101 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
+/* 102 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
+/* 103 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
+/* 104 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_error
+/* 105 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_event
+/* 106 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_fault
+/* 107 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_file
+/* 108 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_file_info
+/* 109 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_membench_options
+/* 110 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_result
+/* 111 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // nx_model
+/* 112 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_probe_options
+/* 113 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_probe_result
+/* 114 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_stats
+/* 115 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
 
 _CFFI_UNUSED_FN
@@ -950,44 +952,6 @@ static int nx_python_progress(void * a0, uint64_t a1, uint64_t a2)
   return *(int *)p;
 }
 
-static int _cffi_d_fclose(void * x0)
-{
-  return fclose(x0);
-}
-#ifndef PYPY_VERSION
-static PyObject *
-_cffi_f_fclose(PyObject *self, PyObject *arg0)
-{
-  void * x0;
-  Py_ssize_t datasize;
-  struct _cffi_freeme_s *large_args_free = NULL;
-  int result;
-  PyObject *pyresult;
-
-  datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(1), arg0, (char **)&x0);
-  if (datasize != 0) {
-    x0 = ((size_t)datasize) <= 640 ? (void *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
-            datasize, &large_args_free) < 0)
-      return NULL;
-  }
-
-  Py_BEGIN_ALLOW_THREADS
-  _cffi_restore_errno();
-  { result = fclose(x0); }
-  _cffi_save_errno();
-  Py_END_ALLOW_THREADS
-
-  (void)self; /* unused */
-  pyresult = _cffi_from_c_int(result, int);
-  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
-  return pyresult;
-}
-#else
-#  define _cffi_f_fclose _cffi_d_fclose
-#endif
-
 static void _cffi_d_nx_file_close(nx_file * x0)
 {
   nx_file_close(x0);
@@ -1001,10 +965,10 @@ _cffi_f_nx_file_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(66), arg0, (char **)&x0);
+      _cffi_type(67), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(66), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(67), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1043,19 +1007,19 @@ _cffi_f_nx_file_get_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(69), arg0, (char **)&x0);
+      _cffi_type(70), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(69), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(70), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(55), arg1, (char **)&x1);
+      _cffi_type(56), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_file_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(55), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(56), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1098,22 +1062,22 @@ _cffi_f_nx_file_open(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(22), arg0, (char **)&x0);
+      _cffi_type(23), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(22), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(23), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
-  if (_cffi_to_c((char *)&x1, _cffi_type(23), arg1) < 0)
+  if (_cffi_to_c((char *)&x1, _cffi_type(24), arg1) < 0)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(24), arg2, (char **)&x2);
+      _cffi_type(25), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_file * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(24), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(25), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1125,7 +1089,7 @@ _cffi_f_nx_file_open(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(7));
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(11));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -1246,10 +1210,10 @@ _cffi_f_nx_interrupted_callback(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(1), arg0, (char **)&x0);
+      _cffi_type(5), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (void *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(5), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1292,28 +1256,28 @@ _cffi_f_nx_io_probe(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(22), arg0, (char **)&x0);
+      _cffi_type(23), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(22), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(23), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(28), arg1, (char **)&x1);
+      _cffi_type(29), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_probe_options const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(28), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(29), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(29), arg2, (char **)&x2);
+      _cffi_type(30), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_probe_result *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(29), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(30), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1325,7 +1289,7 @@ _cffi_f_nx_io_probe(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(7));
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(11));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -1346,10 +1310,10 @@ _cffi_f_nx_loading_set(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(44), arg0, (char **)&x0);
+      _cffi_type(1), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1390,19 +1354,19 @@ _cffi_f_nx_membench_read(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(40), arg0, (char **)&x0);
+      _cffi_type(41), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_membench_options const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(40), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(41), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(41), arg1, (char **)&x1);
+      _cffi_type(42), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_membench_result *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(41), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(42), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1414,7 +1378,7 @@ _cffi_f_nx_membench_read(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(7));
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(11));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -1435,10 +1399,10 @@ _cffi_f_nx_model_clear_error(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(44), arg0, (char **)&x0);
+      _cffi_type(1), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1471,10 +1435,10 @@ _cffi_f_nx_model_clear_faults(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(44), arg0, (char **)&x0);
+      _cffi_type(1), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1507,10 +1471,10 @@ _cffi_f_nx_model_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(44), arg0, (char **)&x0);
+      _cffi_type(1), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1559,10 +1523,10 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(22), arg0, (char **)&x0);
+      _cffi_type(23), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(22), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(23), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1572,10 +1536,10 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(34), arg2, (char **)&x2);
+      _cffi_type(35), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(34), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(35), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1585,19 +1549,19 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(36), arg4, (char **)&x4);
+      _cffi_type(37), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (nx_model * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(36), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(37), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(37), arg5, (char **)&x5);
+      _cffi_type(38), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(37), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(38), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1609,7 +1573,7 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(7));
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(11));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -1640,19 +1604,19 @@ _cffi_f_nx_model_events(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(44), arg0, (char **)&x0);
+      _cffi_type(1), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(59), arg1, (char **)&x1);
+      _cffi_type(60), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_event *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(59), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(60), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1699,10 +1663,10 @@ _cffi_f_nx_model_file_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(4), arg0, (char **)&x0);
+      _cffi_type(8), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_model const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(4), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(8), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1712,10 +1676,10 @@ _cffi_f_nx_model_file_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(55), arg2, (char **)&x2);
+      _cffi_type(56), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_file_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(55), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(56), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1727,7 +1691,7 @@ _cffi_f_nx_model_file_info(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(7));
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(11));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -1758,23 +1722,23 @@ _cffi_f_nx_model_finish_load(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(44), arg0, (char **)&x0);
+      _cffi_type(1), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
-  x1 = (int(*)(void *, uint64_t, uint64_t))_cffi_to_c_pointer(arg1, _cffi_type(45));
+  x1 = (int(*)(void *, uint64_t, uint64_t))_cffi_to_c_pointer(arg1, _cffi_type(46));
   if (x1 == (int(*)(void *, uint64_t, uint64_t))NULL && PyErr_Occurred())
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(1), arg2, (char **)&x2);
+      _cffi_type(5), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (void *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(1), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(5), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1786,7 +1750,7 @@ _cffi_f_nx_model_finish_load(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(7));
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(11));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -1813,19 +1777,19 @@ _cffi_f_nx_model_get_stats(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(44), arg0, (char **)&x0);
+      _cffi_type(1), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(85), arg1, (char **)&x1);
+      _cffi_type(86), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_stats *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(85), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(86), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1866,19 +1830,19 @@ _cffi_f_nx_model_inject(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(44), arg0, (char **)&x0);
+      _cffi_type(1), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(50), arg1, (char **)&x1);
+      _cffi_type(51), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_fault const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(50), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(51), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1890,7 +1854,7 @@ _cffi_f_nx_model_inject(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(7));
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(11));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -1913,10 +1877,10 @@ _cffi_f_nx_model_io_engine(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(4), arg0, (char **)&x0);
+      _cffi_type(8), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_model const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(4), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(8), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1928,7 +1892,7 @@ _cffi_f_nx_model_io_engine(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(22));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(23));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -1955,19 +1919,19 @@ _cffi_f_nx_model_last_error(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(44), arg0, (char **)&x0);
+      _cffi_type(1), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(37), arg1, (char **)&x1);
+      _cffi_type(38), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(37), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(38), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2000,10 +1964,10 @@ _cffi_f_nx_model_release(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(44), arg0, (char **)&x0);
+      _cffi_type(1), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2036,10 +2000,10 @@ _cffi_f_nx_model_reset_stats(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(44), arg0, (char **)&x0);
+      _cffi_type(1), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2059,42 +2023,93 @@ _cffi_f_nx_model_reset_stats(PyObject *self, PyObject *arg0)
 #  define _cffi_f_nx_model_reset_stats _cffi_d_nx_model_reset_stats
 #endif
 
-static void * _cffi_d_nx_model_stream(nx_model * x0)
+static FILE * _cffi_d_nx_model_stream(nx_model * x0, int * x1)
 {
-  return nx_model_stream(x0);
+  return nx_model_stream(x0, x1);
 }
 #ifndef PYPY_VERSION
 static PyObject *
-_cffi_f_nx_model_stream(PyObject *self, PyObject *arg0)
+_cffi_f_nx_model_stream(PyObject *self, PyObject *args)
 {
   nx_model * x0;
+  int * x1;
   Py_ssize_t datasize;
   struct _cffi_freeme_s *large_args_free = NULL;
-  void * result;
+  FILE * result;
   PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "nx_model_stream", 2, 2, &arg0, &arg1))
+    return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(44), arg0, (char **)&x0);
+      _cffi_type(1), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(2), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (int *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(2), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   Py_BEGIN_ALLOW_THREADS
   _cffi_restore_errno();
-  { result = nx_model_stream(x0); }
+  { result = nx_model_stream(x0, x1); }
   _cffi_save_errno();
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(1));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(64));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
 #else
 #  define _cffi_f_nx_model_stream _cffi_d_nx_model_stream
+#endif
+
+static void _cffi_d_nx_model_stream_close(FILE * x0)
+{
+  nx_model_stream_close(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_stream_close(PyObject *self, PyObject *arg0)
+{
+  FILE * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(64), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (FILE *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(64), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_model_stream_close(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_model_stream_close _cffi_d_nx_model_stream_close
 #endif
 
 static void _cffi_d_nx_model_trace(nx_model * x0, int x1)
@@ -2116,10 +2131,10 @@ _cffi_f_nx_model_trace(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(44), arg0, (char **)&x0);
+      _cffi_type(1), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2155,7 +2170,7 @@ _cffi_f_nx_status_text(PyObject *self, PyObject *arg0)
   char const * result;
   PyObject *pyresult;
 
-  if (_cffi_to_c((char *)&x0, _cffi_type(7), arg0) < 0)
+  if (_cffi_to_c((char *)&x0, _cffi_type(11), arg0) < 0)
     return NULL;
 
   Py_BEGIN_ALLOW_THREADS
@@ -2165,7 +2180,7 @@ _cffi_f_nx_status_text(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(22));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(23));
   return pyresult;
 }
 #else
@@ -2191,7 +2206,7 @@ _cffi_f_nx_version(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(22));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(23));
   return pyresult;
 }
 #else
@@ -2316,292 +2331,295 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "NX_IO_DIRECT", (void *)_cffi_const_NX_IO_DIRECT, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_IO_ENGINE_URING", (void *)_cffi_const_NX_IO_ENGINE_URING, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "NX_OK", (void *)_cffi_const_NX_OK, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
-  { "fclose", (void *)_cffi_f_fclose, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 11), (void *)_cffi_d_fclose },
-  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 65), (void *)_cffi_d_nx_file_close },
-  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 68), (void *)_cffi_d_nx_file_get_info },
-  { "nx_file_open", (void *)_cffi_f_nx_file_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 21), (void *)_cffi_d_nx_file_open },
-  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 87), (void *)_cffi_d_nx_interrupt_arm },
-  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 87), (void *)_cffi_d_nx_interrupt_disarm },
-  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 87), (void *)_cffi_d_nx_interrupt_request },
-  { "nx_interrupted", (void *)_cffi_f_nx_interrupted, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 19), (void *)_cffi_d_nx_interrupted },
-  { "nx_interrupted_callback", (void *)_cffi_f_nx_interrupted_callback, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 0), (void *)_cffi_d_nx_interrupted_callback },
-  { "nx_io_probe", (void *)_cffi_f_nx_io_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 26), (void *)_cffi_d_nx_io_probe },
-  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 72), (void *)_cffi_d_nx_loading_set },
-  { "nx_membench_read", (void *)_cffi_f_nx_membench_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 39), (void *)_cffi_d_nx_membench_read },
-  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 72), (void *)_cffi_d_nx_model_clear_error },
-  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 72), (void *)_cffi_d_nx_model_clear_faults },
-  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 72), (void *)_cffi_d_nx_model_close },
-  { "nx_model_create", (void *)_cffi_f_nx_model_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 31), (void *)_cffi_d_nx_model_create },
-  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 57), (void *)_cffi_d_nx_model_events },
-  { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 52), (void *)_cffi_d_nx_model_file_info },
-  { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 43), (void *)_cffi_d_nx_model_finish_load },
-  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 83), (void *)_cffi_d_nx_model_get_stats },
-  { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 48), (void *)_cffi_d_nx_model_inject },
-  { "nx_model_io_engine", (void *)_cffi_f_nx_model_io_engine, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 3), (void *)_cffi_d_nx_model_io_engine },
-  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 79), (void *)_cffi_d_nx_model_last_error },
-  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 72), (void *)_cffi_d_nx_model_release },
-  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 72), (void *)_cffi_d_nx_model_reset_stats },
-  { "nx_model_stream", (void *)_cffi_f_nx_model_stream, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 62), (void *)_cffi_d_nx_model_stream },
-  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 75), (void *)_cffi_d_nx_model_trace },
-  { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 45), (void *)nx_python_progress },
-  { "nx_status_text", (void *)_cffi_f_nx_status_text, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 6), (void *)_cffi_d_nx_status_text },
-  { "nx_version", (void *)_cffi_f_nx_version, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 9), (void *)_cffi_d_nx_version },
+  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 66), (void *)_cffi_d_nx_file_close },
+  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 69), (void *)_cffi_d_nx_file_get_info },
+  { "nx_file_open", (void *)_cffi_f_nx_file_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 22), (void *)_cffi_d_nx_file_open },
+  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 88), (void *)_cffi_d_nx_interrupt_arm },
+  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 88), (void *)_cffi_d_nx_interrupt_disarm },
+  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 88), (void *)_cffi_d_nx_interrupt_request },
+  { "nx_interrupted", (void *)_cffi_f_nx_interrupted, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 20), (void *)_cffi_d_nx_interrupted },
+  { "nx_interrupted_callback", (void *)_cffi_f_nx_interrupted_callback, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 4), (void *)_cffi_d_nx_interrupted_callback },
+  { "nx_io_probe", (void *)_cffi_f_nx_io_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 27), (void *)_cffi_d_nx_io_probe },
+  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 73), (void *)_cffi_d_nx_loading_set },
+  { "nx_membench_read", (void *)_cffi_f_nx_membench_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 40), (void *)_cffi_d_nx_membench_read },
+  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 73), (void *)_cffi_d_nx_model_clear_error },
+  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 73), (void *)_cffi_d_nx_model_clear_faults },
+  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 73), (void *)_cffi_d_nx_model_close },
+  { "nx_model_create", (void *)_cffi_f_nx_model_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 32), (void *)_cffi_d_nx_model_create },
+  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 58), (void *)_cffi_d_nx_model_events },
+  { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 53), (void *)_cffi_d_nx_model_file_info },
+  { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 44), (void *)_cffi_d_nx_model_finish_load },
+  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 84), (void *)_cffi_d_nx_model_get_stats },
+  { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 49), (void *)_cffi_d_nx_model_inject },
+  { "nx_model_io_engine", (void *)_cffi_f_nx_model_io_engine, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 7), (void *)_cffi_d_nx_model_io_engine },
+  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 80), (void *)_cffi_d_nx_model_last_error },
+  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 73), (void *)_cffi_d_nx_model_release },
+  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 73), (void *)_cffi_d_nx_model_reset_stats },
+  { "nx_model_stream", (void *)_cffi_f_nx_model_stream, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 0), (void *)_cffi_d_nx_model_stream },
+  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 63), (void *)_cffi_d_nx_model_stream_close },
+  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 76), (void *)_cffi_d_nx_model_trace },
+  { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 46), (void *)nx_python_progress },
+  { "nx_status_text", (void *)_cffi_f_nx_status_text, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 10), (void *)_cffi_d_nx_status_text },
+  { "nx_version", (void *)_cffi_f_nx_version, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 13), (void *)_cffi_d_nx_version },
 };
 
 static const struct _cffi_field_s _cffi_fields[] = {
   { "status", offsetof(nx_error, status),
               sizeof(((nx_error *)0)->status),
-              _CFFI_OP(_CFFI_OP_NOOP, 7) },
+              _CFFI_OP(_CFFI_OP_NOOP, 11) },
   { "sys_errno", offsetof(nx_error, sys_errno),
                  sizeof(((nx_error *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 77) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 78) },
   { "offset", offsetof(nx_error, offset),
               sizeof(((nx_error *)0)->offset),
-              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+              _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "nbytes", offsetof(nx_error, nbytes),
               sizeof(((nx_error *)0)->nbytes),
-              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+              _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "path", offsetof(nx_error, path),
             sizeof(((nx_error *)0)->path),
-            _CFFI_OP(_CFFI_OP_NOOP, 95) },
+            _CFFI_OP(_CFFI_OP_NOOP, 97) },
   { "tensor", offsetof(nx_error, tensor),
               sizeof(((nx_error *)0)->tensor),
-              _CFFI_OP(_CFFI_OP_NOOP, 91) },
+              _CFFI_OP(_CFFI_OP_NOOP, 93) },
   { "text", offsetof(nx_error, text),
             sizeof(((nx_error *)0)->text),
-            _CFFI_OP(_CFFI_OP_NOOP, 93) },
+            _CFFI_OP(_CFFI_OP_NOOP, 95) },
   { "t_ns", offsetof(nx_event, t_ns),
             sizeof(((nx_event *)0)->t_ns),
-            _CFFI_OP(_CFFI_OP_NOOP, 16) },
+            _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "kind", offsetof(nx_event, kind),
             sizeof(((nx_event *)0)->kind),
-            _CFFI_OP(_CFFI_OP_NOOP, 54) },
+            _CFFI_OP(_CFFI_OP_NOOP, 55) },
   { "a", offsetof(nx_event, a),
          sizeof(((nx_event *)0)->a),
-         _CFFI_OP(_CFFI_OP_NOOP, 54) },
+         _CFFI_OP(_CFFI_OP_NOOP, 55) },
   { "b", offsetof(nx_event, b),
          sizeof(((nx_event *)0)->b),
-         _CFFI_OP(_CFFI_OP_NOOP, 16) },
+         _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "offset_begin", offsetof(nx_fault, offset_begin),
                     sizeof(((nx_fault *)0)->offset_begin),
-                    _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "offset_end", offsetof(nx_fault, offset_end),
                   sizeof(((nx_fault *)0)->offset_end),
-                  _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "kind", offsetof(nx_fault, kind),
             sizeof(((nx_fault *)0)->kind),
-            _CFFI_OP(_CFFI_OP_NOOP, 77) },
+            _CFFI_OP(_CFFI_OP_NOOP, 78) },
   { "count", offsetof(nx_fault, count),
              sizeof(((nx_fault *)0)->count),
-             _CFFI_OP(_CFFI_OP_NOOP, 100) },
+             _CFFI_OP(_CFFI_OP_NOOP, 102) },
   { "nbytes", offsetof(nx_file_info, nbytes),
               sizeof(((nx_file_info *)0)->nbytes),
-              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+              _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "device", offsetof(nx_file_info, device),
               sizeof(((nx_file_info *)0)->device),
-              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+              _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "inode", offsetof(nx_file_info, inode),
              sizeof(((nx_file_info *)0)->inode),
-             _CFFI_OP(_CFFI_OP_NOOP, 16) },
+             _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "mtime_ns", offsetof(nx_file_info, mtime_ns),
                 sizeof(((nx_file_info *)0)->mtime_ns),
-                _CFFI_OP(_CFFI_OP_NOOP, 101) },
+                _CFFI_OP(_CFFI_OP_NOOP, 103) },
   { "offset_align", offsetof(nx_file_info, offset_align),
                     sizeof(((nx_file_info *)0)->offset_align),
-                    _CFFI_OP(_CFFI_OP_NOOP, 54) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 55) },
   { "mem_align", offsetof(nx_file_info, mem_align),
                  sizeof(((nx_file_info *)0)->mem_align),
-                 _CFFI_OP(_CFFI_OP_NOOP, 54) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 55) },
   { "direct", offsetof(nx_file_info, direct),
               sizeof(((nx_file_info *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 77) },
+              _CFFI_OP(_CFFI_OP_NOOP, 78) },
   { "reason", offsetof(nx_file_info, reason),
               sizeof(((nx_file_info *)0)->reason),
-              _CFFI_OP(_CFFI_OP_NOOP, 97) },
+              _CFFI_OP(_CFFI_OP_NOOP, 99) },
   { "sys_errno", offsetof(nx_file_info, sys_errno),
                  sizeof(((nx_file_info *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 77) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 78) },
   { "n_threads", offsetof(nx_membench_options, n_threads),
                  sizeof(((nx_membench_options *)0)->n_threads),
-                 _CFFI_OP(_CFFI_OP_NOOP, 54) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 55) },
   { "buffer_bytes", offsetof(nx_membench_options, buffer_bytes),
                     sizeof(((nx_membench_options *)0)->buffer_bytes),
-                    _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "max_ns", offsetof(nx_membench_options, max_ns),
               sizeof(((nx_membench_options *)0)->max_ns),
-              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+              _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "bytes_s", offsetof(nx_membench_result, bytes_s),
                sizeof(((nx_membench_result *)0)->bytes_s),
-               _CFFI_OP(_CFFI_OP_NOOP, 99) },
+               _CFFI_OP(_CFFI_OP_NOOP, 101) },
   { "bytes", offsetof(nx_membench_result, bytes),
              sizeof(((nx_membench_result *)0)->bytes),
-             _CFFI_OP(_CFFI_OP_NOOP, 16) },
+             _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "ns", offsetof(nx_membench_result, ns),
           sizeof(((nx_membench_result *)0)->ns),
-          _CFFI_OP(_CFFI_OP_NOOP, 16) },
+          _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "buffer_bytes", offsetof(nx_membench_result, buffer_bytes),
                     sizeof(((nx_membench_result *)0)->buffer_bytes),
-                    _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "n_threads", offsetof(nx_membench_result, n_threads),
                  sizeof(((nx_membench_result *)0)->n_threads),
-                 _CFFI_OP(_CFFI_OP_NOOP, 54) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 55) },
   { "n_passes", offsetof(nx_membench_result, n_passes),
                 sizeof(((nx_membench_result *)0)->n_passes),
-                _CFFI_OP(_CFFI_OP_NOOP, 54) },
+                _CFFI_OP(_CFFI_OP_NOOP, 55) },
   { "checksum", offsetof(nx_membench_result, checksum),
                 sizeof(((nx_membench_result *)0)->checksum),
-                _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "block_bytes", offsetof(nx_probe_options, block_bytes),
                    sizeof(((nx_probe_options *)0)->block_bytes),
-                   _CFFI_OP(_CFFI_OP_NOOP, 54) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 55) },
   { "depth", offsetof(nx_probe_options, depth),
              sizeof(((nx_probe_options *)0)->depth),
-             _CFFI_OP(_CFFI_OP_NOOP, 54) },
+             _CFFI_OP(_CFFI_OP_NOOP, 55) },
   { "random", offsetof(nx_probe_options, random),
               sizeof(((nx_probe_options *)0)->random),
-              _CFFI_OP(_CFFI_OP_NOOP, 77) },
+              _CFFI_OP(_CFFI_OP_NOOP, 78) },
   { "max_bytes", offsetof(nx_probe_options, max_bytes),
                  sizeof(((nx_probe_options *)0)->max_bytes),
-                 _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "max_ns", offsetof(nx_probe_options, max_ns),
               sizeof(((nx_probe_options *)0)->max_ns),
-              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+              _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "engine", offsetof(nx_probe_options, engine),
               sizeof(((nx_probe_options *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 77) },
+              _CFFI_OP(_CFFI_OP_NOOP, 78) },
   { "seed", offsetof(nx_probe_options, seed),
             sizeof(((nx_probe_options *)0)->seed),
-            _CFFI_OP(_CFFI_OP_NOOP, 16) },
+            _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "bytes", offsetof(nx_probe_result, bytes),
              sizeof(((nx_probe_result *)0)->bytes),
-             _CFFI_OP(_CFFI_OP_NOOP, 16) },
+             _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "ns", offsetof(nx_probe_result, ns),
           sizeof(((nx_probe_result *)0)->ns),
-          _CFFI_OP(_CFFI_OP_NOOP, 16) },
+          _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "direct", offsetof(nx_probe_result, direct),
               sizeof(((nx_probe_result *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 77) },
+              _CFFI_OP(_CFFI_OP_NOOP, 78) },
   { "engine", offsetof(nx_probe_result, engine),
               sizeof(((nx_probe_result *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 77) },
+              _CFFI_OP(_CFFI_OP_NOOP, 78) },
   { "how_cold", offsetof(nx_probe_result, how_cold),
                 sizeof(((nx_probe_result *)0)->how_cold),
-                _CFFI_OP(_CFFI_OP_NOOP, 97) },
+                _CFFI_OP(_CFFI_OP_NOOP, 99) },
   { "sys_errno", offsetof(nx_probe_result, sys_errno),
                  sizeof(((nx_probe_result *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 77) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 78) },
   { "passes", offsetof(nx_stats, passes),
               sizeof(((nx_stats *)0)->passes),
-              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+              _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "segments", offsetof(nx_stats, segments),
                 sizeof(((nx_stats *)0)->segments),
-                _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "bytes_read", offsetof(nx_stats, bytes_read),
                   sizeof(((nx_stats *)0)->bytes_read),
-                  _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "bytes_loaded", offsetof(nx_stats, bytes_loaded),
                     sizeof(((nx_stats *)0)->bytes_loaded),
-                    _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "bytes_used", offsetof(nx_stats, bytes_used),
                   sizeof(((nx_stats *)0)->bytes_used),
-                  _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "pieces", offsetof(nx_stats, pieces),
               sizeof(((nx_stats *)0)->pieces),
-              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+              _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "pieces_ready", offsetof(nx_stats, pieces_ready),
                     sizeof(((nx_stats *)0)->pieces_ready),
-                    _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "pieces_dropped", offsetof(nx_stats, pieces_dropped),
                       sizeof(((nx_stats *)0)->pieces_dropped),
-                      _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                      _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "demand_reads", offsetof(nx_stats, demand_reads),
                     sizeof(((nx_stats *)0)->demand_reads),
-                    _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "whole_tensors", offsetof(nx_stats, whole_tensors),
                      sizeof(((nx_stats *)0)->whole_tensors),
-                     _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                     _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "wait_ns", offsetof(nx_stats, wait_ns),
                sizeof(((nx_stats *)0)->wait_ns),
-               _CFFI_OP(_CFFI_OP_NOOP, 16) },
+               _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "compute_ns", offsetof(nx_stats, compute_ns),
                   sizeof(((nx_stats *)0)->compute_ns),
-                  _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "pass_ns", offsetof(nx_stats, pass_ns),
                sizeof(((nx_stats *)0)->pass_ns),
-               _CFFI_OP(_CFFI_OP_NOOP, 16) },
+               _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "load_ns", offsetof(nx_stats, load_ns),
                sizeof(((nx_stats *)0)->load_ns),
-               _CFFI_OP(_CFFI_OP_NOOP, 16) },
+               _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "retries", offsetof(nx_stats, retries),
                sizeof(((nx_stats *)0)->retries),
-               _CFFI_OP(_CFFI_OP_NOOP, 16) },
+               _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "short_reads", offsetof(nx_stats, short_reads),
                    sizeof(((nx_stats *)0)->short_reads),
-                   _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "bounces", offsetof(nx_stats, bounces),
                sizeof(((nx_stats *)0)->bounces),
-               _CFFI_OP(_CFFI_OP_NOOP, 16) },
+               _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "pinned_bytes", offsetof(nx_stats, pinned_bytes),
                     sizeof(((nx_stats *)0)->pinned_bytes),
-                    _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "ring_bytes", offsetof(nx_stats, ring_bytes),
                   sizeof(((nx_stats *)0)->ring_bytes),
-                  _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "scratch_bytes", offsetof(nx_stats, scratch_bytes),
                      sizeof(((nx_stats *)0)->scratch_bytes),
-                     _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                     _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "host_bytes", offsetof(nx_stats, host_bytes),
                   sizeof(((nx_stats *)0)->host_bytes),
-                  _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 17) },
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "$nx_error", 102, _CFFI_F_CHECK_FIELDS,
+  { "$nx_error", 104, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_error), offsetof(struct _cffi_align_typedef_nx_error, y), 0, 7 },
-  { "$nx_event", 103, _CFFI_F_CHECK_FIELDS,
+  { "$nx_event", 105, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_event), offsetof(struct _cffi_align_typedef_nx_event, y), 7, 4 },
-  { "$nx_fault", 104, _CFFI_F_CHECK_FIELDS,
+  { "$nx_fault", 106, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_fault), offsetof(struct _cffi_align_typedef_nx_fault, y), 11, 4 },
-  { "$nx_file_info", 106, _CFFI_F_CHECK_FIELDS,
+  { "$nx_file_info", 108, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_file_info), offsetof(struct _cffi_align_typedef_nx_file_info, y), 15, 9 },
-  { "$nx_membench_options", 107, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_options", 109, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_options), offsetof(struct _cffi_align_typedef_nx_membench_options, y), 24, 3 },
-  { "$nx_membench_result", 108, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_result", 110, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_result), offsetof(struct _cffi_align_typedef_nx_membench_result, y), 27, 7 },
-  { "$nx_probe_options", 110, _CFFI_F_CHECK_FIELDS,
+  { "$nx_probe_options", 112, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_probe_options), offsetof(struct _cffi_align_typedef_nx_probe_options, y), 34, 7 },
-  { "$nx_probe_result", 111, _CFFI_F_CHECK_FIELDS,
+  { "$nx_probe_result", 113, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_probe_result), offsetof(struct _cffi_align_typedef_nx_probe_result, y), 41, 6 },
-  { "$nx_stats", 112, _CFFI_F_CHECK_FIELDS,
+  { "$nx_stats", 114, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_stats), offsetof(struct _cffi_align_typedef_nx_stats, y), 47, 21 },
-  { "nx_file", 105, _CFFI_F_OPAQUE,
+  { "_IO_FILE", 90, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_model", 109, _CFFI_F_OPAQUE,
+  { "nx_file", 107, _CFFI_F_OPAQUE,
+    (size_t)-1, -1, -1, 0 /* opaque */ },
+  { "nx_model", 111, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
 };
 
 static const struct _cffi_enum_s _cffi_enums[] = {
-  { "$nx_io_mode", 23, _cffi_prim_int(sizeof(nx_io_mode), ((nx_io_mode)-1) <= 0),
+  { "$nx_io_mode", 24, _cffi_prim_int(sizeof(nx_io_mode), ((nx_io_mode)-1) <= 0),
     "NX_IO_DIRECT,NX_IO_BUFFERED" },
-  { "$nx_status", 7, _cffi_prim_int(sizeof(nx_status), ((nx_status)-1) <= 0),
+  { "$nx_status", 11, _cffi_prim_int(sizeof(nx_status), ((nx_status)-1) <= 0),
     "NX_OK,NX_E_NOMEM,NX_E_IO,NX_E_TRUNCATED,NX_E_CHANGED,NX_E_INVALID,NX_E_ABORTED,NX_E_UNSUPPORTED,NX_E_ABI,"
     "NX_E_CLOSED,NX_E_BUSY" },
 };
 
 static const struct _cffi_typename_s _cffi_typenames[] = {
-  { "nx_error", 102 },
-  { "nx_event", 103 },
-  { "nx_fault", 104 },
-  { "nx_file", 105 },
-  { "nx_file_info", 106 },
-  { "nx_io_mode", 23 },
-  { "nx_membench_options", 107 },
-  { "nx_membench_result", 108 },
-  { "nx_model", 109 },
-  { "nx_probe_options", 110 },
-  { "nx_probe_result", 111 },
-  { "nx_stats", 112 },
-  { "nx_status", 7 },
+  { "FILE", 90 },
+  { "nx_error", 104 },
+  { "nx_event", 105 },
+  { "nx_fault", 106 },
+  { "nx_file", 107 },
+  { "nx_file_info", 108 },
+  { "nx_io_mode", 24 },
+  { "nx_membench_options", 109 },
+  { "nx_membench_result", 110 },
+  { "nx_model", 111 },
+  { "nx_probe_options", 112 },
+  { "nx_probe_result", 113 },
+  { "nx_stats", 114 },
+  { "nx_status", 11 },
 };
 
 static const struct _cffi_type_context_s _cffi_type_context = {
@@ -2612,11 +2630,11 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_enums,
   _cffi_typenames,
   56,  /* num_globals */
-  11,  /* num_struct_unions */
+  12,  /* num_struct_unions */
   2,  /* num_enums */
-  13,  /* num_typenames */
+  14,  /* num_typenames */
   NULL,  /* no includes */
-  114,  /* num_types */
+  116,  /* num_types */
   1,  /* flags */
 };
 

@@ -1,7 +1,7 @@
 /* nexus_core.h: what Python (through CFFI) and the ggml glue know of the paging core.
  *
  * A model is a set of extents (one per tensor) over the files that hold them. An extent is
- *   host  - left to llama.cpp's own buffers;
+ *   host  - left to the runtime (weights on a GPU);
  *   ram   - read once, into memory of ours that is never evicted ("pinned");
  *   nvme  - read at each use: dense matrices in slabs of whole rows through a ring, rows and experts
  *           on demand into a scratch area.
@@ -140,8 +140,13 @@ NX_API void nx_model_clear_faults(nx_model *);
 
 /* The model as one virtual GGUF: header, then tensors at their virtual offsets. Bytes of claimed
  * extents are not read (the reader's buffer stays as it was): the runtime hands them to the backend,
- * which knows better. Close with fclose. */
-NX_API FILE *nx_model_stream(nx_model *);
+ * which knows better. With a descriptor the stream can be loaded from in mmap mode, where not even the
+ * pointers are followed. NULL: no memory. */
+NX_API FILE *nx_model_stream(nx_model *, int *has_descriptor);
+NX_API void nx_model_stream_close(FILE *);
+/* The runtime hands over `data`, an address in its mapping of the stream, as the bytes of extent `at`:
+ * the first time, give it the extents that nobody claimed. */
+NX_API nx_status nx_model_overlay(nx_model *, void *data, const nx_extent *at);
 
 /* The model that tensors belong to which this thread's runtime creates from now on (NULL: none). */
 NX_API void nx_loading_set(nx_model *);

@@ -37,15 +37,15 @@ typedef struct nx_file_info {
     int64_t mtime_ns;       /* last change of its data when it was opened */
     uint32_t offset_align;  /* direct reads start and end at multiples of this; 1 if buffered */
     uint32_t mem_align;     /* direct reads land at multiples of this; 1 if buffered */
-    int direct;             /* 1: reads go past the page cache (now; it may turn 0, never 1 again) */
-    char reason[96];        /* why `direct` is what it is, in English */
-    int sys_errno;          /* the errno behind `reason`, or 0 */
+    int direct;      /* 1: reads go past the page cache (now; it may turn 0, never 1 again) */
+    char reason[96]; /* why `direct` is what it is, in English */
+    int sys_errno;   /* the errno behind `reason`, or 0 */
 } nx_file_info;
 
 /*
- * Open a regular file for reading. NX_IO_DIRECT falls back to buffered when direct reads are refused
- * or return other bytes than buffered ones; nx_file_get_info tells which and why. If the status is
- * not NX_OK, *out is NULL and errno says what the system said.
+ * Open a regular file for reading. NX_IO_DIRECT falls back to buffered when direct reads are
+ * refused or return other bytes than buffered ones; nx_file_get_info tells which and why. If the
+ * status is not NX_OK, *out is NULL and errno says what the system said.
  */
 nx_status nx_file_open(const char *path, nx_io_mode wanted, nx_file **out);
 
@@ -55,9 +55,10 @@ void nx_file_close(nx_file *file);
 void nx_file_get_info(const nx_file *file, nx_file_info *out);
 
 /*
- * Is it still the file that was opened? NX_E_TRUNCATED: it became shorter. NX_E_CHANGED: it grew, its
- * mtime changed, or its path now names another file. A path that names nothing any more is NX_OK:
- * the open file still holds the bytes that were opened. NX_E_IO: the system would not say (errno).
+ * Is it still the file that was opened? NX_E_TRUNCATED: it became shorter. NX_E_CHANGED: it grew,
+ * its mtime changed, or its path now names another file. A path that names nothing any more is
+ * NX_OK: the open file still holds the bytes that were opened. NX_E_IO: the system would not say
+ * (errno).
  */
 nx_status nx_file_check(nx_file *file);
 
@@ -69,17 +70,18 @@ typedef struct nx_io nx_io;
 #define NX_IO_SLACK 4096
 
 /*
- * One byte range of one file. Zero the struct before its first use; after `done` it may be filled in
- * and submitted again as it is.
+ * One byte range of one file. Zero the struct before its first use; after `done` it may be filled
+ * in and submitted again as it is.
  *
  * Byte `offset` of the file lands exactly at `dst`. The engine may overwrite NX_IO_SLACK bytes on
  * both sides of the destination until `done`, so nothing that matters (another finished read
- * included) may live there. Cheapest is (uintptr_t)dst % 4096 == offset % 4096: then the disk writes
- * straight into place. Otherwise the bytes pass through a bounce buffer and are copied once; the
- * engine keeps at most depth * 256 KiB of such buffers, and none if none is needed.
+ * included) may live there. Cheapest is (uintptr_t)dst % 4096 == offset % 4096: then the disk
+ * writes straight into place. Otherwise the bytes pass through a bounce buffer and are copied once;
+ * the engine keeps at most depth * 256 KiB of such buffers, and none if none is needed.
  *
- * Destinations in huge pages (2 MiB aligned, MADV_HUGEPAGE) are worth the trouble: a request is then a
- * few pieces of memory instead of hundreds, for the processor that pins them and for the device.
+ * Destinations in huge pages (2 MiB aligned, MADV_HUGEPAGE) are worth the trouble: a request is
+ * then a few pieces of memory instead of hundreds, for the processor that pins them and for the
+ * device.
  */
 typedef struct nx_read {
     nx_file *file;
@@ -105,7 +107,7 @@ typedef struct nx_read {
 /* --------------------------------------------------------------- engine */
 
 enum {
-    NX_IO_ENGINE_AUTO = 0,   /* io_uring where it works, else threads; NEXUS_IO_ENGINE decides if set */
+    NX_IO_ENGINE_AUTO = 0,   /* what NEXUS_IO_ENGINE says; else io_uring if it works, or threads */
     NX_IO_ENGINE_URING = 1,  /* NX_E_UNSUPPORTED where it does not work */
     NX_IO_ENGINE_THREADS = 2 /* a pool of threads that call pread */
 };
@@ -117,7 +119,7 @@ typedef struct nx_io_options {
     uint32_t request_bytes; /* larger reads are cut into requests of this size, default 512 KiB */
     uint32_t n_threads;     /* size of the pool of the threads engine, default 8 */
     uint32_t retries;       /* attempts after the first one that failed, per request, default 3 */
-    int drop_cache;         /* buffered reads leave nothing in the page cache (POSIX_FADV_DONTNEED) */
+    int drop_cache; /* buffered reads leave nothing in the page cache (POSIX_FADV_DONTNEED) */
 } nx_io_options;
 
 typedef struct nx_io_stats {
@@ -133,8 +135,8 @@ typedef struct nx_io_stats {
 nx_status nx_io_create(const nx_io_options *options, nx_io **out);
 
 /*
- * Waits for what the kernel has in hand, since it writes into the caller's memory; what was not issued
- * yet becomes done with NX_E_CLOSED. NULL is fine.
+ * Waits for what the kernel has in hand, since it writes into the caller's memory; what was not
+ * issued yet becomes done with NX_E_CLOSED. NULL is fine.
  */
 void nx_io_destroy(nx_io *io);
 
@@ -142,8 +144,8 @@ void nx_io_destroy(nx_io *io);
  * Queue n reads in this order and start what fits the depth. Never waits for the device. All or
  * nothing: on NX_E_INVALID, NX_E_BUSY (a read is already submitted) or NX_E_CLOSED none was queued.
  * (NX_E_IO: the engine itself has failed, and only nx_io_destroy is left.)
- * What does not fit is issued, first queued first, by later calls of submit, poll and wait: an nx_io
- * that nobody calls keeps at most `depth` requests moving.
+ * What does not fit is issued, first queued first, by later calls of submit, poll and wait: an
+ * nx_io that nobody calls keeps at most `depth` requests moving.
  */
 nx_status nx_io_submit(nx_io *io, nx_read **reads, size_t n);
 
@@ -154,22 +156,23 @@ nx_status nx_io_submit_front(nx_io *io, nx_read **reads, size_t n);
 nx_status nx_io_poll(nx_io *io);
 
 /*
- * Wait until read->done and return read->status. Before it blocks, after every signal and at least every
- * 50 ms it asks `abort` (may be NULL); if that returns non-zero: NX_E_ABORTED, and the read goes on,
- * to be waited for again. NX_E_INVALID: the read was never submitted to this nx_io. NX_E_IO while
- * read->done is 0: the engine itself has failed (read->sys_errno), and only nx_io_destroy is left.
+ * Wait until read->done and return read->status. Before it blocks, after every signal and at least
+ * every 50 ms it asks `abort` (may be NULL); if that returns non-zero: NX_E_ABORTED, and the read
+ * goes on, to be waited for again. NX_E_INVALID: the read was never submitted to this nx_io.
+ * NX_E_IO while read->done is 0: the engine itself has failed (read->sys_errno), and only
+ * nx_io_destroy is left.
  */
 nx_status nx_io_wait(nx_io *io, nx_read *read, int (*abort)(void *), void *ctx);
 
 /*
- * 1: nothing of it had been issued; it is dequeued, done, NX_E_ABORTED. 0: it completes normally, or is
- * not queued here.
+ * 1: nothing of it had been issued; it is dequeued, done, NX_E_ABORTED. 0: it completes normally,
+ * or is not queued here.
  */
 int nx_io_cancel(nx_io *io, nx_read *read);
 
 const char *nx_io_engine_name(const nx_io *io); /* "io_uring" or "threads" */
 
-/* Why AUTO did not take io_uring, in English; "" if it did or was not asked. Lives as long as io. */
+/* Why AUTO did not take io_uring, in English; "" if it did or was told. Lives as long as io. */
 const char *nx_io_engine_note(const nx_io *io);
 
 void nx_io_get_stats(const nx_io *io, nx_io_stats *out);
@@ -177,9 +180,9 @@ void nx_io_get_stats(const nx_io *io, nx_io_stats *out);
 /* --------------------------------------------------------------- faults */
 
 enum {
-    NX_FAULT_EIO = 1,   /* the request fails with EIO */
-    NX_FAULT_SHORT = 2, /* it brings half of its bytes (at least one) */
-    NX_FAULT_EOF = 3,   /* the file seems to end at offset_begin */
+    NX_FAULT_EIO = 1,    /* the request fails with EIO */
+    NX_FAULT_SHORT = 2,  /* it brings half of its bytes (at least one) */
+    NX_FAULT_EOF = 3,    /* the file seems to end at offset_begin */
     NX_FAULT_EINVAL = 4, /* it fails with EINVAL, as a refused direct read does */
     NX_FAULT_EAGAIN = 5  /* it fails with EAGAIN */
 };
@@ -205,14 +208,14 @@ typedef struct nx_probe_options {
     uint64_t max_bytes;   /* stop after so many bytes, default 256 MiB */
     uint64_t max_ns;      /* start no read after so much time, default 2 s */
     int engine;           /* NX_IO_ENGINE_* */
-    uint64_t seed;        /* where a sequential probe starts, where random reads go; 0: from byte 0 */
+    uint64_t seed; /* where a sequential probe starts, where random reads go; 0: from byte 0 */
 } nx_probe_options;
 
 typedef struct nx_probe_result {
-    uint64_t bytes; /* that arrived */
-    uint64_t ns;    /* from the first submit to the last arrival */
-    int direct;     /* 1: the page cache was not involved */
-    int engine;     /* NX_IO_ENGINE_URING or NX_IO_ENGINE_THREADS */
+    uint64_t bytes;    /* that arrived */
+    uint64_t ns;       /* from the first submit to the last arrival */
+    int direct;        /* 1: the page cache was not involved */
+    int engine;        /* NX_IO_ENGINE_URING or NX_IO_ENGINE_THREADS */
     char how_cold[96]; /* what kept the page cache out of the number, or that it may be in it */
     int sys_errno;     /* behind a failure */
 } nx_probe_result;

@@ -1,0 +1,87 @@
+"""How large the ring, its slabs and the scratch area are.
+
+The ring is a circular buffer through which streamed dense weights pass, slab by slab; it must be
+long enough that the disk never waits for the processor. The scratch area holds what cannot be
+read ahead: rows of the embedding, and the experts that a micro-batch asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from nexus_ext.placement.costs import is_dense, record_bytes
+from nexus_ext.placement.memory import KIB, MIB, PAGE, round_up
+from nexus_ext.types import TensorInfo
+
+SLACK: Final = 2 * PAGE  # direct reads cover up to a page before and after what is wanted
+MIN_SLAB: Final = 64 * KIB  # in budgets too small for better; a larger ring has larger slabs
+MAX_SLAB: Final = 8 * MIB
+MIN_SLABS: Final = 3  # one computed, one arriving, one that the next cannot share
+AIM_SLABS: Final = 6
+LEAST_TARGET: Final = 64 * MIB
+MOST_TARGET: Final = 256 * MIB
+READ_AHEAD_S: Final = 0.040  # reading that the ring should hold: a slow layer's computing
+MAX_ROWS: Final = 64  # rows of the embedding in the scratch area at a time
+SCRATCH_SPARE: Final = PAGE  # to align the start of the area
+
+
+@dataclass(frozen=True, slots=True)
+class RingSize:
+    """The limits of a ring for a set of tensors that may be streamed. All zero: none is."""
+
+    smallest: int
+    target: int
+
+    def of(self, free_bytes: int, missing_bytes: int) -> int | None:
+        """Return the ring for `free_bytes` that ring and pinned weights share; None: too few.
+
+        At most a quarter of what is free, and no more than is `missing_bytes` anyhow (what
+        could not be pinned without any ring), for each byte of the ring is one more to stream.
+        What is left for pinning never shrinks when `free_bytes` grows.
+        """
+        if free_bytes < self.smallest:
+            return None
+        return max(self.smallest, min(self.target, free_bytes // 4, missing_bytes))
+
+
+def ring_size(streamable: Iterable[TensorInfo], disk_bytes_s: float) -> RingSize:
+    """Return the ring's limits when any of `streamable` (dense tensors) may be streamed."""
+    tensors = list(streamable)
+    if not tensors:
+        return RingSize(0, 0)
+    low, high = _slab_limits(tensors)
+    smallest = MIN_SLABS * (low + SLACK)
+    wanted = min(max(int(disk_bytes_s * READ_AHEAD_S), LEAST_TARGET), MOST_TARGET)
+    useful = sum(round_up(t.nbytes, PAGE) + SLACK for t in tensors)
+    target = max(smallest, min(max(wanted, 4 * (high + SLACK)), useful))
+    return RingSize(smallest, round_up(target, PAGE))
+
+
+def slab_bytes(streamed: Iterable[TensorInfo], ring_bytes: int) -> int:
+    """Return the slab for a ring, a multiple of a page; 0 without a ring."""
+    tensors = list(streamed)
+    if not tensors or not ring_bytes:
+        return 0
+    low, high = _slab_limits(tensors)
+    return min(max(ring_bytes // AIM_SLABS // PAGE * PAGE, low), high)
+
+
+def _slab_limits(tensors: list[TensorInfo]) -> tuple[int, int]:
+    row = round_up(max(t.row_nbytes for t in tensors), PAGE)
+    largest = round_up(max(t.nbytes for t in tensors), PAGE)
+    return max(row, min(MIN_SLAB, largest)), max(row, min(MAX_SLAB, largest))
+
+
+def scratch_bytes(tensor: TensorInfo, n_ubatch: int, *, row_only: bool = False) -> int:
+    """Return the scratch area that streaming `tensor` needs; 0 for one that uses the ring."""
+    if is_dense(tensor) and not row_only:
+        return 0
+    if tensor.n_experts:
+        # Prefill may ask for all experts of a tensor at once.
+        area = tensor.n_experts * round_up(record_bytes(tensor) + SLACK, PAGE)
+    else:
+        rows = min(max(n_ubatch, 1), MAX_ROWS)
+        area = rows * (round_up(tensor.row_nbytes, 512) + SLACK)
+    return round_up(area, PAGE) + SCRATCH_SPARE

@@ -1,0 +1,274 @@
+"""Which bytes of a model go to which memory: from catalog, machine and wish to a plan.
+
+Pure: the same input gives the same plan. Whether a placement fits is counted exactly, in bytes;
+how fast it is comes from `costs`. Without a GPU `closed_form` decides, with one `mip` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NoReturn
+
+from nexus_ext.errors import DoesNotFit, UsageError
+from nexus_ext.placement import closed_form, costs, memory, mip, problem, ring
+from nexus_ext.placement.budget import Allowance, allowance, check, kernel_bytes
+from nexus_ext.placement.closed_form import Choice
+from nexus_ext.placement.memory import Context
+from nexus_ext.placement.mip import Offload
+from nexus_ext.placement.plan import GPU, HOST, NVME, RAM, ROWS, Budget, Pin, Plan, PlanRequest
+from nexus_ext.placement.problem import Problem
+from nexus_ext.types import Catalog
+from nexus_ext.units import format_bytes
+
+if TYPE_CHECKING:
+    from nexus_ext.hardware.profile import HardwareProfile
+
+
+def solve(catalog: Catalog, hardware: HardwareProfile, request: PlanRequest) -> Plan:
+    """Return the plan with the shortest predicted token time that keeps to every budget.
+
+    Raises DoesNotFit, with the smallest budget of the kind that is short, when there is none,
+    and UsageError for a request or a pin that cannot be met.
+    """
+    check(request)
+    return _Solver(catalog, hardware, request).plan()
+
+
+@dataclass(frozen=True, slots=True)
+class _Placement:
+    problem: Problem
+    choice: Choice
+    n_gpu: int
+
+
+class _Solver:
+    def __init__(self, catalog: Catalog, hardware: HardwareProfile, request: PlanRequest) -> None:
+        self.catalog, self.hardware, self.request = catalog, hardware, request
+        n_threads = request.n_threads or hardware.cpu.n_usable_cores
+        self.context: Context = memory.context_of(catalog.shape, request, n_threads)
+        self.compute_bytes = memory.compute_bytes(catalog, self.context)
+        self.runtime_bytes = memory.runtime_bytes(catalog, self.context)
+        kv = memory.kv_layer_bytes(catalog, self.context)
+        self.allowed: Allowance = allowance(
+            request, hardware, self.compute_bytes + self.runtime_bytes
+        )
+        self.rates, notes = costs.rates_of(catalog, hardware, self.allowed.gpu, n_threads)
+        self.notes = [*self.allowed.notes, *notes]
+        self.pinned = problem.match_pins(catalog, request.pins)
+        slots = mip.slots_of(catalog, kv)
+        self.offload = Offload(
+            catalog=catalog,
+            slots=slots,
+            rates=self.rates,
+            limits=self.allowed.limits,
+            n_ubatch=self.context.n_ubatch,
+            least=0,
+            most=0,
+            overhead_bytes=memory.graph_bytes(catalog, self.context),
+        )
+        self.offload = self._with_range(self.offload, self.pinned)
+
+    def plan(self) -> Plan:
+        placement = self._place(self.offload, self.pinned)
+        if placement is None:
+            self._refuse()
+        return self._plan(placement)
+
+    def _problem(
+        self, n_gpu: int, offload: Offload, pinned: Mapping[str, tuple[str, Pin]]
+    ) -> Problem:
+        names = offload.names(n_gpu) if n_gpu else frozenset()
+        return problem.problem_of(self.catalog, self.rates, self.context.n_ubatch, pinned, names)
+
+    def _place(self, offload: Offload, pinned: Mapping[str, tuple[str, Pin]]) -> _Placement | None:
+        """Return the best of the extremes and, between them, of what HiGHS finds."""
+        candidates = []
+        for n_gpu in sorted({offload.least, offload.most}):
+            there = self._problem(n_gpu, offload, pinned)
+            choice = closed_form.choose(there, offload.room(n_gpu))
+            if choice is not None:
+                candidates.append(_Placement(there, choice, n_gpu))
+        if offload.most > offload.least:
+            candidates.extend(self._between(offload, pinned))
+        return min(
+            candidates, key=lambda p: (p.choice.token_s, p.choice.read_s, p.n_gpu), default=None
+        )
+
+    def _between(self, offload: Offload, pinned: Mapping[str, tuple[str, Pin]]) -> list[_Placement]:
+        base = self._problem(0, offload, pinned)
+        slack = max(
+            offload.room(n) - closed_form.smallest_bytes(self._problem(n, offload, pinned))
+            for n in (offload.least, offload.most)
+        )
+        # Room for pinning must not shrink when the budget grows, hence a quarter of the slack.
+        ring_bytes = min(base.ring.target, base.ring.smallest + max(slack, 0) // 4)
+        found = mip.solve(base, offload, ring_bytes)
+        if found is None:
+            return []
+        there = self._problem(found.n_gpu, offload, pinned)
+        counts = {
+            group.tensors[0].name: count
+            for groups, numbers in ((base.dense, found.dense), (base.waited, found.waited))
+            for group, count in zip(groups, numbers, strict=True)
+        }
+        where = {t.name: g.tensors[0].name for g in (*base.dense, *base.waited) for t in g.tensors}
+        dense = tuple(counts[where[group.tensors[0].name]] for group in there.dense)
+        waited = tuple(counts[where[group.tensors[0].name]] for group in there.waited)
+        room = offload.room(found.n_gpu)
+        choice = closed_form.complete(there, room, dense, waited, ring_bytes)
+        if choice is None:  # too much by what HiGHS rounds
+            choice = closed_form.choose(there, room)
+        if choice is None:
+            return []
+        return [_Placement(there, choice, found.n_gpu)]
+
+    def _with_range(self, offload: Offload, pinned: Mapping[str, tuple[str, Pin]]) -> Offload:
+        """Return `offload` with the numbers of slots that pins and the GPU's memory allow."""
+        n = len(offload.slots)
+        index = {t.name: i for i, slot in enumerate(offload.slots) for t in slot.tensors}
+        least, most = 0, n if self.allowed.gpu is not None else 0
+        lower = upper = None
+        for name, (tier, pin) in pinned.items():
+            if tier == GPU:
+                if self.allowed.gpu is None:
+                    raise UsageError(
+                        f"pin {pin.pattern!r} puts {name} on a GPU, but none is used",
+                        hint="Pin it to ram, or allow a GPU.",
+                    )
+                if name not in index:
+                    raise UsageError(
+                        f"pin {pin.pattern!r} puts {name} on the GPU, but llama.cpp keeps it "
+                        "on the CPU",
+                        hint="Pin it to ram.",
+                    )
+                if n - index[name] > least:
+                    least, lower = n - index[name], pin
+            elif name in index and n - index[name] - 1 < most:
+                most, upper = n - index[name] - 1, pin
+        if lower is not None and least > most and upper is not None:
+            raise UsageError(
+                f"pin {lower.pattern!r} puts {least} of the last layers on the GPU, but pin "
+                f"{upper.pattern!r} keeps one of them off it",
+                hint="llama.cpp offloads whole layers, from the last one on.",
+            )
+        while most > least and offload.gpu_bytes(most) > self.allowed.gpu_bytes:
+            most -= 1
+        if least and offload.gpu_bytes(least) > self.allowed.gpu_bytes:
+            assert lower is not None
+            need = offload.gpu_bytes(least)
+            raise DoesNotFit(
+                f"pin {lower.pattern!r} needs {format_bytes(need)} of GPU memory, but "
+                f"{format_bytes(self.allowed.gpu_bytes)} can be used",
+                hint="Pin fewer layers to the GPU.",
+                smallest_bytes=need,
+            )
+        return replace(offload, least=least, most=most)
+
+    def _refuse(self) -> NoReturn:
+        weights, ram = self.allowed.weights_bytes, self.allowed.ram_bytes
+        offload, blame = self.offload, self._blame()
+        needs = {}
+        for n_gpu in (offload.least, offload.most):
+            there = self._problem(n_gpu, offload, self.pinned)
+            needs[n_gpu] = closed_form.smallest_bytes(there)
+        need = min(needs.values())
+        if weights is not None and weights < need:
+            raise DoesNotFit(
+                f"The model needs {format_bytes(need)} for weights and buffers{blame}, "
+                f"but the weights budget is {format_bytes(weights)}",
+                hint=f"Allow {need} bytes or more for weights.",
+                smallest_bytes=need,
+            )
+        assert ram is not None  # a weights budget alone would have been enough
+        need = min(
+            self.allowed.ram_for(size + offload.kv_on_cpu(n_gpu) + self._shared(n_gpu))
+            for n_gpu, size in needs.items()
+            if weights is None or size <= weights
+        )
+        raise DoesNotFit(
+            f"The model needs {format_bytes(need)} of RAM{blame}, "
+            f"but the budget is {format_bytes(ram)}",
+            hint=f"Allow {need} bytes or more, or lower n_ctx, n_ubatch or the KV cache types.",
+            smallest_bytes=need,
+        )
+
+    def _shared(self, n_gpu: int) -> int:
+        """Return what the GPU takes of main memory."""
+        return self.offload.gpu_bytes(n_gpu) if self.offload.limits.unified else 0
+
+    def _blame(self) -> str:
+        """Return words that name the pin without which the model would fit, if there is one."""
+        sizes: dict[str, int] = {}
+        for tensor in self.catalog.tensors:
+            tier, pin = self.pinned.get(tensor.name, (NVME, None))
+            if pin is not None and tier in (RAM, HOST):
+                sizes[pin.pattern] = sizes.get(pin.pattern, 0) + tensor.nbytes
+        unpinned = {name: (t, p) for name, (t, p) in self.pinned.items() if t not in (RAM, HOST)}
+        if not sizes or self._place(self._with_range(self.offload, unpinned), unpinned) is None:
+            return ""
+        pattern = max(sizes, key=lambda key: sizes[key])
+        return f" with pin {pattern!r}, which keeps {format_bytes(sizes[pattern])} resident"
+
+    def _tiers(self, placement: _Placement) -> dict[str, str]:
+        there, choice = placement.problem, placement.choice
+        tiers = dict(there.fixed)
+        counted = zip((*there.dense, *there.waited), (*choice.dense, *choice.waited), strict=True)
+        for group, count in counted:
+            tiers.update((tensor.name, NVME) for tensor in group.tensors)
+            tiers.update((t.name, RAM) for t in problem.spread(group.tensors, count))
+        return {tensor.name: tiers[tensor.name] for tensor in self.catalog.tensors}
+
+    def _plan(self, placement: _Placement) -> Plan:
+        tiers = self._tiers(placement)
+        choice, n_gpu = placement.choice, placement.n_gpu
+        tensors = self.catalog.tensors
+        row_only = costs.output_on_gpu(tensors, tiers)
+        through_ring = [
+            t
+            for t in tensors
+            if tiers[t.name] == NVME and costs.is_dense(t) and not (t.tied_output and row_only)
+        ]
+        prediction, streamed = costs.predict(self.catalog, tiers, self.rates, self.context.n_ubatch)
+        resident = {
+            tier: sum(problem.resident_bytes(t, tier) for t in tensors if tiers[t.name] == tier)
+            for tier in (HOST, RAM)
+        }
+        kv, shared = self.offload.kv_on_cpu(n_gpu), self._shared(n_gpu)
+        ram = self.allowed.ram_bytes
+        if ram is None:
+            assert self.allowed.weights_bytes is not None
+            ram = self.allowed.ram_for(self.allowed.weights_bytes + kv + shared)
+        runtime = self.runtime_bytes + kernel_bytes(ram)
+        taken = (resident[HOST], resident[RAM], choice.ring_bytes, choice.scratch_bytes, kv)
+        parts = (*taken, self.compute_bytes, runtime, shared)
+        breakdown = dict(zip(ROWS, (*parts, ram - sum(parts)), strict=True))
+        return Plan(
+            fingerprint=self.catalog.fingerprint,
+            tiers=tiers,
+            ring_bytes=choice.ring_bytes,
+            slab_bytes=ring.slab_bytes(through_ring, choice.ring_bytes),
+            scratch_bytes=choice.scratch_bytes,
+            io_mode=self.request.io_mode,
+            budget=Budget(
+                self.allowed.ram_bytes, self.allowed.weights_bytes, self.allowed.gpu_bytes
+            ),
+            breakdown=breakdown,
+            gpu_breakdown=self._gpu_breakdown(n_gpu),
+            n_gpu_layers=n_gpu,
+            streamed_bytes_per_token=streamed,
+            prediction=prediction,
+            everything_fits=NVME not in tiers.values(),
+            notes=tuple(self.notes),
+        )
+
+    def _gpu_breakdown(self, n_gpu: int) -> dict[str, int]:
+        if not n_gpu:
+            return {}
+        tail = self.offload.slots[-n_gpu:]
+        parts = {
+            "weights": sum(slot.weight_bytes for slot in tail),
+            "KV cache": sum(slot.kv_bytes for slot in tail),
+            "compute buffers": self.offload.overhead_bytes,
+        }
+        return {**parts, "free": self.allowed.gpu_bytes - sum(parts.values())}
