@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #define NX_PROBE_ALIGN 4096u
+#define NX_PROBE_HUGE_BYTES (2u << 20)
 #define NX_PROBE_BYTES (256u << 20)
 #define NX_PROBE_NS 2000000000u
 #define NX_PROBE_BUFFERS_MAX (1u << 30)
@@ -131,12 +132,15 @@ static nx_status prepare(nx_probe *p, nx_probe_result *out) {
     out->engine = p->io->engine->number;
 
     size_t stride = (size_t)block + 2 * NX_IO_SLACK, n_reads = 2 * (size_t)o->depth;
+    size_t nbytes = (size_t)nx_io_ceil(stride * n_reads, NX_PROBE_HUGE_BYTES);
     void *memory;
     p->reads = calloc(n_reads, sizeof *p->reads);
-    if (!p->reads || posix_memalign(&memory, NX_PROBE_ALIGN, stride * n_reads) != 0)
-        return NX_E_NOMEM;
+    if (!p->reads || posix_memalign(&memory, NX_PROBE_HUGE_BYTES, nbytes) != 0) return NX_E_NOMEM;
     p->memory = memory;
-    memset(memory, 0, stride * n_reads); /* the first touch of a page is not the disk's fault */
+#ifdef MADV_HUGEPAGE
+    (void)madvise(memory, nbytes, MADV_HUGEPAGE); /* as weights are read: it makes a difference */
+#endif
+    memset(memory, 0, nbytes); /* the first touch of a page is not the disk's fault */
     for (size_t i = 0; i < n_reads; i++) {
         p->reads[i].file = p->file;
         p->reads[i].nbytes = block;

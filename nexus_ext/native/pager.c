@@ -245,7 +245,7 @@ nx_status nx_turn_begin(nx_model *m, nx_extent *const *uses, size_t n_uses, nx_a
     p->abort = abort;
     p->abort_ctx = ctx;
 
-    nx_status status = p->broken ? NX_E_IO : NX_OK; /* the error was told when it broke */
+    nx_status status = p->broken ? engine_failed(m, 0) : NX_OK; /* said again to whoever asks again */
     for (uint32_t i = 0; i < m->n_files && status == NX_OK; i++) {
         status = nx_file_check(m->files[i].file);
         if (status != NX_OK) {

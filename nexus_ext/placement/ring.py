@@ -24,6 +24,7 @@ LEAST_TARGET: Final = 64 * MIB
 MOST_TARGET: Final = 256 * MIB
 READ_AHEAD_S: Final = 0.040  # reading that the ring should hold: a slow layer's computing
 MAX_ROWS: Final = 64  # rows of the embedding in the scratch area at a time
+TIED_ROWS: Final = 8  # the same for an embedding that is also the output head: ring and scratch
 SCRATCH_SPARE: Final = PAGE  # to align the start of the area
 
 
@@ -52,7 +53,7 @@ def ring_size(streamable: Iterable[TensorInfo], disk_bytes_s: float) -> RingSize
     if not tensors:
         return RingSize(0, 0)
     low, high = _slab_limits(tensors)
-    smallest = MIN_SLABS * (low + SLACK)
+    smallest = MIN_SLABS * (low + SLACK) + tied_rows_bytes(tensors)
     wanted = min(max(int(disk_bytes_s * READ_AHEAD_S), LEAST_TARGET), MOST_TARGET)
     useful = sum(round_up(t.nbytes, PAGE) + SLACK for t in tensors)
     target = max(smallest, min(max(wanted, 4 * (high + SLACK)), useful))
@@ -74,14 +75,24 @@ def _slab_limits(tensors: list[TensorInfo]) -> tuple[int, int]:
     return max(row, min(MIN_SLAB, largest)), max(row, min(MAX_SLAB, largest))
 
 
+def tied_rows_bytes(streamed: Iterable[TensorInfo]) -> int:
+    """Return the scratch area for the rows of a tied embedding among `streamed`; 0 without one.
+
+    Such a tensor passes through the ring as the output head, and its rows are gathered as the
+    embedding. A ring is always sized for both, and gives up this part when the tensor is streamed.
+    """
+    return max((_rows_area(t, TIED_ROWS) for t in streamed if t.tied_output), default=0)
+
+
+def _rows_area(tensor: TensorInfo, rows: int) -> int:
+    return round_up(rows * (round_up(tensor.row_nbytes, 512) + SLACK), PAGE) + SCRATCH_SPARE
+
+
 def scratch_bytes(tensor: TensorInfo, n_ubatch: int, *, row_only: bool = False) -> int:
     """Return the scratch area that streaming `tensor` needs; 0 for one that uses the ring."""
     if is_dense(tensor) and not row_only:
         return 0
     if tensor.n_experts:
         # Prefill may ask for all experts of a tensor at once.
-        area = tensor.n_experts * round_up(record_bytes(tensor) + SLACK, PAGE)
-    else:
-        rows = min(max(n_ubatch, 1), MAX_ROWS)
-        area = rows * (round_up(tensor.row_nbytes, 512) + SLACK)
-    return round_up(area, PAGE) + SCRATCH_SPARE
+        return tensor.n_experts * round_up(record_bytes(tensor) + SLACK, PAGE) + SCRATCH_SPARE
+    return _rows_area(tensor, min(max(n_ubatch, 1), MAX_ROWS))

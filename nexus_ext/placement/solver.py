@@ -240,15 +240,17 @@ class _Solver:
             assert self.allowed.weights_bytes is not None
             ram = self.allowed.ram_for(self.allowed.weights_bytes + kv + shared)
         runtime = self.runtime_bytes + kernel_bytes(ram)
-        taken = (resident[HOST], resident[RAM], choice.ring_bytes, choice.scratch_bytes, kv)
+        scratch_bytes = max(choice.scratch_bytes, ring.tied_rows_bytes(through_ring))
+        ring_bytes = choice.ring_bytes - (scratch_bytes - choice.scratch_bytes)
+        taken = (resident[HOST], resident[RAM], ring_bytes, scratch_bytes, kv)
         parts = (*taken, self.compute_bytes, runtime, shared)
         breakdown = dict(zip(ROWS, (*parts, ram - sum(parts)), strict=True))
         return Plan(
             fingerprint=self.catalog.fingerprint,
             tiers=tiers,
-            ring_bytes=choice.ring_bytes,
-            slab_bytes=ring.slab_bytes(through_ring, choice.ring_bytes),
-            scratch_bytes=choice.scratch_bytes,
+            ring_bytes=ring_bytes,
+            slab_bytes=ring.slab_bytes(through_ring, ring_bytes),
+            scratch_bytes=scratch_bytes,
             io_mode=self.request.io_mode,
             budget=Budget(
                 self.allowed.ram_bytes, self.allowed.weights_bytes, self.allowed.gpu_bytes

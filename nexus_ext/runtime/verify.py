@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Literal
 
 from nexus_ext.errors import DoesNotFit, UsageError
+from nexus_ext.formats import open_gguf
+from nexus_ext.hardware import HardwareProfile
 from nexus_ext.placement import Plan, PlanRequest
 from nexus_ext.runtime.planning import Planned, hardware_profile, plan_model
 from nexus_ext.runtime.worker import Job, run_worker, session_of
@@ -125,7 +127,11 @@ def compare_logits(
 
 
 def plan_to_verify(
-    path: str, request: PlanRequest, *, hardware_file: str | None = None, plan: Plan | None = None
+    path: str,
+    request: PlanRequest,
+    *,
+    hardware_file: str | None = None,
+    plan: Plan | str | None = None,
 ) -> Planned:
     """Return a plan that streams something.
 
@@ -146,11 +152,7 @@ def plan_to_verify(
     return planned
 
 
-def _stream_half(path: str, request: PlanRequest, hardware: object) -> Planned:
-    from nexus_ext.formats import open_gguf
-    from nexus_ext.hardware import HardwareProfile
-
-    assert isinstance(hardware, HardwareProfile)
+def _stream_half(path: str, request: PlanRequest, hardware: HardwareProfile) -> Planned:
     half = open_gguf(path).nbytes // 2
     try:
         return plan_model(path, replace(request, weights_bytes=half), hardware=hardware)

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-from nexus_ext.errors import DoesNotFit, NexusError
+from nexus_ext.errors import DoesNotFit, NexusError, UsageError
 from nexus_ext.hardware import HardwareProfile, process_peak_bytes
 from nexus_ext.placement import Plan, PlanRequest
 
@@ -282,10 +282,16 @@ def work(job: Job) -> dict[str, Any]:
     n_prompt = len(job.tokens) - job.n_decode if job.tokens else 0
     tokens = list(job.tokens[:n_prompt]) if job.tokens else prompt_tokens(run.llm, job)
     if not tokens:
-        raise NexusError("the prompt has no tokens", hint="give a longer prompt")
+        raise UsageError("the prompt has no tokens", hint="give a longer prompt")
+    n_tokens = len(tokens) + job.n_warmup + job.n_decode
+    if n_tokens > job.session.n_ctx:
+        raise UsageError(
+            f"{len(tokens)} tokens of prompt and {n_tokens - len(tokens)} decoded ones are more "
+            f"than the context of {job.session.n_ctx}",
+            hint="give a larger --ctx, or fewer tokens",
+        )
     if job.warm_pass:
         run.decode(tokens)
-        run.decode(tokens[:1])
         run.forget()
     sink = open(job.logits, "wb") if job.logits else None  # noqa: SIM115 closed below
     try:

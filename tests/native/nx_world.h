@@ -137,14 +137,19 @@ __attribute__((unused)) static bool world_same(const world *w, const nx_extent *
     return memcmp(data, w->files[e->file].bytes + e->offset + offset, nbytes) == 0;
 }
 
+__attribute__((unused)) static bool world_has_engine(int engine) {
+    const nx_io_options options = {.engine = engine};
+    nx_io *io = NULL;
+    const bool has = nx_io_create(&options, &io) == NX_OK;
+    nx_io_destroy(io);
+    return has;
+}
+
 /* Run a test for each engine that this machine has, with direct and with buffered reads. */
 __attribute__((unused)) static void world_for_each(void (*test)(bool direct)) {
     static const int engines[] = {NX_IO_ENGINE_URING, NX_IO_ENGINE_THREADS};
     for (size_t i = 0; i < 2; i++) {
-        const nx_io_options options = {.engine = engines[i]};
-        nx_io *io;
-        if (nx_io_create(&options, &io) != NX_OK) continue;
-        nx_io_destroy(io);
+        if (!world_has_engine(engines[i])) continue;
         setenv("NEXUS_IO_ENGINE", i == 0 ? "uring" : "threads", 1);
         for (int direct = 1; direct >= 0; direct--) {
             nx_test_about("%s, %s", i == 0 ? "uring" : "threads", direct ? "direct" : "buffered");

@@ -103,7 +103,7 @@ static void each_malformed_line_is_refused_by_its_number(void) {
         snprintf(text, sizeof text, HEAD "%s\nend 0\n", bad[i]);
         refused(text, "line 2 ");
         snprintf(text, sizeof text, HEAD "%s", bad[i]);
-        refused(text, strncmp(bad[i], "end", 3) == 0 ? "line 2 " : "line 2 ");
+        refused(text, "line 2 ");
     }
     static const char *const bad_tensor[] = {
         "tensor gpu 0 0 8 0 8 1 1 1 F32 name",           /* no such tier */
@@ -347,8 +347,9 @@ static void rubbish_never_crashes(void) {
         if (status != NX_OK || memory > (64u << 20) || n_created >= 200) continue;
         nx_model *m = NULL; /* what is well formed is opened as well, or refused */
         if (nx_model_create(text, n, "", 0, &m, &error) == NX_OK) {
-            FILE *f = nx_model_stream(m);
-            if (f) fclose(f);
+            int has_descriptor;
+            FILE *f = nx_model_stream(m, &has_descriptor);
+            if (f) nx_model_stream_close(f);
             nx_model_release(m);
         } else {
             NX_CHECK(error.status != NX_OK && error.text[0]);
@@ -381,9 +382,9 @@ static void check_split(uint64_t rows, uint64_t row_bytes, uint64_t slab_bytes) 
         NX_CHECK(slab_rows * row_bytes <= slab_bytes || slab_rows <= 4);
     }
     if (rows * row_bytes <= slab_bytes) NX_CHECK_EQ(n, 1);
-    /* not many more than needed: alignment may halve a slab, parity may cost half again */
+    /* not many more than needed: alignment may halve a slab, parity takes some rows more */
     const uint64_t most = slab_bytes / row_bytes;
-    if (most >= 8) NX_CHECK(n <= 4 * (rows / most + 1));
+    if (most >= 64) NX_CHECK(n <= 4 * (rows / most + 1));
 }
 
 static void slabs_cover_a_matrix_and_keep_its_class(void) {

@@ -1,0 +1,171 @@
+"""`nexus bench`: prefill and decode, beside stock llama.cpp and beside the physical bound."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import click
+
+from nexus_ext.cli.options import SIZE, PlanOptions, output_options, plan_options
+from nexus_ext.cli.output import Output
+from nexus_ext.units import format_bytes
+
+if TYPE_CHECKING:
+    from nexus_ext.runtime.bench import Bench, Spread, Summary
+
+
+@click.command()
+@click.argument("model")
+@plan_options
+@click.option("--plan", "plan_file", metavar="FILE", help="Use this plan (`nexus plan -o`).")
+@click.option("-p", "--prompt-tokens", "n_prompt", default=512, type=click.IntRange(min=1))
+@click.option("-n", "--decode-tokens", "n_decode", default=32, type=click.IntRange(min=1))
+@click.option(
+    "--warmup",
+    "n_warmup",
+    default=1,
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Tokens decoded before decoding is measured.  [default: 1]",
+)
+@click.option("--repeat", default=3, type=click.IntRange(min=1), help="Runs of each side.")
+@click.option(
+    "--cold/--warm",
+    default=True,
+    help="Drop the page cache before each run, or evaluate the prompt once first.",
+)
+@click.option("--baseline", is_flag=True, help="Interleave stock llama.cpp (mmap): A B A B.")
+@click.option(
+    "--limit",
+    "limit_bytes",
+    type=SIZE,
+    metavar="SIZE",
+    help="Run every side in a memory cgroup of this size.",
+)
+@output_options
+def bench(
+    model: str,
+    planning: PlanOptions,
+    plan_file: str | None,
+    n_prompt: int,
+    n_decode: int,
+    n_warmup: int,
+    repeat: int,
+    cold: bool,
+    baseline: bool,
+    limit_bytes: int | None,
+    output: Output,
+) -> None:
+    """Measure prefill and decode of MODEL, and what part of the physical bound is reached.
+
+    The bound is the bytes read per token divided by the disk's cold bandwidth, measured between the
+    runs. With --limit and no budget, --ram is the limit.
+
+    \b
+    Examples:
+      nexus bench model.gguf --ram 4G
+      nexus bench model.gguf --limit 4G --baseline --repeat 5
+      nexus bench model.gguf --weights 1G -p 128 -n 64 --json > result.json
+    """
+    from nexus_ext.formats import open_gguf
+    from nexus_ext.runtime.bench import bench_model, context_for
+    from nexus_ext.runtime.planning import plan_model
+    from nexus_ext.runtime.worker import session_of
+
+    if planning.n_ctx is None:
+        planning = replace(planning, n_ctx=context_for(n_prompt, n_decode, n_warmup))
+    unlimited = planning.ram_bytes is None and planning.weights_bytes is None
+    if limit_bytes is not None and unlimited and plan_file is None:
+        planning = replace(planning, ram_bytes=limit_bytes)
+    request = planning.request(open_gguf(model))
+    hardware = planning.hardware(model)
+    if limit_bytes is not None:
+        memory = hardware.memory
+        hardware = replace(
+            hardware,
+            memory=replace(
+                memory,
+                limit_bytes=min(limit_bytes, memory.usable_bytes),
+                available_bytes=min(limit_bytes, memory.available_bytes),
+                limit_source="--limit",
+            ),
+        )
+    planned = plan_model(model, request, hardware=hardware, plan=plan_file)
+    result = bench_model(
+        model,
+        planned,
+        session_of(request, planned),
+        n_prompt=n_prompt,
+        n_decode=n_decode,
+        n_warmup=n_warmup,
+        repeat=repeat,
+        cold=cold,
+        baseline=baseline,
+        limit_bytes=limit_bytes,
+        note=output.note,
+    )
+    show(result, output)
+    output.result(result)
+
+
+def show(result: Bench, output: Output) -> None:
+    """Write the tables of a benchmark."""
+    s = result.session
+    output.line(f"{result.model}: {format_bytes(result.streamed_nbytes)} of weights streamed")
+    output.line(
+        f"prompt {result.n_prompt}, decode {result.n_decode} after {result.n_warmup} of warm-up, "
+        f"context {s.n_ctx}, micro-batch {s.n_ubatch}, {s.n_threads} threads, flash attention "
+        + ("on" if s.flash_attn else "off")
+    )
+    output.line(result.how)
+    if result.limit:
+        output.line(f"memory limit: {result.limit}")
+    output.heading("Rates, median (lowest..highest)")
+    sides = [side for side in (result.paged, result.stock) if side is not None]
+    output.table(
+        ("side", ">runs", ">load s", ">prefill tok/s", ">decode tok/s", ">read/token", ">peak"),
+        [_row(side) for side in sides],
+    )
+    for side in sides:
+        if side.n_died:
+            output.line(f"{side.n_died} of {side.n_runs} runs of {side.side}: {side.died}")
+    if result.decode_ratio is not None and result.prefill_ratio is not None:
+        output.line(
+            f"paged / stock: decode x{result.decode_ratio:.2f}, prefill x{result.prefill_ratio:.2f}"
+        )
+    output.heading("Physical bound of decoding")
+    if result.bound is None:
+        output.line("none: decoding read nothing from the disk")
+    else:
+        bound = result.bound
+        output.line(
+            f"{format_bytes(bound.read_per_token_bytes)} per token / "
+            f"{_rate(bound.disk_bytes_s)} = {bound.tok_s:.2f} tok/s; reached: {bound.fraction:.0%}"
+        )
+    for text in result.notes:
+        output.note(text)
+
+
+def _row(side: Summary) -> tuple[str, ...]:
+    read = side.read_per_token_bytes
+    return (
+        side.side,
+        str(side.n_runs),
+        _spread(side.load_s),
+        _spread(side.prefill_tok_s),
+        _spread(side.decode_tok_s),
+        "-" if read is None else format_bytes(read),
+        "-" if side.peak_bytes is None else format_bytes(side.peak_bytes),
+    )
+
+
+def _spread(value: Spread | None) -> str:
+    if value is None:
+        return "killed"
+    return f"{value.median:.2f} ({value.low:.2f}..{value.high:.2f})"
+
+
+def _rate(value: Spread) -> str:
+    low, high = format_bytes(value.low), format_bytes(value.high)
+    return f"{format_bytes(value.median)}/s ({low}..{high})"

@@ -1,0 +1,406 @@
+"""Measure a model that is streamed, beside stock llama.cpp and beside the physical bound.
+
+Runs are interleaved, A B A B, each in a process of its own, so that a slow minute of the machine hits
+both sides; the disk is measured in between, on the model's own file, because a bound from another day
+bounds nothing. The bound is the bytes that a token had to read, divided by that bandwidth, and
+nothing else. Bytes are counted twice: by the engine, and by the kernel (/proc/self/io).
+
+"Cold" means: the page cache of the model's files was dropped before the run, and how much of it was
+still there is told. What a drive, a controller or a hypervisor keeps cannot be dropped from here.
+Nothing is concluded here; a side that its memory limit killed is a result like any other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import os
+import statistics
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from nexus_ext import core
+from nexus_ext.errors import OutOfMemory, UsageError
+from nexus_ext.hardware import HardwareProfile
+from nexus_ext.hardware.disk import drop_page_cache
+from nexus_ext.runtime.memory_limit import MemoryGroup, memory_group
+from nexus_ext.runtime.planning import Planned
+from nexus_ext.runtime.worker import Job, Session, Side, WorkerDied, run_worker
+from nexus_ext.units import GIB, MIB
+
+_log = logging.getLogger("nexus_ext.bench")
+
+_PROBE_BYTES: Final = GIB
+_PROBE_NS: Final = 1_000_000_000
+_CTX_STEP: Final = 256
+# Reading around the page cache, and reading the same bytes twice, differ by less than this.
+_AGREE: Final = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A number that was measured several times."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What one phase of one run took and read. None: not known, or nothing is paged."""
+
+    seconds: float
+    n_tokens: int
+    engine_read_bytes: int | None
+    device_read_bytes: int | None  # the kernel's count, page cache hits left out
+    wait_s: float | None
+
+    @property
+    def tok_s(self) -> float:
+        return self.n_tokens / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One side, once. `died` says why there is nothing but that."""
+
+    side: Side
+    died: str = ""
+    cached_before_bytes: int | None = None  # of the model's files, in the page cache
+    load_s: float = 0.0
+    prefill: Phase | None = None
+    decode: Phase | None = None
+    token_s: tuple[float, ...] = ()
+    peak_bytes: int = 0
+    peak_source: str = ""
+    chosen: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSample:
+    """One cold measurement of the disk, between two runs."""
+
+    bytes_s: float
+    direct: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One side over all its runs that lived. None: there was none, or it does not apply."""
+
+    side: Side
+    n_runs: int
+    n_died: int
+    died: str
+    load_s: Spread | None
+    prefill_tok_s: Spread | None
+    decode_tok_s: Spread | None
+    read_per_token_bytes: float | None  # from the disk, while decoding
+    peak_bytes: int | None
+    peak_source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """The physical limit of decoding, from what was measured in the same run."""
+
+    read_per_token_bytes: float
+    disk_bytes_s: Spread
+    tok_s: float
+    fraction: float  # of it, that decoding reached
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """All that was measured, and what it comes to."""
+
+    model: str
+    how: str
+    limit: str  # what enforced a memory limit; "" without one
+    session: Session
+    n_prompt: int
+    n_decode: int
+    n_warmup: int
+    streamed_nbytes: int
+    io_mode: str | None
+    disk: tuple[DiskSample, ...]
+    runs: tuple[Run, ...]
+    paged: Summary
+    stock: Summary | None
+    bound: Bound | None
+    decode_ratio: float | None  # paged / stock, of the medians
+    prefill_ratio: float | None
+    notes: tuple[str, ...]
+
+
+def context_for(n_prompt: int, n_decode: int, n_warmup: int) -> int:
+    """Return the smallest usual context that a run of this length needs."""
+    n_tokens = n_prompt + n_decode + n_warmup + 1
+    return -(-n_tokens // _CTX_STEP) * _CTX_STEP
+
+
+def bench_model(
+    path: str,
+    planned: Planned,
+    session: Session,
+    *,
+    n_prompt: int = 512,
+    n_decode: int = 32,
+    n_warmup: int = 1,
+    repeat: int = 3,
+    cold: bool = True,
+    baseline: bool = False,
+    limit_bytes: int | None = None,
+    note: Callable[[str], None] = _log.info,
+) -> Bench:
+    """Measure `repeat` runs of each side.
+
+    Raises UsageError when the runs do not fit into the context or memory cannot be limited,
+    OutOfMemory when the paged side itself was killed at the limit, and whatever a run may raise.
+    """
+    if n_prompt + n_warmup + n_decode > session.n_ctx:
+        raise UsageError(
+            f"{n_prompt} tokens of prompt and {n_warmup + n_decode} decoded ones are more than "
+            f"the context of {session.n_ctx}",
+            hint="give a larger --ctx, or fewer tokens",
+        )
+    files = [os.path.abspath(file.path) for file in planned.catalog.files]
+    # Pages that are cached already are charged to nobody: under a limit they would be a gift.
+    drops = cold or limit_bytes is not None
+    job = Job(
+        model=os.path.abspath(path),
+        side="paged",
+        session=session,
+        prompt=None,
+        n_prompt=n_prompt,
+        n_decode=n_decode,
+        plan=planned.plan.to_json(),
+        hardware=planned.hardware.to_json(),
+        n_warmup=n_warmup,
+        warm_pass=not cold,
+    )
+    sides: tuple[Side, ...] = ("paged", "stock") if baseline else ("paged",)
+    disk, runs, how = [disk_sample(files, planned.hardware)], [], ""
+    for i in range(repeat):
+        for side in sides:
+            note(f"run {i + 1} of {repeat}: {side}")
+            if drops:
+                drop_files(files)
+            with nullcontext() if limit_bytes is None else memory_group(limit_bytes) as group:
+                run = _run(replace(job, side=side), files, group)
+                how = group.how if group is not None else ""
+            runs.append(run)
+        disk.append(disk_sample(files, planned.hardware))
+    return _result(planned, job, tuple(runs), tuple(disk), drops=drops, limit=how)
+
+
+def _run(job: Job, files: list[str], group: MemoryGroup | None) -> Run:
+    cached = cached_bytes(files)
+    try:
+        report = run_worker(job, group)
+    except WorkerDied as error:
+        if not error.by_memory:
+            raise
+        if job.side == "paged":
+            raise OutOfMemory(str(error), hint="give --ram less than --limit") from error
+        return Run(job.side, died=str(error), cached_before_bytes=cached)
+    peak, source = report["peak_bytes"], "VmHWM, mapped files included"
+    if group is not None and group.usage().peak_bytes is not None:
+        peak, source = group.usage().peak_bytes, "cgroup, page cache included"
+    return Run(
+        side=job.side,
+        cached_before_bytes=cached,
+        load_s=report["load_ns"] / 1e9,
+        prefill=_phase(report["prefill"], len(report["prompt"])),
+        decode=_phase(report["decode"], job.n_decode) if job.n_decode else None,
+        token_s=tuple(ns / 1e9 for ns in report["token_ns"]),
+        peak_bytes=peak,
+        peak_source=source,
+        chosen=tuple(report["chosen"]),
+    )
+
+
+def _phase(report: dict[str, Any], n_tokens: int) -> Phase:
+    stats = report["stats"]
+    return Phase(
+        seconds=report["ns"] / 1e9,
+        n_tokens=n_tokens,
+        engine_read_bytes=stats["bytes_read"] if stats else None,
+        device_read_bytes=report["device_read_bytes"],
+        wait_s=stats["wait_s"] if stats else None,
+    )
+
+
+def _result(
+    planned: Planned,
+    job: Job,
+    runs: tuple[Run, ...],
+    disk: tuple[DiskSample, ...],
+    *,
+    drops: bool,
+    limit: str,
+) -> Bench:
+    paged = summarize("paged", runs)
+    stock = summarize("stock", runs) if any(run.side == "stock" for run in runs) else None
+    active = not planned.plan.everything_fits
+    tiers = planned.plan.tiers
+    return Bench(
+        model=job.model,
+        how=_how(drops, job.warm_pass, runs),
+        limit=limit,
+        session=job.session,
+        n_prompt=job.n_prompt,
+        n_decode=job.n_decode,
+        n_warmup=job.n_warmup,
+        streamed_nbytes=sum(t.nbytes for t in planned.catalog.tensors if tiers[t.name] == "nvme"),
+        io_mode=planned.io_mode if active else None,
+        disk=disk,
+        runs=runs,
+        paged=paged,
+        stock=stock,
+        bound=bound_of(paged, disk) if active else None,
+        decode_ratio=_ratio(paged.decode_tok_s, stock.decode_tok_s if stock else None),
+        prefill_ratio=_ratio(paged.prefill_tok_s, stock.prefill_tok_s if stock else None),
+        notes=tuple(_notes(planned, runs, disk)),
+    )
+
+
+def summarize(side: Side, runs: tuple[Run, ...]) -> Summary:
+    """Return what the runs of one side come to."""
+    mine = [run for run in runs if run.side == side]
+    alive = [run for run in mine if not run.died]
+    prefill = [run.prefill for run in alive if run.prefill is not None]
+    decode = [run.decode for run in alive if run.decode is not None]
+    read = [n / phase.n_tokens for phase in decode if (n := disk_read(phase)) is not None]
+    return Summary(
+        side=side,
+        n_runs=len(mine),
+        n_died=len(mine) - len(alive),
+        died=next((run.died for run in mine if run.died), ""),
+        load_s=Spread.of([run.load_s for run in alive]) if alive else None,
+        prefill_tok_s=Spread.of([phase.tok_s for phase in prefill]) if prefill else None,
+        decode_tok_s=Spread.of([phase.tok_s for phase in decode]) if decode else None,
+        read_per_token_bytes=statistics.median(read) if read else None,
+        peak_bytes=max((run.peak_bytes for run in alive), default=None),
+        peak_source=alive[0].peak_source if alive else "",
+    )
+
+
+def disk_read(phase: Phase) -> int | None:
+    """Return the bytes that came from the disk: the kernel's count, else the engine's."""
+    if phase.device_read_bytes is not None:
+        return phase.device_read_bytes
+    return phase.engine_read_bytes
+
+
+def bound_of(summary: Summary, disk: tuple[DiskSample, ...]) -> Bound | None:
+    """Return the bound of decoding, None when it read nothing from the disk."""
+    if not summary.read_per_token_bytes or summary.decode_tok_s is None:
+        return None
+    rate = Spread.of([sample.bytes_s for sample in disk])
+    tok_s = rate.median / summary.read_per_token_bytes
+    return Bound(summary.read_per_token_bytes, rate, tok_s, summary.decode_tok_s.median / tok_s)
+
+
+def _ratio(a: Spread | None, b: Spread | None) -> float | None:
+    return a.median / b.median if a is not None and b is not None else None
+
+
+def _how(drops: bool, warm_pass: bool, runs: tuple[Run, ...]) -> str:
+    if not drops:
+        return "warm: the page cache as it was; the prompt was evaluated once before measuring"
+    left = [run.cached_before_bytes for run in runs if run.cached_before_bytes is not None]
+    told = f", {max(left)} bytes were still cached at most" if left else ""
+    text = f"page cache of the model's files dropped before each run (POSIX_FADV_DONTNEED){told}"
+    return f"warm after a cold load: {text}" if warm_pass else f"cold: {text}"
+
+
+def _notes(planned: Planned, runs: tuple[Run, ...], disk: tuple[DiskSample, ...]) -> list[str]:
+    notes = list(planned.plan.notes)
+    if planned.plan.everything_fits:
+        notes.append("Everything fits: the paged side is llama.cpp as it comes, nothing is hooked.")
+    if not all(sample.direct for sample in disk):
+        notes.append("The disk was measured through the page cache; the bound may be too high.")
+    for run in runs:
+        phase = run.decode
+        if phase is None or not phase.engine_read_bytes or phase.device_read_bytes is None:
+            continue
+        seen = phase.device_read_bytes / phase.engine_read_bytes
+        if abs(seen - 1) > _AGREE:
+            notes.append(
+                f"While decoding, the engine read {phase.engine_read_bytes} bytes and the device "
+                f"gave {phase.device_read_bytes}: "
+                + ("the page cache served the rest." if seen < 1 else "the kernel read ahead.")
+            )
+            break
+    chosen = {run.chosen for run in runs if not run.died}
+    if len(chosen) > 1:
+        notes.append("The runs did not choose the same tokens: run `nexus verify` on this model.")
+    return notes
+
+
+# -- the disk and its cache -----------------------------------------------------------------------
+
+
+def disk_sample(files: list[str], hardware: HardwareProfile) -> DiskSample:
+    """Read the largest of `files` cold for a second, in the way that this disk likes best."""
+    path = max(files, key=os.path.getsize)
+    points = [p for p in hardware.disk.points if p.pattern == "sequential"]
+    best = max(points, key=lambda point: point.bytes_s)
+    block = min(best.block_bytes, os.path.getsize(path))
+    drop_files([path])
+    n_bytes, ns, direct, _ = core.read_disk(path, block, best.depth, False, _PROBE_BYTES, _PROBE_NS)
+    drop_files([path])
+    return DiskSample(n_bytes * 1e9 / max(ns, 1), direct)
+
+
+def drop_files(files: list[str]) -> None:
+    """Drop the page cache of `files`. Pages that were never written back are written first."""
+    for path in files:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)  # a dirty page cannot be dropped
+        except OSError as error:
+            _log.debug("fsync(%s): %s", path, error.strerror)
+        finally:
+            os.close(fd)
+        drop_page_cache(path)
+
+
+def cached_bytes(files: list[str]) -> int | None:
+    """Return how much of `files` the page cache holds; None where the system does not tell."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mincore"):
+        return None
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    n_pages = 0
+    for path in files:
+        size = os.path.getsize(path)
+        if size == 0:
+            continue
+        with open(path, "rb") as file:
+            # Private and writable, or ctypes does not give the address of it; never touched.
+            mapped = mmap.mmap(
+                file.fileno(), size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE
+            )
+        view = (ctypes.c_char * size).from_buffer(mapped)
+        vector = ctypes.create_string_buffer(-(-size // mmap.PAGESIZE))
+        failed = libc.mincore(ctypes.addressof(view), size, vector)
+        del view
+        mapped.close()
+        if failed:
+            return None
+        n_pages += sum(byte & 1 for byte in vector.raw[:-1] or vector.raw)
+    return n_pages * mmap.PAGESIZE
+
+
+SMALL_MODEL_BYTES: Final = 64 * MIB
+"""Below this a disk gives a model from its own cache, and rates say little."""
