@@ -9,7 +9,7 @@ import click
 
 from nexus_ext.cli.options import PlanOptions, output_options, plan_options
 from nexus_ext.cli.output import Output
-from nexus_ext.errors import BackendUnavailable, DoesNotFit, NexusError, ReadFailed, UsageError
+from nexus_ext.errors import BackendUnavailable, DoesNotFit, ReadFailed, UsageError
 from nexus_ext.units import format_bytes
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def exec_(
     GGML_BACKEND_DL does (its releases are). Signals go to the program, and its exit status comes
     back; if it never used the backend, this fails. Context and batch size are taken from COMMAND.
 
-    llama.cpp switches flash attention off by itself while weights are paged: give -fa on or -fa off.
+    While weights are paged llama.cpp turns "flash attention: auto" into off: say -fa on or -fa off.
 
     \b
     Examples:
@@ -79,7 +79,13 @@ def _as_command(planning: PlanOptions, command: tuple[str, ...]) -> PlanOptions:
     }
     # The program's own -ngl decides what goes to a GPU, and what the plan pages cannot.
     gpu_bytes = 0 if planning.gpu_bytes is None else planning.gpu_bytes
-    return replace(planning, gpu_bytes=gpu_bytes, **taken)
+    return replace(
+        planning,
+        gpu_bytes=gpu_bytes,
+        n_ctx=taken.get("n_ctx", planning.n_ctx),
+        n_batch=taken.get("n_batch", planning.n_batch),
+        n_ubatch=taken.get("n_ubatch", planning.n_ubatch),
+    )
 
 
 def _plan(path: str, planning: PlanOptions, plan_file: str | None) -> Planned:
@@ -110,12 +116,10 @@ def _judge(run: ForeignRun, command: tuple[str, ...], output: Output) -> int:
         output.note("nexus: the program ended without telling what was read")
     output.result({"command": command, "exit_status": run.exit_status, "report": report})
     if report.problem:
-        error = _error(report.problem, report.hint, failed=bool(report.failed))
+        ended = f" (it ended with status {run.exit_status})" if run.exit_status else ""
+        kind = ReadFailed if report.failed else BackendUnavailable
+        error = kind(f"{command[0]}: {report.problem}{ended}", hint=report.hint)
         if run.exit_status == 0:
             raise error
         output.error(error)
     return run.exit_status
-
-
-def _error(problem: str, hint: str, *, failed: bool) -> NexusError:
-    return (ReadFailed if failed else BackendUnavailable)(problem, hint=hint)

@@ -118,8 +118,9 @@ def sentence(result: Verification) -> str:
     assert c.first is not None
     f = c.first
     return (
-        f"streamed and resident logits of {result.model} differ: first in the {f.phase} at position "
-        f"{f.position} (token {f.token}), where {f.n_different} of {result.n_vocab} logits differ by "
-        f"up to {f.max_abs_diff:g}; in all {c.n_values_different} of {c.n_values} logits at "
-        f"{c.n_positions_different} of {c.n_positions} positions, by up to {c.max_abs_diff:g}"
+        f"streamed and resident logits of {result.model} differ: first in the {f.phase} at "
+        f"position {f.position} (token {f.token}), where {f.n_different} of {result.n_vocab} "
+        f"logits differ by up to {f.max_abs_diff:g}; in all {c.n_values_different} of "
+        f"{c.n_values} logits at {c.n_positions_different} of {c.n_positions} positions, by up to "
+        f"{c.max_abs_diff:g}"
     )

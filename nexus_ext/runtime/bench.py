@@ -1,9 +1,10 @@
 """Measure a model that is streamed, beside stock llama.cpp and beside the physical bound.
 
-Runs are interleaved, A B A B, each in a process of its own, so that a slow minute of the machine hits
-both sides; the disk is measured in between, on the model's own file, because a bound from another day
-bounds nothing. The bound is the bytes that a token had to read, divided by that bandwidth, and
-nothing else. Bytes are counted twice: by the engine, and by the kernel (/proc/self/io).
+Runs are interleaved, A B A B, each in a process of its own, so that a slow minute of the machine
+hits both sides; the disk is measured in between, on the model's own file, because a bound from
+another day bounds nothing. The bound is the bytes that a token had to read, divided by that
+bandwidth, and nothing else. Bytes are counted twice: by the engine, and by the kernel
+(/proc/self/io).
 
 "Cold" means: the page cache of the model's files was dropped before the run, and how much of it was
 still there is told. What a drive, a controller or a hypervisor keeps cannot be dropped from here.
@@ -29,7 +30,7 @@ from nexus_ext.hardware.disk import drop_page_cache
 from nexus_ext.runtime.memory_limit import MemoryGroup, memory_group
 from nexus_ext.runtime.planning import Planned
 from nexus_ext.runtime.worker import Job, Session, Side, WorkerDied, run_worker
-from nexus_ext.units import GIB, MIB
+from nexus_ext.units import GIB
 
 _log = logging.getLogger("nexus_ext.bench")
 
@@ -104,6 +105,7 @@ class Summary:
     prefill_tok_s: Spread | None
     decode_tok_s: Spread | None
     read_per_token_bytes: float | None  # from the disk, while decoding
+    engine_per_token_bytes: float  # what the engine asked for; 0 when nothing is paged
     peak_bytes: int | None
     peak_source: str
 
@@ -280,6 +282,7 @@ def summarize(side: Side, runs: tuple[Run, ...]) -> Summary:
     prefill = [run.prefill for run in alive if run.prefill is not None]
     decode = [run.decode for run in alive if run.decode is not None]
     read = [n / phase.n_tokens for phase in decode if (n := disk_read(phase)) is not None]
+    asked = [(phase.engine_read_bytes or 0) / phase.n_tokens for phase in decode]
     return Summary(
         side=side,
         n_runs=len(mine),
@@ -289,6 +292,7 @@ def summarize(side: Side, runs: tuple[Run, ...]) -> Summary:
         prefill_tok_s=Spread.of([phase.tok_s for phase in prefill]) if prefill else None,
         decode_tok_s=Spread.of([phase.tok_s for phase in decode]) if decode else None,
         read_per_token_bytes=statistics.median(read) if read else None,
+        engine_per_token_bytes=statistics.median(asked) if asked else 0.0,
         peak_bytes=max((run.peak_bytes for run in alive), default=None),
         peak_source=alive[0].peak_source if alive else "",
     )
@@ -302,12 +306,13 @@ def disk_read(phase: Phase) -> int | None:
 
 
 def bound_of(summary: Summary, disk: tuple[DiskSample, ...]) -> Bound | None:
-    """Return the bound of decoding, None when it read nothing from the disk."""
-    if not summary.read_per_token_bytes or summary.decode_tok_s is None:
-        return None
+    """Return the bound of decoding; None when it did not read from the disk, or hardly."""
+    read = summary.read_per_token_bytes
+    if summary.decode_tok_s is None or not read or read < summary.engine_per_token_bytes / 2:
+        return None  # the page cache served the rest: another bound, which nobody measured
     rate = Spread.of([sample.bytes_s for sample in disk])
-    tok_s = rate.median / summary.read_per_token_bytes
-    return Bound(summary.read_per_token_bytes, rate, tok_s, summary.decode_tok_s.median / tok_s)
+    tok_s = rate.median / read
+    return Bound(read, rate, tok_s, summary.decode_tok_s.median / tok_s)
 
 
 def _ratio(a: Spread | None, b: Spread | None) -> float | None:
@@ -398,9 +403,5 @@ def cached_bytes(files: list[str]) -> int | None:
         mapped.close()
         if failed:
             return None
-        n_pages += sum(byte & 1 for byte in vector.raw[:-1] or vector.raw)
+        n_pages += sum(byte & 1 for byte in vector.raw[:-1])  # the last one ends the string
     return n_pages * mmap.PAGESIZE
-
-
-SMALL_MODEL_BYTES: Final = 64 * MIB
-"""Below this a disk gives a model from its own cache, and rates say little."""

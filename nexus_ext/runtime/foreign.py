@@ -2,12 +2,12 @@
 
 The program knows nothing of nexus_ext. ggml loads the library that GGML_BACKEND_PATH names, the
 library reads the plan from the file that NEXUS_MANIFEST names, and tells what became of it in the
-file that NEXUS_REPORT names (native/backend/foreign.c has the lines). This module starts the program,
-passes signals on, reads that report, and judges it: a program that quietly ran without the backend
-has not done what the user asked for.
+file that NEXUS_REPORT names (native/backend/foreign.c has the lines). This module starts the
+program, passes signals on, reads that report, and judges it: a program that quietly ran without the
+backend has not done what the user asked for.
 
-What the program itself allocates (KV cache, compute buffers) is its own business; the plan counts it
-from the arguments that llama.cpp's programs share, as far as they are given.
+What the program itself allocates (KV cache, compute buffers) is its own business; the plan counts
+it from the arguments that llama.cpp's programs share, as far as they are given.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ class Report:
         """What can be done about `problem`."""
         if not self.registered and not self.refused:
             return (
-                f"it must load the library in {PATH_VARIABLE}: llama.cpp built with GGML_BACKEND_DL "
-                "does, other builds only when given an option such as --device or -ot; a program of "
-                "your own calls ggml_backend_load_all()"
+                f"it must load the library in {PATH_VARIABLE}: llama.cpp built with "
+                "GGML_BACKEND_DL does, other builds only when given an option such as --device or "
+                "-ot; a program of your own calls ggml_backend_load_all()"
             )
         if not self.n_allocated and not self.refused:
             return "let it load the model that was planned for, with weights on the CPU (-ngl 0)"

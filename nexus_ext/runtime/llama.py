@@ -10,6 +10,8 @@ import contextlib
 import ctypes
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -217,8 +219,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                     model = self.nexus.model
                     named = model.take_error("decoding") if model else None
                     if stopped:
-                        # Python's own handler raises KeyboardInterrupt; this is for others.
-                        raise Interrupted("the computation was interrupted") from error
+                        raise _interruption() from error
                     if named is not None:
                         raise named from error
                     raise
@@ -266,7 +267,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def _free(self, model: core.Model | None) -> None:
         super().close()
-        self._ctx = self._model = self._batch = _Closed()
+        self._ctx = self._model = self._batch = self.tokenizer_ = _Closed()
         if model is not None:
             model.release()
 
@@ -274,6 +275,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         # An interpreter that shuts down has no modules left to close with.
         with contextlib.suppress(Exception):
             self.close()
+
+
+def _interruption() -> BaseException:
+    """What Ctrl-C raises. Python's own KeyboardInterrupt may have been lost in a log callback."""
+    main = threading.current_thread() is threading.main_thread()
+    if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        return KeyboardInterrupt()
+    return Interrupted("the computation was interrupted")
 
 
 def _load_error(path: str, model: core.Model | None, error: ValueError) -> NexusError:

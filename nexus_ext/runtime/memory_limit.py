@@ -190,7 +190,7 @@ def memory_group(limit_bytes: int, system: System | None = None) -> Iterator[Mem
         if program is None:
             raise UsageError(
                 f"this user may not limit memory: {'; '.join(refusals)}",
-                hint="run as root, or in a container or user session with a delegated memory cgroup",
+                hint="run as root, or where a memory cgroup is delegated to this user",
             )
         yield _SystemdGroup(program, limit_bytes)
         return

@@ -1,10 +1,10 @@
 """Streamed against resident: are the logits of one model the same, bit by bit?
 
 The reference is stock llama.cpp with weights in plain CPU buffers (repacked weights round
-differently) and the same attention and batch sizes. Each side runs in a process of its own, one after
-the other, so that both fit; the streamed side decodes along the reference's tokens, so that a
-difference in one token does not make all later ones incomparable. Logits meet as files of raw float32
-and are compared row by row, never held in memory together.
+differently) and the same attention and batch sizes. Each side runs in a process of its own, one
+after the other, so that both fit; the streamed side decodes along the reference's tokens, so that a
+difference in one token does not make all later ones incomparable. Logits meet as files of raw
+float32 and are compared row by row, never held in memory together.
 
 Says nothing about speed, and nothing about the quality of a model.
 """
@@ -175,8 +175,8 @@ def verify_model(
     """Run a model both ways and compare the logits of every position.
 
     `prompt` is a text, else `n_prompt` arbitrary tokens are taken. Files of logits go to
-    `scratch_dir` (default: the system's), and are removed. Raises UsageError when they would not fit
-    there, and whatever a run may raise.
+    `scratch_dir` (default: the system's), and are removed. Raises UsageError when they would not
+    fit there, and whatever a run may raise.
     """
     path = os.path.abspath(path)
     session = session_of(request, planned)

@@ -1,8 +1,8 @@
 """One side of a comparison in a process of its own: load, decode, measure, report.
 
-`verify` and `bench` start one worker for each run, so that no side profits from what another left in
-memory, and a worker may be killed by a memory limit without taking the comparison along. A job goes
-in as JSON on stdin, the report comes out as JSON on stdout; logits go to a file, row by row.
+`verify` and `bench` start one worker for each run, so that no side profits from what another left
+in memory, and a worker may be killed by a memory limit without taking the comparison along. A job
+goes in as JSON on stdin, the report comes out as JSON on stdout; logits go to a file, row by row.
 
 The parent's half (`run_worker`) needs no llama.cpp. Decoding goes through the low-level batch of
 llama-cpp-python, the same for both sides: no sampler, no copy of the logits in between.
@@ -10,6 +10,7 @@ llama-cpp-python, the same for both sides: no sampler, no copy of the logits in 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -188,7 +189,7 @@ class _Run:
         self.llm = _open(job)
         self.load_ns = time.perf_counter_ns() - begin
         self.load_read_bytes = _since(read)
-        self.handle = getattr(self.llm, "nexus", None)
+        self.handle: Any = getattr(self.llm, "nexus", None)
         self.n_vocab = int(self.llm.n_vocab())
         self.n_past = 0
 
@@ -211,7 +212,7 @@ class _Run:
             n_rows = len(chunk) if sink is not None else 1
             rows = np.ctypeslib.as_array(self.llm._ctx.get_logits(), (n_rows, self.n_vocab))
             if sink is not None:
-                sink.write(memoryview(rows).cast("B"))
+                sink.write(rows.data.cast("B"))
             self.n_past += len(chunk)
         assert rows is not None, "there is at least one token"
         last: np.ndarray[Any, Any] = rows[-1]
@@ -293,8 +294,8 @@ def work(job: Job) -> dict[str, Any]:
     if job.warm_pass:
         run.decode(tokens)
         run.forget()
-    sink = open(job.logits, "wb") if job.logits else None  # noqa: SIM115 closed below
-    try:
+    with contextlib.ExitStack() as stack:
+        sink = stack.enter_context(open(job.logits, "wb")) if job.logits else None
         prefill = run.phase()
         last = run.decode(tokens, sink)
         first_token, prefill_report = int(last.argmax()), prefill.report()
@@ -309,9 +310,6 @@ def work(job: Job) -> dict[str, Any]:
             if i >= job.n_warmup:
                 token_ns.append(time.perf_counter_ns() - begin)
         decode_report = decode.report()
-    finally:
-        if sink is not None:
-            sink.close()
     return {
         "active": run.paged,
         "n_vocab": run.n_vocab,
