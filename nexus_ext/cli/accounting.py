@@ -45,9 +45,14 @@ def line(answer: Answer) -> str:
         parts.append(f"{format_bytes(stats.read_per_pass_bytes)} read a token ({stats.io_mode})")
         parts.append(f"I/O wait {wait_fraction(stats):.0%}")
         if stats.bound_fraction is not None and stats.bound_tok_s is not None:
-            bound = f"{stats.bound_fraction:.0%} of the bound ({rate(stats.bound_tok_s)})"
-            parts.append(bound)
+            parts.append(_bound(stats.bound_fraction, stats.bound_tok_s))
     return "; ".join(parts)
+
+
+def _bound(fraction: float, tok_s: float) -> str:
+    if fraction > 1:
+        return f"above the disk's bound ({rate(tok_s)}), so the page cache helped"
+    return f"{fraction:.0%} of the bound ({rate(tok_s)})"
 
 
 def progress(n_tokens: int, elapsed_s: float, stats: RunStats | None) -> str:

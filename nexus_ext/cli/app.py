@@ -14,7 +14,8 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import click
@@ -114,11 +115,18 @@ class NexusGroup(click.Group):
 
     def _run(self, arguments: list[str]) -> int:
         output = _output_for_errors(arguments)
-        _set_up_logging(output)
         try:
-            status = self._invoke(arguments)
+            with _logging(output):
+                status = self._reported(arguments, output)
             sys.stdout.flush()
             return status
+        except BrokenPipeError:  # also one that writing an error met
+            _drop_stdout()
+            return BROKEN_PIPE
+
+    def _reported(self, arguments: list[str], output: Output) -> int:
+        try:
+            return self._invoke(arguments)
         except NexusError as error:
             _show_traceback(output)
             output.error(error)
@@ -131,12 +139,11 @@ class NexusGroup(click.Group):
             output.error(Interrupted("interrupted"))
             return INTERRUPTED
         except BrokenPipeError:
-            _drop_stdout()
-            return BROKEN_PIPE
+            raise
         except Exception as error:
             _show_traceback(output)
             text = f"unexpected {type(error).__name__}: {error}"
-            output.error(NexusError(text, hint="this is a bug: report it, with --debug"))
+            output.error(NexusError(text, hint="this is a bug: report it with what --debug shows"))
             return NexusError.exit_status
 
     def _invoke(self, arguments: list[str]) -> int:
@@ -181,22 +188,27 @@ def _hint(error: click.ClickException) -> str:
     return f"see `{context.command_path} --help`" if isinstance(context, click.Context) else ""
 
 
-def _set_up_logging(output: Output) -> None:
+@contextmanager
+def _logging(output: Output) -> Iterator[None]:
     """Let what libraries log go to stderr: warnings, or everything with --debug."""
     logger = logging.getLogger("nexus_ext")
-    quiet = logging.ERROR if output.mode == "quiet" else logging.WARNING
-    logger.setLevel(logging.DEBUG if output.debug else quiet)
     # It says that it measures, which takes seconds in which nothing else is said.
-    measuring = logging.INFO if output.mode == "human" else logging.NOTSET
-    logging.getLogger("nexus_ext.hardware").setLevel(logging.NOTSET if output.debug else measuring)
-    for handler in list(logger.handlers):
-        if handler.get_name() == "nexus_ext.cli":
-            logger.removeHandler(handler)
+    measuring = logging.getLogger("nexus_ext.hardware")
+    before = (logger.level, measuring.level)
+    if output.debug:
+        logger.setLevel(logging.DEBUG)
+    else:
+        logger.setLevel(logging.ERROR if output.mode == "quiet" else logging.WARNING)
+        measuring.setLevel(logging.INFO if output.mode == "human" else logging.NOTSET)
     handler = logging.StreamHandler()
-    handler.set_name("nexus_ext.cli")
     handler.setFormatter(_Formatter())
     logger.addHandler(handler)
-    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        measuring.setLevel(before[1])
 
 
 class _Formatter(logging.Formatter):

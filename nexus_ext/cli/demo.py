@@ -55,7 +55,7 @@ def demo(
         return Interrupted.exit_status
     request = planning.request(planned.catalog)
     live.status("comparing with stock llama.cpp")
-    expected = _stock_tokens(planned, request.n_ctx, prompt, len(answer.tokens))
+    expected = _stock_tokens(request.n_ctx, prompt, len(answer.tokens))
     verification = verify_model(
         str(MODEL), planned, request, prompt=prompt, n_decode=len(answer.tokens), note=live.status
     )
@@ -128,13 +128,13 @@ def _run_streamed(
         return Planned(handle.catalog, handle.hardware, handle.plan, handle.io_mode), answer
 
 
-def _stock_tokens(planned: Planned, n_ctx: int, prompt: str, n_tokens: int) -> tuple[int, ...]:
+def _stock_tokens(n_ctx: int, prompt: str, n_tokens: int) -> tuple[int, ...]:
     """Return what llama.cpp generates by itself, greedily, with all weights in its own memory."""
+    from nexus_ext.cli.run import own_cores
     from nexus_ext.runtime.stock import stock_llama
 
-    n_threads = planned.hardware.cpu.n_usable_cores
     llm = stock_llama(
-        str(MODEL), n_ctx=n_ctx, n_batch=n_ctx, n_ubatch=n_ctx, n_threads=n_threads, verbose=False
+        str(MODEL), n_ctx=n_ctx, n_batch=n_ctx, n_ubatch=n_ctx, n_threads=own_cores(), verbose=False
     )
     try:
         tokens = llm.tokenize(prompt.encode(), special=True)

@@ -120,6 +120,7 @@ def open_session(
     def progress(done: int, total: int) -> None:
         live.status(f"loading {format_bytes(done)} of {format_bytes(total)}")
 
+    n_threads = request.n_threads or own_cores()
     live.status("loading")
     llm = Llama(
         model,
@@ -129,8 +130,8 @@ def open_session(
         n_ctx=request.n_ctx,
         n_batch=request.n_batch,
         n_ubatch=request.n_ubatch,
-        n_threads=request.n_threads or hardware.cpu.n_usable_cores,
-        n_threads_batch=request.n_threads or hardware.cpu.n_usable_cores,
+        n_threads=n_threads,
+        n_threads_batch=n_threads,
         type_k=kv_types[request.kv_type_k],
         type_v=kv_types[request.kv_type_v],
         flash_attn=request.flash_attn,
@@ -142,6 +143,14 @@ def open_session(
         yield Session(llm, request.n_ctx)
     finally:
         llm.close()
+
+
+def own_cores() -> int:
+    """Return the cores of this machine, which --hardware may not describe."""
+    from nexus_ext.hardware.cpu import read_cpu
+    from nexus_ext.hardware.system import System
+
+    return read_cpu(System()).n_usable_cores
 
 
 def answer_live(

@@ -52,7 +52,7 @@ def _number(name: str, field: str, help_text: str, *others: str, least: float = 
         name,
         *others,
         field,
-        type=kind(min=least),  # type: ignore[arg-type]
+        type=kind(min=type(default)(least)),
         default=default,
         metavar="N",
         help=f"{help_text}  [default: {default}]",

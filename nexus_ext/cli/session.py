@@ -7,9 +7,11 @@ at the first byte that is no UTF-8, and drops what its last tokens held back. Wr
 from __future__ import annotations
 
 import ctypes
+import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -204,7 +206,8 @@ class Session:
         try:
             # Asked for one at a time: a token beyond the limit would be computed for nothing.
             while len(tokens) < limit:
-                token = next(source)
+                with _interrupts_kept():
+                    token = next(source)
                 last = time.perf_counter()
                 if not tokens:
                     first = last
@@ -237,6 +240,34 @@ class Session:
             prefill=prefill,
             decode=handle.stats() if handle.active and prefill is not None else None,
         )
+
+
+@contextmanager
+def _interrupts_kept() -> Iterator[None]:
+    """Keep llama.cpp's log callback from swallowing Ctrl-C, and from reporting that it did.
+
+    The callback is Python: when llama.cpp logs that it was aborted, the interrupt is raised inside
+    of it and goes nowhere. What it would log then is said by the error that follows.
+    """
+    lost: list[object] = []
+    report, logger = sys.unraisablehook, logging.getLogger("llama-cpp-python")
+    level = logger.level
+
+    def hook(args: sys.UnraisableHookArgs) -> None:
+        if isinstance(args.exc_value, KeyboardInterrupt):
+            lost.append(args.exc_value)
+        else:
+            report(args)
+
+    sys.unraisablehook = hook
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
+        logger.setLevel(level)
+    if lost:
+        raise KeyboardInterrupt
 
 
 def _arguments(sampling: Sampling) -> dict[str, float]:

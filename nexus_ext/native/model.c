@@ -295,8 +295,9 @@ void nx_model_close(nx_model *m) {
 /* With load_lock held. */
 static nx_status load_start(nx_model *m, nx_extent *e) {
     const uint32_t i = (uint32_t)(e - m->extents);
-    if (m->load_state[i]) return NX_OK;
     nx_read *read = &m->load_reads[i];
+    if (m->load_state[i] && !(read->done && read->status != NX_OK)) return NX_OK;
+    m->load_state[i] = 0;
     *read = (nx_read){
         .file = m->files[e->file].file, .offset = e->offset, .nbytes = e->nbytes, .dst = e->pinned};
     atomic_store(&m->loaded, false);
@@ -350,10 +351,9 @@ nx_status nx_model_finish_load(nx_model *m, int (*progress)(void *, uint64_t, ui
                 nx_error error;
                 nx_read_error(m, e, &m->load_reads[i], &error);
                 nx_model_fail(m, &error);
-            } else {
+            } else if (result != NX_E_ABORTED) { /* to be asked to stop is no error */
                 nx_error error;
-                nx_error_set(&error, result, m->load_reads[i].sys_errno,
-                             result == NX_E_ABORTED ? "loading was stopped" : "the read engine failed");
+                nx_error_set(&error, result, m->load_reads[i].sys_errno, "the read engine failed");
                 nx_model_fail(m, &error);
             }
         }

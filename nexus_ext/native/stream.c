@@ -35,6 +35,8 @@ static int by_virtual_offset(const void *a, const void *b) {
     return x->virtual_offset < y->virtual_offset ? -1 : x->virtual_offset > y->virtual_offset;
 }
 
+static bool is_claimed(const nx_extent *e) { return __atomic_load_n(&e->claimed, __ATOMIC_RELAXED); }
+
 /* One byte belongs to one tensor, or it is not clear which one a reader gets. */
 static bool overlap(nx_model *m, nx_extent *const *by_offset, size_t n) {
     for (size_t i = 1; i < n; i++) {
@@ -79,7 +81,7 @@ static ssize_t stream_read(void *cookie, char *buffer, size_t size) {
             } else {
                 const uint64_t inside = s->at - e->virtual_offset;
                 if (n > e->nbytes - inside) n = e->nbytes - inside;
-                if (!__atomic_load_n(&e->claimed, __ATOMIC_RELAXED) && nx_model_read(m, e, inside, buffer + done, n) != NX_OK) {
+                if (!is_claimed(e) && nx_model_read(m, e, inside, buffer + done, n) != NX_OK) {
                     errno = EIO;
                     return done ? (ssize_t)done : -1;
                 }
@@ -150,40 +152,51 @@ static bool give_descriptor(stream *s) {
 }
 #endif
 
-/* Put the bytes of one extent where the runtime expects them: the file's pages if they lie alike,
- * else a copy. */
-static bool overlay_extent(nx_model *m, const nx_extent *e, uint8_t *base) {
-    const uint64_t begin = e->virtual_offset / NX_PAGE * NX_PAGE;
-    const uint64_t end = nx_round_up(e->virtual_offset + e->nbytes, NX_PAGE);
-    const uint64_t file_begin = e->offset / NX_PAGE * NX_PAGE;
-    if (e->offset % NX_PAGE == e->virtual_offset % NX_PAGE)
-        return mmap(base + begin, end - begin, PROT_READ, MAP_SHARED | MAP_FIXED, m->files[e->file].fd,
-                    (off_t)file_begin) != MAP_FAILED;
-    /* Neighbours may share the first and the last page: map new pages only where there are none. */
-    for (uint64_t at = begin; at < end; at += NX_PAGE) {
-        unsigned char there;
-        if (mincore(base + at, NX_PAGE, &there) == 0 && (there & 1)) continue;
-        if (mmap(base + at, NX_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) ==
-            MAP_FAILED)
-            return false;
-        memset(base + at, 0, 1); /* there now, for the neighbour that asks */
-    }
-    return nx_model_read(m, e, 0, base + e->virtual_offset, e->nbytes) == NX_OK;
+/* Pages of the mapping that are memory from now on. Pages below `*made` are already: a neighbour, which
+ * came before in this order, ends in the same page. */
+static bool overlay_memory(uint8_t *base, uint64_t begin, uint64_t end, uint64_t *made) {
+    if (begin < *made) begin = *made;
+    if (begin >= end) return true;
+    *made = end;
+    return mmap(base + begin, end - begin, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) !=
+           MAP_FAILED;
+}
+
+/* Put the bytes of one extent where the runtime expects them: the file's pages where they lie alike and
+ * hold nothing else, copies elsewhere. */
+static bool overlay_extent(nx_model *m, const nx_extent *e, uint8_t *base, uint64_t *made) {
+    const uint64_t from = e->virtual_offset, to = from + e->nbytes;
+    const uint64_t begin = from / NX_PAGE * NX_PAGE, end = nx_round_up(to, NX_PAGE);
+    uint64_t inner = nx_round_up(from, NX_PAGE), inner_end = to / NX_PAGE * NX_PAGE;
+    if (e->offset % NX_PAGE != from % NX_PAGE || inner >= inner_end) inner = inner_end = end;
+    return overlay_memory(base, begin, inner, made) && overlay_memory(base, inner_end, end, made) &&
+           (inner == inner_end || mmap(base + inner, inner_end - inner, PROT_READ, MAP_SHARED | MAP_FIXED,
+                                       m->files[e->file].fd, (off_t)(e->offset + (inner - from))) != MAP_FAILED) &&
+           nx_model_read(m, e, 0, base + from, (inner < to ? inner : to) - from) == NX_OK &&
+           (inner_end >= to || nx_model_read(m, e, inner_end - from, base + inner_end, to - inner_end) == NX_OK);
 }
 
 nx_status nx_model_overlay(nx_model *m, void *data, const nx_extent *at) {
     uint8_t *base = (uint8_t *)data - at->virtual_offset;
     if (m->overlaid || (uintptr_t)base % NX_PAGE) return NX_OK; /* done, or not a mapping of ours */
     m->overlaid = true;
-    for (uint32_t i = 0; i < m->n_extents; i++) {
-        if (m->extents[i].claimed || overlay_extent(m, &m->extents[i], base)) continue;
-        nx_error error;
-        nx_error_set(&error, NX_E_NOMEM, errno, "tensor %s cannot be mapped for the runtime",
-                     m->extents[i].name);
-        nx_model_fail(m, &error);
-        return NX_E_NOMEM;
-    }
-    return NX_OK;
+    nx_extent **list = malloc((m->n_extents ? m->n_extents : 1) * sizeof *list), *failed = NULL;
+    size_t n = 0;
+    for (uint32_t i = 0; list && i < m->n_extents; i++)
+        if (m->extents[i].nbytes && !is_claimed(&m->extents[i])) list[n++] = &m->extents[i];
+    if (n) qsort(list, n, sizeof *list, by_virtual_offset);
+    uint64_t made = 0;
+    for (size_t i = 0; i < n && !failed; i++)
+        if (!overlay_extent(m, list[i], base, &made)) failed = list[i];
+    const int code = errno;
+    const bool complete = list && !failed;
+    free(list);
+    if (complete) return NX_OK;
+    nx_error error;
+    nx_error_set(&error, NX_E_NOMEM, code, "tensor %s cannot be mapped for the runtime",
+                 failed ? failed->name : at->name);
+    nx_model_fail(m, &error);
+    return NX_E_NOMEM;
 }
 
 FILE *nx_model_stream(nx_model *m, int *has_descriptor) {
@@ -200,13 +213,14 @@ FILE *nx_model_stream(nx_model *m, int *has_descriptor) {
     }
     *s = (stream){.model = m, .empty = -1, .by_offset = list, .n = n};
     nx_model_retain(m);
-    m->overlaid = false;
     s->file = open_stream(s);
     if (!s->file) {
         stream_close(s);
         return NULL;
     }
+    setvbuf(s->file, NULL, _IONBF, 0); /* no bytes copied that nobody asked for */
     *has_descriptor = give_descriptor(s);
+    m->overlaid = !*has_descriptor; /* without one, what the runtime hands over is no mapping of it */
     return s->file;
 }
 

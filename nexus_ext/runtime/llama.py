@@ -25,7 +25,8 @@ from nexus_ext.placement import Pin, Plan, PlanRequest
 from nexus_ext.plugins import plugins
 from nexus_ext.policies import ModelInfo, RequestInfo
 from nexus_ext.runtime import backend
-from nexus_ext.runtime.loading import amx_is_broken, loads
+from nexus_ext.runtime.amx import amx_works
+from nexus_ext.runtime.loading import loads
 from nexus_ext.runtime.manifest import manifest
 from nexus_ext.runtime.planning import Planned, plan_model
 from nexus_ext.runtime.stats import RunStats, run_stats
@@ -181,7 +182,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             arguments.setdefault("offload_kqv", layers != 0)
         handle = NexusHandle(path, planned, model)
         try:
-            with loads(model, extra_buffers=model is None and not amx_is_broken()):
+            with loads(model, extra_buffers=model is None and amx_works() is not False):
                 try:
                     super().__init__(path, n_gpu_layers=layers, **arguments)
                 except ValueError as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,23 +75,3 @@ def loads(model: core.Model | None, *, extra_buffers: bool) -> Iterator[None]:
         yield
     finally:
         _thread.request = None
-
-
-@functools.cache
-def amx_is_broken() -> bool:
-    """Whether this CPU announces AMX while the system does not let programs use it.
-
-    A llama.cpp built on such a machine puts weights into AMX buffers and dies at the first product.
-    Virtual machines are like that. Source: Linux, Documentation/arch/x86/xstate.rst.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            if "amx_tile" not in file.read():
-                return False
-    except OSError:
-        return False
-    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
-    libc = ctypes.CDLL(None, use_errno=True)
-    return bool(libc.syscall(arch_prctl, request_permission, tile_data) != 0)
