@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import click
@@ -41,9 +42,10 @@ def probe(path: str, refresh: bool, seconds: float, file: str | None, output: Ou
     from nexus_ext.runtime import hardware_profile
 
     profile = hardware_profile(path, refresh=refresh, disk_seconds=seconds)
+    text = profile.to_json()
     if file is not None:
-        save(file, profile.to_json(), "the profile")
-    output.result(profile)
+        save(file, text, "the profile")
+    output.result(json.loads(text))  # with its version: what --hardware reads
     show_profile(output, profile)
 
 

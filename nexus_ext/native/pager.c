@@ -21,14 +21,24 @@
 
 #include "manifest.h"
 
+#define NX_REQUEST_BYTES (512u << 10) /* what the engine cuts reads into by default */
 #define SLOT(p, i) (&(p)->slots[(i) % (p)->n_slots])
+
+/* Requests that the kernel may have at once. While a long segment is computed nobody issues more, so
+ * they should fill the ring; but a read on demand (experts) has to pass those in front of it. */
+static uint32_t queue_depth(uint64_t ring_bytes, bool on_demand) {
+    const uint64_t requests = ring_bytes / NX_REQUEST_BYTES;
+    return on_demand || requests < 32 ? 32 : requests < 512 ? (uint32_t)requests : 512;
+}
 
 nx_status nx_pager_init(nx_model *m, nx_error *error) {
     nx_pager *p = &m->pager;
+    bool on_demand = false;
     uint64_t n_pieces = 0;
     for (uint32_t i = 0; i < m->n_extents; i++) {
         nx_extent *e = &m->extents[i];
         if (e->tier != NX_TIER_NVME) continue;
+        if (e->ne[2] > 1) on_demand = true;
         if (!p->slab_bytes || e->ne[2] > 1 || e->ne[3] > 1) {
             e->slab_rows = e->nbytes / e->row_bytes;
             e->n_pieces = 1;
@@ -47,7 +57,7 @@ nx_status nx_pager_init(nx_model *m, nx_error *error) {
     p->last_issued = p->last_used = NX_NO_PIECE;
     p->ring_bytes = p->ring_bytes / NX_PAGE * NX_PAGE;
     p->n_slots = p->ring_bytes / (2 * NX_PAGE) + 2;
-    const nx_io_options options = {.engine = NX_IO_ENGINE_AUTO};
+    const nx_io_options options = {.engine = NX_IO_ENGINE_AUTO, .depth = queue_depth(p->ring_bytes, on_demand)};
     nx_status status = nx_io_create(&options, &m->io);
     if (status != NX_OK) {
         nx_error_set(error, status, errno, "the read engine cannot be set up");

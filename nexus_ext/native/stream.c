@@ -1,7 +1,8 @@
 /* stream.c: the model as a FILE that llama.cpp can load from without reading weights.
  *
  * One virtual GGUF, whatever the files really are: the header from memory, then each tensor at its
- * virtual offset. Reads of tensors that the backend pages return at once and touch nothing.
+ * virtual offset. Reads of tensors that the backend pages return at once and read nothing: what the
+ * reader gets for them is what happened to be there.
  *
  * llama.cpp would still copy "what it read" through buffers of its own, so where we can (glibc) we let
  * it believe in mmap: the FILE has a descriptor, of an empty file. Mapping that to the virtual size gives
@@ -218,7 +219,7 @@ FILE *nx_model_stream(nx_model *m, int *has_descriptor) {
         stream_close(s);
         return NULL;
     }
-    setvbuf(s->file, NULL, _IONBF, 0); /* no bytes copied that nobody asked for */
+    /* Buffered on purpose: without a buffer, glibc asks a cookie for one byte at a time. */
     *has_descriptor = give_descriptor(s);
     m->overlaid = !*has_descriptor; /* without one, what the runtime hands over is no mapping of it */
     return s->file;

@@ -131,26 +131,31 @@ static void seeks_beyond_the_end_and_before_the_beginning(void) {
     merged_close(m);
 }
 
-static void what_is_claimed_is_not_touched(void) {
+/* Claimed tensors are not read: their file may be gone, and what lies around them is right. */
+static void what_is_claimed_is_not_read(void) {
     nx_model *m = merged_open();
     FILE *f = stream_of(m);
-    NX_CHECK_EQ(nx_model_claim(m, tensor(m, 1)), NX_OK);
-    NX_CHECK_EQ(nx_model_claim(m, tensor(m, 3)), NX_OK);
-    for (uint64_t at = 1; at < virtual_bytes; at += 997) {
-        const uint64_t size = virtual_bytes - at < 9000 ? virtual_bytes - at : 9000;
-        uint8_t buffer[9000];
-        memset(buffer, 0xA5, sizeof buffer);
+    uint8_t *buffer = malloc(virtual_bytes);
+    NX_CHECK(buffer != NULL);
+    for (int i = 1; i < TENSORS; i++)
+        if (places[i].file == 1) NX_CHECK_EQ(nx_model_claim(m, tensor(m, i)), NX_OK);
+    NX_CHECK_EQ(truncate(w.files[1].path, 0), 0);
+    uint64_t seed = 3;
+    for (int k = 0; k < 500; k++) {
+        const uint64_t at = nx_test_random(&seed) % virtual_bytes;
+        const uint64_t size = nx_test_random(&seed) % (virtual_bytes - at + 1);
         NX_CHECK_EQ(fseek(f, (long)at, SEEK_SET), 0);
         NX_CHECK_EQ(fread(buffer, 1, size, f), size);
-        for (uint64_t i = 0; i < size; i++) {
-            bool claimed = false;
-            for (int k = 1; k <= 3; k += 2)
-                claimed |= at + i >= places[k].virtual_offset &&
-                           at + i < places[k].virtual_offset + places[k].row_bytes * places[k].rows;
-            NX_CHECK_EQ(buffer[i], claimed ? 0xA5 : expected[at + i]);
-        }
+        for (int i = 0; i < TENSORS; i++) /* leave them out of the comparison */
+            for (uint64_t j = 0; places[i].file == 1 && j < places[i].row_bytes * places[i].rows; j++) {
+                const uint64_t byte = places[i].virtual_offset + j;
+                if (byte >= at && byte < at + size) buffer[byte - at] = expected[byte];
+            }
+        NX_CHECK(memcmp(buffer, expected + at, size) == 0);
     }
+    NX_CHECK(!ferror(f));
     nx_model_stream_close(f);
+    free(buffer);
     merged_close(m);
 }
 
@@ -262,7 +267,7 @@ int main(int argc, char **argv) {
     static const nx_test tests[] = {
         NX_TEST(it_reads_like_a_file),
         NX_TEST(seeks_beyond_the_end_and_before_the_beginning),
-        NX_TEST(what_is_claimed_is_not_touched),
+        NX_TEST(what_is_claimed_is_not_read),
         NX_TEST(an_error_of_the_file_is_an_error_of_the_stream),
         NX_TEST(a_stream_keeps_its_model),
         NX_TEST(two_tensors_in_one_place_are_refused),

@@ -1,0 +1,80 @@
+"""What a benchmark concludes from its runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nexus_ext.runtime.bench import (
+    DiskSample,
+    Phase,
+    Run,
+    Side,
+    Spread,
+    bound_of,
+    cached_bytes,
+    context_for,
+    drop_files,
+    summarize,
+)
+
+DISK = tuple(DiskSample(rate, direct=True) for rate in (900.0, 1000.0, 1600.0))
+
+
+def run(side: Side = "paged", *, seconds: float = 2.0, device: int | None = 4000) -> Run:
+    phase = Phase(seconds, 4, 4000 if side == "paged" else None, device, 0.5)
+    return Run(side, load_s=1.0, prefill=phase, decode=phase, peak_bytes=7, peak_source="test")
+
+
+def test_rates_are_medians_with_their_spread() -> None:
+    summary = summarize("paged", (run(seconds=1), run(seconds=2), run(seconds=8), run("stock")))
+    assert summary.decode_tok_s == Spread(median=2.0, low=0.5, high=4.0)
+    assert (summary.n_runs, summary.n_died, summary.read_per_token_bytes) == (3, 0, 1000.0)
+
+
+def test_the_bound_is_measured_bytes_over_measured_bandwidth() -> None:
+    bound = bound_of(summarize("paged", (run(seconds=5),)), DISK)
+    assert bound is not None
+    assert bound.disk_bytes_s == Spread(1000.0, 900.0, 1600.0)
+    assert (bound.tok_s, bound.fraction) == (1.0, 0.8)
+
+
+@pytest.mark.parametrize("device", [0, 1000])
+def test_there_is_no_bound_of_the_disk_when_the_page_cache_served(device: int) -> None:
+    assert bound_of(summarize("paged", (run(device=device),)), DISK) is None
+
+
+def test_the_engine_counts_where_the_kernel_does_not() -> None:
+    assert summarize("paged", (run(device=None),)).read_per_token_bytes == 1000.0
+
+
+def test_a_killed_side_is_a_result() -> None:
+    dead = Run("stock", died="killed at its memory limit")
+    alive = summarize("stock", (run("stock"), dead))
+    assert (alive.n_runs, alive.n_died, alive.died) == (2, 1, dead.died)
+    assert alive.decode_tok_s is not None
+    gone = summarize("stock", (dead,))
+    assert gone.load_s is gone.decode_tok_s is gone.peak_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("lengths", "n_ctx"), [((1, 1, 0), 256), ((200, 54, 1), 256), ((512, 32, 1), 768)]
+)
+def test_the_context_holds_the_whole_run(lengths: tuple[int, int, int], n_ctx: int) -> None:
+    assert context_for(*lengths) == n_ctx
+
+
+def test_a_dropped_file_is_no_longer_in_the_page_cache(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 20))
+    files = [str(path)]
+    before = cached_bytes(files)
+    if before is None:
+        pytest.skip("this system does not tell what is in the page cache")
+    assert before == 1 << 20
+    drop_files(files)
+    left = cached_bytes(files)
+    if left == before:
+        pytest.skip("this file system keeps its files in memory")
+    assert left == 0
