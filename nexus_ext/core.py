@@ -57,10 +57,14 @@ class ModelStats:
     retries: int
     short_reads: int
     bounces: int
+    expert_uses: int
+    expert_misses: int
+    expert_evictions: int
     pinned_bytes: int
     ring_bytes: int
     scratch_bytes: int
     host_bytes: int
+    cache_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,9 +45,7 @@ def call(*arguments: str | Path, stdin: str | None = None) -> Done:
     return Done(result.exit_code, result.stdout, result.stderr)
 
 
-def run(
-    *arguments: str | Path, stdin: str = "", environment: dict[str, str] | None = None
-) -> Done:
+def run(*arguments: str | Path, stdin: str = "", environment: dict[str, str] | None = None) -> Done:
     """Run a command line as a process of its own, without a terminal."""
     done = subprocess.run(
         [*COMMAND, *map(str, arguments)],
@@ -89,7 +87,7 @@ def on_terminal(*arguments: str | Path, typed: list[tuple[str, str]]) -> tuple[i
 
 
 def hardware_file(directory: Path) -> Path:
-    """Write the profile of a machine with two cores, no GPU and a disk of 1 GB/s; nothing measured."""
+    """Write the profile of a machine with two cores, no GPU and a disk of 1 GB/s."""
     point = DiskPoint(block_bytes=1 << 20, depth=16, pattern="sequential", bytes_s=1e9)
     profile = HardwareProfile(
         cpu=Cpu(n_cores=2, n_threads=2, isa=("avx2",), name="test"),

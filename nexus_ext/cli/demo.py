@@ -95,7 +95,7 @@ def _planning(weights_bytes: int, hardware_file: str | None) -> PlanOptions:
         n_ctx=_N_CTX,
         n_batch=_N_CTX,
         n_ubatch=_N_CTX,
-        n_threads=0,
+        n_threads=1,  # so small a model gains nothing from more
         kv_type_k="f16",
         kv_type_v="f16",
         flash_attn=False,
@@ -130,11 +130,10 @@ def _run_streamed(
 
 def _stock_tokens(n_ctx: int, prompt: str, n_tokens: int) -> tuple[int, ...]:
     """Return what llama.cpp generates by itself, greedily, with all weights in its own memory."""
-    from nexus_ext.cli.run import own_cores
     from nexus_ext.runtime.stock import stock_llama
 
     llm = stock_llama(
-        str(MODEL), n_ctx=n_ctx, n_batch=n_ctx, n_ubatch=n_ctx, n_threads=own_cores(), verbose=False
+        str(MODEL), n_ctx=n_ctx, n_batch=n_ctx, n_ubatch=n_ctx, n_threads=1, verbose=False
     )
     try:
         tokens = llm.tokenize(prompt.encode(), special=True)

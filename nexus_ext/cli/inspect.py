@@ -153,8 +153,7 @@ def _short(value: object) -> str:
     if isinstance(value, ArraySize):
         return f"[{value.length} x {value.element}]"
     text = value if isinstance(value, str) else repr(value)
-    # One line each, and no control characters of an untrusted file on the terminal.
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    text = text.replace("\n", "\\n").replace("\t", "\\t")  # one line each
     if len(text) > _LONGEST_VALUE:
         return f"{text[:_LONGEST_VALUE]}... ({len(text)} characters)"
     return text

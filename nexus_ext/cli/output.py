@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -22,6 +23,7 @@ from nexus_ext.errors import NexusError
 
 Mode = Literal["human", "json", "quiet"]
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but line feed and tab
 _MAX_WIDTH = 120
 _RICH_ROWS = 200  # laying out more rows than this takes rich longer than reading a model's header
 
@@ -38,12 +40,12 @@ class Output:
     def text(self, text: str) -> None:
         """Write a part of an answer as it is, at once. JSON output has it in its `result`."""
         if self.mode != "json" and text:
-            write(sys.stdout, text)
+            write(sys.stdout, visible(text) if sys.stdout.isatty() else text)
 
     def line(self, text: str = "") -> None:
         """Write a line for people."""
         if self.mode == "human":
-            write(sys.stdout, text + "\n")
+            write(sys.stdout, visible(text) + "\n")
 
     def heading(self, text: str) -> None:
         """Write the title of what follows."""
@@ -66,7 +68,7 @@ class Output:
         """
         if self.mode != "human":
             return
-        cells = [list(row) for row in rows]
+        cells = [[visible(cell) for cell in row] for row in rows]
         lay_out = _plain_table if len(cells) > _RICH_ROWS else _rich_table
         write(sys.stdout, lay_out(columns, cells, total))
 
@@ -95,16 +97,16 @@ class Output:
     def note(self, text: str) -> None:
         """Tell people something about the answer."""
         if self.mode == "human":
-            write(sys.stderr, text + "\n")
+            write(sys.stderr, visible(text) + "\n")
 
     def error(self, error: NexusError) -> None:
         """Report what ended the command: a sentence and what to do about it."""
         if self.mode == "json":
             write(sys.stdout, json_text({"error": error_fields(error)}))
             return
-        write(sys.stderr, f"{_styled('error:', '1;31', sys.stderr)} {error}\n")
+        write(sys.stderr, f"{_styled('error:', '1;31', sys.stderr)} {visible(str(error))}\n")
         if error.hint:
-            write(sys.stderr, f"{_styled('hint:', '1', sys.stderr)} {error.hint}\n")
+            write(sys.stderr, f"{_styled('hint:', '1', sys.stderr)} {visible(error.hint)}\n")
 
 
 def error_fields(error: NexusError) -> dict[str, object]:
@@ -142,6 +144,14 @@ def _plain(value: object) -> object:
         # Lone surrogates (undecodable bytes of a path) have no place in UTF-8.
         return value.encode("utf-8", "replace").decode()
     return value
+
+
+def visible(text: str) -> str:
+    """Return `text` with control characters spelled out.
+
+    Names in a model file and answers of a model come from others: they must not move the cursor.
+    """
+    return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def write(stream: IO[str], text: str) -> None:

@@ -33,7 +33,7 @@ def plan(model: str, planning: PlanOptions, file: str | None, output: Output) ->
       nexus plan model.gguf --ram 4G
       nexus plan model.gguf --ram 4G --ctx 8192 --kv-type-k q8_0 -o plan.json
       nexus plan model.gguf --ram 8G --hardware laptop-16gb-nvidia-8gb
-      nexus plan model.gguf --weights 1G --pin "ffn_down=ram" --pin "attn=nvme"
+      nexus plan model.gguf --weights 1G --pin "ffn_down=ram" --pin "attn_(q|k|v)=nvme"
     """
     from nexus_ext.formats import open_gguf
     from nexus_ext.placement import describe

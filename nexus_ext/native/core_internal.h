@@ -12,6 +12,8 @@
 #define NX_NO_PIECE UINT32_MAX
 #define NX_EVENTS 4096u
 
+struct nx_record_facts;
+
 typedef struct nx_model_file {
     char *path;
     uint64_t nbytes;
@@ -86,6 +88,10 @@ struct nx_model {
     atomic_bool loaded; /* nothing claimed is missing */
 
     nx_io *io; /* only the holder of the turn touches it */
+    nx_group *groups; /* expert tensors that are cached together, see cache.c */
+    uint32_t n_groups;
+    uint64_t cache_bytes;
+    double (*policy)(const struct nx_record_facts *);
     nx_pager pager;
 
     nx_stats stats;
@@ -102,6 +108,9 @@ struct nx_model {
     ((void)__atomic_fetch_add(&(m)->stats.field, (uint64_t)(n), __ATOMIC_RELAXED))
 
 nx_status nx_pager_init(nx_model *, nx_error *);
+/* Wait for a read of the turn, counted as waiting; fail the turn because of one. */
+nx_status nx_pager_wait(nx_model *, nx_read *);
+nx_status nx_pager_fail(nx_model *, const nx_extent *, const nx_read *);
 void nx_pager_free(nx_model *);
 void nx_event_add(nx_model *, nx_event_kind, uint32_t a, uint64_t b);
 void nx_read_error(nx_model *, const nx_extent *, const nx_read *, nx_error *);

@@ -5,12 +5,15 @@
  *   io direct|buffered
  *   file BYTES PATH
  *   tensor TIER FILE OFFSET BYTES VIRTUAL_OFFSET NE0 NE1 NE2 NE3 TYPE NAME
+ *   experts SLOTS TENSOR_NUMBER ...      (tensors that are cached together, counted from 0)
  *   end N_TENSORS
  *
  * TIER is host, ram or nvme. PATH and NAME run to the end of their line. The same text serves Python
  * and a foreign runtime (through the environment), so there is one way to describe a model.
  */
 #include "manifest.h"
+
+#include "cache.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -107,6 +110,32 @@ static bool parse_tensor(nx_model *m, cursor *c, uint32_t capacity) {
     return true;
 }
 
+static bool parse_experts(nx_model *m, cursor *c) {
+    nx_group g = {.model = m};
+    uint64_t n_slots, number;
+    if (!take_number(c, &n_slots) || n_slots == 0) return false;
+    while (take_number(c, &number)) {
+        if (g.n_parts == NX_MAX_PARTS || number >= m->n_extents) return false;
+        nx_extent *e = &m->extents[number];
+        if (e->tier != NX_TIER_NVME || e->ne[2] < 2 || e->ne[2] > INT32_MAX || e->ne[3] != 1) return false;
+        if (g.n_parts && e->ne[2] != g.n_experts) return false;
+        for (uint32_t i = 0; i < m->n_groups; i++)
+            for (uint32_t k = 0; k < m->groups[i].n_parts; k++)
+                if (m->groups[i].part[k] == e) return false; /* an extent has one cache */
+        for (uint32_t k = 0; k < g.n_parts; k++)
+            if (g.part[k] == e) return false;
+        g.n_experts = (uint32_t)e->ne[2];
+        g.part[g.n_parts++] = e;
+    }
+    if (g.n_parts == 0 || c->at < c->end) return false;
+    g.n_slots = (uint32_t)(n_slots < g.n_experts ? n_slots : g.n_experts);
+    nx_group *groups = realloc(m->groups, (m->n_groups + 1) * sizeof *groups);
+    if (!groups) return false;
+    m->groups = groups;
+    groups[m->n_groups++] = g;
+    return true;
+}
+
 /* Each line that starts with "tensor " is at most one extent: an upper bound before allocation. */
 static uint32_t count_tensors(const char *text, size_t nbytes) {
     uint32_t n = 0;
@@ -132,6 +161,7 @@ static bool parse_line(nx_model *m, cursor *c, const char *key, uint32_t capacit
     }
     if (strcmp(key, "file") == 0) return parse_file(m, c);
     if (strcmp(key, "tensor") == 0) return parse_tensor(m, c, capacity);
+    if (strcmp(key, "experts") == 0) return parse_experts(m, c);
     *ended = strcmp(key, "end") == 0 && take_last_number(c, &n) && n == m->n_extents;
     return *ended;
 }

@@ -10,6 +10,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "cache.h"
 #include "manifest.h"
 
 uint64_t nx_now_ns(void) {
@@ -214,6 +215,7 @@ static nx_status place_pinned(nx_model *m, nx_error *error) {
 static void model_free(nx_model *m) {
     nx_io_destroy(m->load_io); /* waits for reads in flight: they write into our memory */
     nx_pager_free(m);
+    nx_cache_free(m); /* after the engine: its reads wrote here */
     nx_memory_unmap(m->pinned, m->pinned_bytes);
     for (uint32_t i = 0; i < m->n_files; i++) {
         if (m->files[i].file) nx_file_close(m->files[i].file);
@@ -253,6 +255,7 @@ nx_status nx_model_create(const char *manifest, size_t manifest_bytes, const voi
     if (status == NX_OK) status = open_files(m, error);
     if (status == NX_OK) status = place_pinned(m, error);
     if (status == NX_OK) status = nx_pager_init(m, error);
+    if (status == NX_OK) status = nx_cache_init(m, error);
     if (status == NX_OK) {
         const nx_io_options options = {.engine = NX_IO_ENGINE_AUTO};
         m->load_reads = calloc(m->n_extents + 1, sizeof *m->load_reads);
@@ -423,6 +426,7 @@ void nx_model_get_stats(nx_model *m, nx_stats *out) {
     out->ring_bytes = m->pager.ring_bytes;
     out->scratch_bytes = m->pager.scratch_bytes;
     out->host_bytes = m->host_bytes;
+    out->cache_bytes = m->cache_bytes;
     pthread_mutex_unlock(&m->lock);
 }
 

@@ -328,7 +328,9 @@ static nx_status wait_read(nx_model *m, uint32_t piece, nx_read *read) {
     return status == NX_E_ABORTED ? status : engine_failed(m, read->sys_errno);
 }
 
-static nx_status fail_read(nx_model *m, const nx_extent *e, const nx_read *read) {
+nx_status nx_pager_wait(nx_model *m, nx_read *read) { return wait_read(m, NX_NO_PIECE, read); }
+
+nx_status nx_pager_fail(nx_model *m, const nx_extent *e, const nx_read *read) {
     nx_error error;
     nx_read_error(m, e, read, &error);
     nx_model_fail(m, &error);
@@ -365,7 +367,7 @@ nx_status nx_piece_acquire(nx_model *m, nx_piece *out) {
     nx_status status = wait_read(m, s->piece, &s->read);
     if (status != NX_OK) return status;
     nx_extent *e = piece_of(m, s->piece, &out->row, &out->n_rows);
-    if (s->read.status != NX_OK) return fail_read(m, e, &s->read);
+    if (s->read.status != NX_OK) return nx_pager_fail(m, e, &s->read);
     s->state = NX_SLOT_HELD;
     p->ahead[s->piece]--;
     p->next_slot++;
@@ -424,7 +426,7 @@ static nx_status demand(nx_model *m, const nx_extent *e, size_t n) {
     if (status != NX_OK) return engine_failed(m, errno);
     for (size_t i = 0; i < n && status == NX_OK; i++) {
         status = wait_read(m, e->first_piece, &p->demand[i]);
-        if (status == NX_OK && p->demand[i].status != NX_OK) status = fail_read(m, e, &p->demand[i]);
+        if (status == NX_OK && p->demand[i].status != NX_OK) status = nx_pager_fail(m, e, &p->demand[i]);
     }
     for (size_t i = 0; i < n && !p->broken; i++) {
         nx_read *read = &p->demand[i];

@@ -1,7 +1,7 @@
 """The tests of the native core (tests/native/*.c), plainly and under the sanitizers.
 
-`tests/native/run.sh` builds and runs them; this says which build failed, and where. It knows nothing
-of what the tests promise.
+`tests/native/run.sh` builds and runs them; this says which build failed, and where. It knows
+nothing of what the tests promise.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from pathlib import Path
 
 import pytest
 
-_SANITIZERS = {"plain": "", "address": "-fsanitize=address,undefined", "thread": "-fsanitize=thread"}
+_SANITIZERS = {
+    "plain": "",
+    "address": "-fsanitize=address,undefined",
+    "thread": "-fsanitize=thread",
+}
 
 
 def _missing(flags: str, directory: Path) -> str:
@@ -38,7 +42,6 @@ def test_native_core_keeps_its_promises(build: str, repository: Path, tmp_path: 
     reason = _missing(_SANITIZERS[build], tmp_path)
     if reason:
         pytest.skip(reason)
-    # Off the memory file systems where they can be: direct reads are what is to be tested.
     run = subprocess.run(
         ["sh", str(repository / "tests" / "native" / "run.sh")],
         env={**os.environ, "NX_TEST_BUILDS": build, "TMPDIR": str(tmp_path)},

@@ -21,7 +21,7 @@ from tests.synth import write_llama, write_moe, write_preset
 
 @pytest.fixture(scope="module")
 def model() -> Path:
-    return find_model("stories260K-q4_0.gguf")
+    return find_model("bitllama-3M-q8_0.gguf")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_inspect_adds_up(model: Path) -> None:
     fields = call("inspect", model, "--json").json
     catalog = open_gguf(model)
     assert fields["weights_bytes"] == catalog.nbytes
-    assert fields["shape"]["architecture"] == "llama"
+    assert fields["shape"]["architecture"] == "bitnet"
     for groups in ("roles", "types"):
         assert sum(group["bytes"] for group in fields[groups].values()) == catalog.nbytes
         assert sum(group["tensors"] for group in fields[groups].values()) == len(catalog.tensors)
@@ -47,7 +47,7 @@ def test_inspect_adds_up(model: Path) -> None:
 def test_inspect_lists_tensors_and_metadata_when_asked(model: Path) -> None:
     fields = call("inspect", model, "--json", "--tensors", "--metadata").json
     assert [t["name"] for t in fields["tensors"]] == [t.name for t in open_gguf(model).tensors]
-    assert fields["metadata"]["general.architecture"] == "llama"
+    assert fields["metadata"]["general.architecture"] == "bitnet"
     assert fields["metadata"]["tokenizer.ggml.tokens"] == {"element": "string", "length": 512}
     shown = call("inspect", model, "--tensors", "--metadata").out
     assert "blk.0.attn_q.weight" in shown and "general.architecture" in shown
@@ -74,7 +74,8 @@ def test_inspect_reads_a_split_model_by_any_part(tmp_path: Path) -> None:
 
 
 def test_inspect_keeps_control_characters_off_the_terminal(tmp_path: Path, model: Path) -> None:
-    data = model.read_bytes().replace(b"stories260K", b"stories\x1b]0;", 1)
+    data = model.read_bytes().replace(b"bitllama-3M", b"bitll\x1b]0;\x07M", 1)
+    assert data != model.read_bytes()
     (tmp_path / "evil.gguf").write_bytes(data)
     done = call("inspect", tmp_path / "evil.gguf", "--metadata")
     assert done.status == 0 and "\x1b" not in done.out
@@ -102,9 +103,9 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 
 def test_a_plan_accounts_for_every_byte(model: Path, hardware: Path) -> None:
-    done = plan(model, hardware, "--weights", "150K", "--json")
+    done = plan(model, hardware, "--weights", "600K", "--json")
     made = Plan.from_json(done.out)
-    assert made.weights_bytes <= 150 << 10
+    assert made.weights_bytes <= 600 << 10
     assert made.streamed_bytes_per_token > 0
     assert made.fingerprint == open_gguf(model).fingerprint
     ram = plan(model, hardware, "--ram", "300M", "--json").json
@@ -112,12 +113,12 @@ def test_a_plan_accounts_for_every_byte(model: Path, hardware: Path) -> None:
 
 
 def test_a_plan_is_told_in_tables(model: Path, hardware: Path) -> None:
-    done = plan(model, hardware, "--weights", "150K")
+    done = plan(model, hardware, "--weights", "600K")
     assert done.status == 0
     for word in ("Memory", "ring", "KV cache", "budget", "Weights", "nvme", "predicted", "bound"):
         assert word in done.out
     (ring,) = (line for line in done.out.splitlines() if line.startswith("ring "))
-    made = Plan.from_json(plan(model, hardware, "--weights", "150K", "--json").out)
+    made = Plan.from_json(plan(model, hardware, "--weights", "600K", "--json").out)
     assert abs(parse_bytes(" ".join(ring.split()[1:3])) - made.ring_bytes) < 100
 
 
@@ -128,10 +129,10 @@ def test_a_plan_that_streams_nothing_says_so(model: Path, hardware: Path) -> Non
 
 
 def test_a_plan_can_be_written_to_a_file(model: Path, hardware: Path, tmp_path: Path) -> None:
-    done = plan(model, hardware, "--weights", "150K", "-o", str(tmp_path / "plan.json"))
+    done = plan(model, hardware, "--weights", "600K", "-o", str(tmp_path / "plan.json"))
     assert "--plan" in done.err
     written = Plan.from_json((tmp_path / "plan.json").read_text(encoding="utf-8"))
-    assert written == Plan.from_json(plan(model, hardware, "--weights", "150K", "--json").out)
+    assert written == Plan.from_json(plan(model, hardware, "--weights", "600K", "--json").out)
     done = plan(model, hardware, "-o", str(tmp_path / "no" / "plan.json"))
     assert done.status == 2 and "No such file" in done.err
 
@@ -150,8 +151,8 @@ def test_what_does_not_fit_is_status_3_with_the_smallest_budget(
 
 
 def test_pins_are_obeyed(model: Path, hardware: Path) -> None:
-    pins = ("--pin", "ffn_down=ram", "--pin", r"blk\.0\.=nvme")
-    tiers = plan(model, hardware, "--weights", "250K", *pins, "--json").json["tiers"]
+    pins = ("--pin", "ffn_down=ram", "--pin", r"blk\.0\.attn_(q|k)\.=nvme")
+    tiers = plan(model, hardware, "--weights", "1500K", *pins, "--json").json["tiers"]
     assert tiers["blk.1.ffn_down.weight"] == "ram"
     assert tiers["blk.0.attn_q.weight"] == "nvme"
 
@@ -183,7 +184,7 @@ def test_the_context_is_a_usual_one_or_as_trained(model: Path, hardware: Path) -
 
     assert open_gguf(model).shape.n_ctx_train < DEFAULT_CTX
     assert kv() == kv("--ctx", "0") == kv("-c", "512")
-    assert kv("--ctx-size", "2048") == 4 * kv()
+    assert kv("--ctx-size", "2048") > 3.9 * kv()
     quantized = ("--ctx", "2048", "-ctk", "q8_0", "-ctv", "q8_0", "-fa")
     assert kv(*quantized) < kv("--ctx", "2048")
 

@@ -14,34 +14,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "backend.h"
+#include "walk.h"
 
-#define MAX_MODELS 4 /* in one graph: a draft head that borrows the target's embedding makes two */
 #define MAX_BATCH 16 /* slabs in one call of the delegate */
 
-typedef enum { USE_SLABS, USE_ROWS, USE_EXPERTS, USE_WHOLE } use_kind;
-
-/* One nvme weight of one node. */
-typedef struct nxb_use {
-    int node;
-    use_kind kind;
-    nx_extent *extent;
-    gx_tensor *weight;
-} nxb_use;
-
-typedef struct run {
-    nxb_backend *own;
-    gx_graph *graph;
-    gx_tensor **nodes;
-    int begin; /* first node that is not computed yet */
-    nx_model *models[MAX_MODELS];
-    size_t n_models;
-    size_t held[MAX_MODELS]; /* acquired slabs that the current segment reads */
-    uint64_t held_bytes[MAX_MODELS];
-    gx_tensor *placed[64]; /* weights whose data points into the ring */
-    void *placed_home[64];
-    size_t n_placed;
-} run;
+typedef nxb_run run;
 
 /* -- what the graph needs ----------------------------------------------------------------------- */
 
@@ -54,7 +31,7 @@ static bool is_computed(const gx_tensor *t) {
     return !is_empty(t) && (!gx.flag_compute || (t->flags & gx.flag_compute));
 }
 
-static use_kind kind_of(const gx_tensor *node, int source, const gx_tensor *weight) {
+static nxb_use_kind kind_of(const gx_tensor *node, int source, const gx_tensor *weight) {
     if (source != 0 || node->src[0] != weight) return USE_WHOLE; /* a view, or not the matrix of a product */
     const bool plane = weight->ne[2] == 1 && weight->ne[3] == 1;
     if (node->op == gx.op_mul_mat && plane) return USE_SLABS;
@@ -81,7 +58,7 @@ static int add_use(nxb_backend *own, size_t *n, nxb_use use) {
 static int add_model(run *r, nx_model *m) {
     for (size_t i = 0; i < r->n_models; i++)
         if (r->models[i] == m) return GX_SUCCESS;
-    if (r->n_models == MAX_MODELS) return GX_FAILED;
+    if (r->n_models == NXB_MAX_MODELS) return GX_FAILED;
     /* Sorted, so that two graphs that use the same two models take their turns in the same order. */
     size_t at = r->n_models++;
     for (; at > 0 && r->models[at - 1] > m; at--) r->models[at] = r->models[at - 1];
@@ -116,7 +93,7 @@ static int stop_asked(void *ctx) {
     return nx_interrupted() || (own->abort && own->abort(own->abort_ctx));
 }
 
-static int to_gx(nx_status status) {
+int nxb_status(nx_status status) {
     switch (status) {
     case NX_OK: return GX_SUCCESS;
     case NX_E_ABORTED: return GX_ABORTED;
@@ -149,8 +126,7 @@ static void release_held(run *r) {
     }
 }
 
-/* Compute the nodes up to, not including, `end`, and release the slabs that they used. */
-static int flush(run *r, int end) {
+int nxb_flush(run *r, int end) {
     int status = GX_SUCCESS;
     bool any = false;
     for (int i = r->begin; i < end && !any; i++) any = is_computed(r->nodes[i]);
@@ -163,8 +139,7 @@ static int flush(run *r, int end) {
     return status;
 }
 
-/* Compute one node with other sources and another result; the original stays as it is. */
-static int compute_as(run *r, int node, gx_tensor *as, size_t n) {
+int nxb_compute_as(run *r, int node, gx_tensor *as, size_t n) {
     gx.graph_clear(r->own->graph);
     for (size_t i = 0; i < n; i++) gx.graph_add_node(r->own->graph, &as[i]);
     return compute(r, r->own->graph, node);
@@ -187,7 +162,7 @@ static void slab_product(const gx_tensor *node, const nx_piece *piece, gx_tensor
 static int run_slabs(run *r, const nxb_use *use) {
     nx_model *m = use->extent->model;
     const gx_tensor *node = r->nodes[use->node];
-    int status = flush(r, use->node);
+    int status = nxb_flush(r, use->node);
     gx_tensor weights[MAX_BATCH], products[MAX_BATCH];
     for (uint32_t done = 0; done < use->extent->n_pieces && status == GX_SUCCESS;) {
         uint64_t bytes = 0;
@@ -199,13 +174,13 @@ static int run_slabs(run *r, const nxb_use *use) {
             if (acquired == NX_E_BUSY && n) break;
             if (acquired != NX_OK) {
                 nx_piece_release(m, n);
-                return to_gx(acquired);
+                return nxb_status(acquired);
             }
             slab_product(node, &piece, &weights[n], &products[n]);
             bytes += piece.nbytes;
             n++;
         }
-        status = compute_as(r, use->node, products, n);
+        status = nxb_compute_as(r, use->node, products, n);
         nx_piece_release(m, n);
         done += (uint32_t)n;
     }
@@ -219,17 +194,17 @@ static int place_slab(run *r, const nxb_use *use) {
     const size_t k = model_index(r, m);
     if (r->held_bytes[k] > nx_ring_share(m) || r->n_placed == sizeof r->placed / sizeof *r->placed ||
         !nx_piece_ready(m)) {
-        const int status = flush(r, use->node);
+        const int status = nxb_flush(r, use->node);
         if (status != GX_SUCCESS) return status;
     }
     nx_piece piece;
     nx_status acquired = nx_piece_acquire(m, &piece);
     if (acquired == NX_E_BUSY) { /* the ring holds less than our share of it suggests */
-        const int status = flush(r, use->node);
+        const int status = nxb_flush(r, use->node);
         if (status != GX_SUCCESS) return status;
         acquired = nx_piece_acquire(m, &piece);
     }
-    if (acquired != NX_OK) return to_gx(acquired);
+    if (acquired != NX_OK) return nxb_status(acquired);
     r->placed[r->n_placed] = use->weight;
     r->placed_home[r->n_placed++] = use->weight->data;
     use->weight->data = piece.data;
@@ -238,7 +213,7 @@ static int place_slab(run *r, const nxb_use *use) {
     return GX_SUCCESS;
 }
 
-/* -- rows and experts --------------------------------------------------------------------------- */
+/* -- rows --------------------------------------------------------------------------- */
 
 static int bad_id(nx_extent *e, int64_t id, uint64_t limit) {
     nx_error error;
@@ -261,7 +236,7 @@ static int no_scratch(nx_extent *e, uint64_t n, uint64_t record_bytes) {
 static int run_rows(run *r, const nxb_use *use) {
     nx_extent *e = use->extent;
     const gx_tensor *node = r->nodes[use->node], *ids = node->src[1];
-    int status = flush(r, use->node);
+    int status = nxb_flush(r, use->node);
     size_t most = nx_fetch_max(e->model, e->row_bytes);
     if (most > ROWS_AT_ONCE) most = ROWS_AT_ONCE;
     if (most == 0) return no_scratch(e, 1, e->row_bytes);
@@ -283,7 +258,7 @@ static int run_rows(run *r, const nxb_use *use) {
         void *base;
         uint64_t stride;
         const nx_status fetched = nx_fetch(e->model, e, offsets, n_rows, e->row_bytes, &base, &stride);
-        if (fetched != NX_OK) return to_gx(fetched);
+        if (fetched != NX_OK) return nxb_status(fetched);
         gx_tensor weight = *use->weight, numbers = *ids, result = *node;
         weight.data = base;
         weight.ne[1] = (int64_t)n_rows;
@@ -296,74 +271,19 @@ static int run_rows(run *r, const nxb_use *use) {
         result.src[1] = &numbers;
         result.ne[1] = (int64_t)n;
         result.data = (char *)node->data + (size_t)at * node->nb[1];
-        status = compute_as(r, use->node, &result, 1);
+        status = nxb_compute_as(r, use->node, &result, 1);
         at += (int64_t)n;
     }
     r->begin = use->node + 1;
     return status;
 }
 
-static int run_experts(run *r, const nxb_use *use) {
-    nx_extent *e = use->extent;
-    const gx_tensor *node = r->nodes[use->node], *ids = node->src[2];
-    const int64_t n_experts = use->weight->ne[2], n_picked = ids->ne[0] * ids->ne[1];
-    const uint64_t record_bytes = e->nbytes / (uint64_t)n_experts;
-    int status = flush(r, use->node);
-    if (status != GX_SUCCESS) return status;
-    int32_t *slot_of = malloc((size_t)(n_experts + n_picked) * sizeof *slot_of);
-    uint64_t *offsets = malloc((size_t)n_experts * sizeof *offsets);
-    if (!slot_of || !offsets) {
-        free(slot_of);
-        free(offsets);
-        return GX_ALLOC_FAILED;
-    }
-    int32_t *slots = slot_of + n_experts;
-    memset(slot_of, 0xff, (size_t)n_experts * sizeof *slot_of);
-    size_t n = 0;
-    for (int64_t t = 0; t < ids->ne[1] && status == GX_SUCCESS; t++)
-        for (int64_t k = 0; k < ids->ne[0]; k++) {
-            const int32_t id =
-                *(const int32_t *)((const char *)ids->data + (size_t)t * ids->nb[1] + (size_t)k * ids->nb[0]);
-            if (id < 0 || id >= n_experts) {
-                status = bad_id(e, id, (uint64_t)n_experts);
-                break;
-            }
-            if (slot_of[id] < 0) {
-                slot_of[id] = (int32_t)n;
-                offsets[n++] = (uint64_t)id * record_bytes;
-            }
-            slots[t * ids->ne[0] + k] = slot_of[id];
-        }
-    if (status == GX_SUCCESS && n > nx_fetch_max(e->model, record_bytes)) status = no_scratch(e, n, record_bytes);
-    void *base = NULL;
-    uint64_t stride = 0;
-    if (status == GX_SUCCESS) status = to_gx(nx_fetch(e->model, e, offsets, n, record_bytes, &base, &stride));
-    if (status == GX_SUCCESS) {
-        gx_tensor weight = *use->weight, numbers = *ids, result = *node;
-        weight.data = base;
-        weight.ne[2] = (int64_t)n;
-        weight.nb[2] = stride;
-        weight.nb[3] = stride * n;
-        numbers.data = slots;
-        numbers.nb[0] = sizeof *slots;
-        numbers.nb[1] = (size_t)ids->ne[0] * sizeof *slots;
-        numbers.nb[2] = numbers.nb[3] = (size_t)n_picked * sizeof *slots;
-        result.src[0] = &weight;
-        result.src[2] = &numbers;
-        status = compute_as(r, use->node, &result, 1);
-    }
-    r->begin = use->node + 1;
-    free(slot_of);
-    free(offsets);
-    return status;
-}
-
 /* An operation that we cannot cut: the whole tensor, in memory of its own, for this node alone. */
 static int run_whole(run *r, const nxb_use *use) {
-    int status = flush(r, use->node);
+    int status = nxb_flush(r, use->node);
     void *data;
     const nx_status fetched = status == GX_SUCCESS ? nx_whole_fetch(use->extent->model, use->extent, &data) : NX_OK;
-    if (status != GX_SUCCESS || fetched != NX_OK) return status != GX_SUCCESS ? status : to_gx(fetched);
+    if (status != GX_SUCCESS || fetched != NX_OK) return status != GX_SUCCESS ? status : nxb_status(fetched);
     gx_tensor *node = r->nodes[use->node];
     gx_tensor *original[GX_MAX_SRC], copies[GX_MAX_SRC];
     memcpy(original, node->src, sizeof original);
@@ -374,7 +294,7 @@ static int run_whole(run *r, const nxb_use *use) {
         copies[s].data = (char *)data + (source == use->weight ? 0 : source->view_offs);
         node->src[s] = &copies[s];
     }
-    status = flush(r, use->node + 1);
+    status = nxb_flush(r, use->node + 1);
     memcpy(node->src, original, sizeof original);
     nx_whole_free(use->extent, data);
     return status;
@@ -398,7 +318,7 @@ static int begin_turns(run *r, size_t n_uses, size_t *begun) {
         if (done == NX_OK && before.status != NX_OK) done = before.status; /* refused while loading */
         if (done == NX_OK) done = nx_turn_begin(m, order, n, stop_asked, r->own);
         if (done != NX_OK) {
-            status = to_gx(done);
+            status = nxb_status(done);
             break;
         }
     }
@@ -413,11 +333,11 @@ static int walk(run *r, size_t n_uses) {
         switch (use->kind) {
         case USE_SLABS: status = use->extent->n_pieces == 1 ? place_slab(r, use) : run_slabs(r, use); break;
         case USE_ROWS: status = run_rows(r, use); break;
-        case USE_EXPERTS: status = run_experts(r, use); break;
+        case USE_EXPERTS: status = nxb_run_experts(r, use); break;
         case USE_WHOLE: status = run_whole(r, use); break;
         }
     }
-    return status == GX_SUCCESS ? flush(r, gx.graph_n_nodes(r->graph)) : status;
+    return status == GX_SUCCESS ? nxb_flush(r, gx.graph_n_nodes(r->graph)) : status;
 }
 
 int nxb_graph_compute(gx_backend *backend, gx_graph *graph) {
@@ -430,6 +350,8 @@ int nxb_graph_compute(gx_backend *backend, gx_graph *graph) {
     if (status == GX_SUCCESS) status = begin_turns(&r, n_uses, &begun);
     if (status == GX_SUCCESS) status = walk(&r, n_uses);
     release_held(&r);
+    nxb_experts_release(&r);
+    free(r.decision.experts);
     for (size_t i = 0; i < begun; i++) {
         if (i == 0) nx_note_pass(r.models[0], nx_now_ns() - begin);
         nx_turn_end(r.models[i], status != GX_SUCCESS);

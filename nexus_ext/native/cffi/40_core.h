@@ -26,7 +26,8 @@ typedef struct {
     uint64_t pass_ns;
     uint64_t load_ns;
     uint64_t retries, short_reads, bounces;
-    uint64_t pinned_bytes, ring_bytes, scratch_bytes, host_bytes;
+    uint64_t expert_uses, expert_misses, expert_evictions;
+    uint64_t pinned_bytes, ring_bytes, scratch_bytes, host_bytes, cache_bytes;
 } nx_stats;
 
 #define NX_EVENT_PASS_BEGIN ...
@@ -62,6 +63,7 @@ void nx_model_clear_faults(nx_model *);
 FILE *nx_model_stream(nx_model *, int *has_descriptor);
 void nx_model_stream_close(FILE *);
 void nx_loading_set(nx_model *);
+nx_status nx_cache_set_policy(nx_model *, const char *name);
 
 void nx_interrupt_arm(void);
 void nx_interrupt_disarm(void);

@@ -1,4 +1,4 @@
-/* Written by build.py with cffi 2.1.1 from 08b642fe5d2e636719988873f411ecaab7c595f528e5d22db40841d5597c96b4. */
+/* Written by build.py with cffi 2.1.1 from 5cb80979e902a431ffd1a46ca32cdded764a925fd7178ba41e51493c6f310bfc. */
 #define _CFFI_
 
 /* We try to define Py_LIMITED_API before including Python.h.
@@ -589,122 +589,126 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 /************************************************************/
 
 static void *_cffi_types[] = {
-/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 64), // FILE *()(nx_model *, int *)
-/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 111), // nx_model *
-/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 78), // int *
+/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 68), // FILE *()(nx_model *, int *)
+/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 115), // nx_model *
+/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 82), // int *
 /*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 91), // _Bool()(void *)
-/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 115), // void *
+/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 95), // _Bool()(void *)
+/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 119), // void *
 /*  6 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /*  7 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // char const *()(nx_model const *)
-/*  8 */ _CFFI_OP(_CFFI_OP_POINTER, 111), // nx_model const *
+/*  8 */ _CFFI_OP(_CFFI_OP_POINTER, 115), // nx_model const *
 /*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // char const *()(nx_status)
 /* 11 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_status
 /* 12 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // char const *()(void)
 /* 14 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 15 */ _CFFI_OP(_CFFI_OP_FUNCTION, 78), // int()(void *, uint64_t, uint64_t)
+/* 15 */ _CFFI_OP(_CFFI_OP_FUNCTION, 82), // int()(void *, uint64_t, uint64_t)
 /* 16 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
 /* 17 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
 /* 18 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 19 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION, 78), // int()(void)
+/* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION, 82), // int()(void)
 /* 21 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 22 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(char const *, nx_io_mode, nx_file * *)
-/* 23 */ _CFFI_OP(_CFFI_OP_POINTER, 92), // char const *
+/* 23 */ _CFFI_OP(_CFFI_OP_POINTER, 96), // char const *
 /* 24 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // nx_io_mode
-/* 25 */ _CFFI_OP(_CFFI_OP_POINTER, 67), // nx_file * *
+/* 25 */ _CFFI_OP(_CFFI_OP_POINTER, 71), // nx_file * *
 /* 26 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 27 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(char const *, nx_probe_options const *, nx_probe_result *)
 /* 28 */ _CFFI_OP(_CFFI_OP_NOOP, 23),
-/* 29 */ _CFFI_OP(_CFFI_OP_POINTER, 112), // nx_probe_options const *
-/* 30 */ _CFFI_OP(_CFFI_OP_POINTER, 113), // nx_probe_result *
+/* 29 */ _CFFI_OP(_CFFI_OP_POINTER, 116), // nx_probe_options const *
+/* 30 */ _CFFI_OP(_CFFI_OP_POINTER, 117), // nx_probe_result *
 /* 31 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 32 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(char const *, size_t, void const *, size_t, nx_model * *, nx_error *)
 /* 33 */ _CFFI_OP(_CFFI_OP_NOOP, 23),
 /* 34 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
-/* 35 */ _CFFI_OP(_CFFI_OP_POINTER, 115), // void const *
+/* 35 */ _CFFI_OP(_CFFI_OP_POINTER, 119), // void const *
 /* 36 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 37 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // nx_model * *
-/* 38 */ _CFFI_OP(_CFFI_OP_POINTER, 104), // nx_error *
+/* 38 */ _CFFI_OP(_CFFI_OP_POINTER, 108), // nx_error *
 /* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(nx_membench_options const *, nx_membench_result *)
-/* 41 */ _CFFI_OP(_CFFI_OP_POINTER, 109), // nx_membench_options const *
-/* 42 */ _CFFI_OP(_CFFI_OP_POINTER, 110), // nx_membench_result *
+/* 41 */ _CFFI_OP(_CFFI_OP_POINTER, 113), // nx_membench_options const *
+/* 42 */ _CFFI_OP(_CFFI_OP_POINTER, 114), // nx_membench_result *
 /* 43 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 44 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(nx_model *, int(*)(void *, uint64_t, uint64_t), void *)
+/* 44 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(nx_model *, char const *)
 /* 45 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 46 */ _CFFI_OP(_CFFI_OP_POINTER, 15), // int(*)(void *, uint64_t, uint64_t)
-/* 47 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 48 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 49 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(nx_model *, nx_fault const *)
-/* 50 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 51 */ _CFFI_OP(_CFFI_OP_POINTER, 106), // nx_fault const *
+/* 46 */ _CFFI_OP(_CFFI_OP_NOOP, 23),
+/* 47 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 48 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(nx_model *, int(*)(void *, uint64_t, uint64_t), void *)
+/* 49 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 50 */ _CFFI_OP(_CFFI_OP_POINTER, 15), // int(*)(void *, uint64_t, uint64_t)
+/* 51 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
 /* 52 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 53 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
-/* 54 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
-/* 55 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
-/* 56 */ _CFFI_OP(_CFFI_OP_POINTER, 108), // nx_file_info *
-/* 57 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 58 */ _CFFI_OP(_CFFI_OP_FUNCTION, 34), // size_t()(nx_model *, nx_event *, size_t)
-/* 59 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 60 */ _CFFI_OP(_CFFI_OP_POINTER, 105), // nx_event *
-/* 61 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 62 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 63 */ _CFFI_OP(_CFFI_OP_FUNCTION, 115), // void()(FILE *)
-/* 64 */ _CFFI_OP(_CFFI_OP_POINTER, 90), // FILE *
-/* 65 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION, 115), // void()(nx_file *)
-/* 67 */ _CFFI_OP(_CFFI_OP_POINTER, 107), // nx_file *
-/* 68 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 69 */ _CFFI_OP(_CFFI_OP_FUNCTION, 115), // void()(nx_file const *, nx_file_info *)
-/* 70 */ _CFFI_OP(_CFFI_OP_POINTER, 107), // nx_file const *
-/* 71 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
+/* 53 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(nx_model *, nx_fault const *)
+/* 54 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 55 */ _CFFI_OP(_CFFI_OP_POINTER, 110), // nx_fault const *
+/* 56 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 57 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
+/* 58 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
+/* 59 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
+/* 60 */ _CFFI_OP(_CFFI_OP_POINTER, 112), // nx_file_info *
+/* 61 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 62 */ _CFFI_OP(_CFFI_OP_FUNCTION, 34), // size_t()(nx_model *, nx_event *, size_t)
+/* 63 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 64 */ _CFFI_OP(_CFFI_OP_POINTER, 109), // nx_event *
+/* 65 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 67 */ _CFFI_OP(_CFFI_OP_FUNCTION, 119), // void()(FILE *)
+/* 68 */ _CFFI_OP(_CFFI_OP_POINTER, 94), // FILE *
+/* 69 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 70 */ _CFFI_OP(_CFFI_OP_FUNCTION, 119), // void()(nx_file *)
+/* 71 */ _CFFI_OP(_CFFI_OP_POINTER, 111), // nx_file *
 /* 72 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 73 */ _CFFI_OP(_CFFI_OP_FUNCTION, 115), // void()(nx_model *)
-/* 74 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 75 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 76 */ _CFFI_OP(_CFFI_OP_FUNCTION, 115), // void()(nx_model *, int)
-/* 77 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 78 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
+/* 73 */ _CFFI_OP(_CFFI_OP_FUNCTION, 119), // void()(nx_file const *, nx_file_info *)
+/* 74 */ _CFFI_OP(_CFFI_OP_POINTER, 111), // nx_file const *
+/* 75 */ _CFFI_OP(_CFFI_OP_NOOP, 60),
+/* 76 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 77 */ _CFFI_OP(_CFFI_OP_FUNCTION, 119), // void()(nx_model *)
+/* 78 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 79 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 80 */ _CFFI_OP(_CFFI_OP_FUNCTION, 115), // void()(nx_model *, nx_error *)
+/* 80 */ _CFFI_OP(_CFFI_OP_FUNCTION, 119), // void()(nx_model *, int)
 /* 81 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 82 */ _CFFI_OP(_CFFI_OP_NOOP, 38),
+/* 82 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
 /* 83 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 84 */ _CFFI_OP(_CFFI_OP_FUNCTION, 115), // void()(nx_model *, nx_stats *)
+/* 84 */ _CFFI_OP(_CFFI_OP_FUNCTION, 119), // void()(nx_model *, nx_error *)
 /* 85 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 86 */ _CFFI_OP(_CFFI_OP_POINTER, 114), // nx_stats *
+/* 86 */ _CFFI_OP(_CFFI_OP_NOOP, 38),
 /* 87 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION, 115), // void()(void)
-/* 89 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 90 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // FILE
-/* 91 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
-/* 92 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
-/* 93 */ _CFFI_OP(_CFFI_OP_ARRAY, 92), // char[128]
-/* 94 */ (_cffi_opcode_t)(128),
-/* 95 */ _CFFI_OP(_CFFI_OP_ARRAY, 92), // char[256]
-/* 96 */ (_cffi_opcode_t)(256),
-/* 97 */ _CFFI_OP(_CFFI_OP_ARRAY, 92), // char[512]
-/* 98 */ (_cffi_opcode_t)(512),
-/* 99 */ _CFFI_OP(_CFFI_OP_ARRAY, 92), // char[96]
-/* 100 */ (_cffi_opcode_t)(96),
-/* 101 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
-/* 102 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
-/* 103 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
-/* 104 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_error
-/* 105 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_event
-/* 106 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_fault
-/* 107 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_file
-/* 108 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_file_info
-/* 109 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_membench_options
-/* 110 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_result
-/* 111 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // nx_model
-/* 112 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_probe_options
-/* 113 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_probe_result
-/* 114 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_stats
-/* 115 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
+/* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION, 119), // void()(nx_model *, nx_stats *)
+/* 89 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 90 */ _CFFI_OP(_CFFI_OP_POINTER, 118), // nx_stats *
+/* 91 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 92 */ _CFFI_OP(_CFFI_OP_FUNCTION, 119), // void()(void)
+/* 93 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 94 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // FILE
+/* 95 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
+/* 96 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/* 97 */ _CFFI_OP(_CFFI_OP_ARRAY, 96), // char[128]
+/* 98 */ (_cffi_opcode_t)(128),
+/* 99 */ _CFFI_OP(_CFFI_OP_ARRAY, 96), // char[256]
+/* 100 */ (_cffi_opcode_t)(256),
+/* 101 */ _CFFI_OP(_CFFI_OP_ARRAY, 96), // char[512]
+/* 102 */ (_cffi_opcode_t)(512),
+/* 103 */ _CFFI_OP(_CFFI_OP_ARRAY, 96), // char[96]
+/* 104 */ (_cffi_opcode_t)(96),
+/* 105 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
+/* 106 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
+/* 107 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
+/* 108 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_error
+/* 109 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_event
+/* 110 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_fault
+/* 111 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_file
+/* 112 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_file_info
+/* 113 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_membench_options
+/* 114 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_result
+/* 115 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // nx_model
+/* 116 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_probe_options
+/* 117 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_probe_result
+/* 118 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_stats
+/* 119 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
 
 _CFFI_UNUSED_FN
@@ -854,10 +858,14 @@ static void _cffi_checkfld_typedef_nx_stats(nx_stats *p)
   (void)((p->retries) | 0);  /* check that 'nx_stats.retries' is an integer */
   (void)((p->short_reads) | 0);  /* check that 'nx_stats.short_reads' is an integer */
   (void)((p->bounces) | 0);  /* check that 'nx_stats.bounces' is an integer */
+  (void)((p->expert_uses) | 0);  /* check that 'nx_stats.expert_uses' is an integer */
+  (void)((p->expert_misses) | 0);  /* check that 'nx_stats.expert_misses' is an integer */
+  (void)((p->expert_evictions) | 0);  /* check that 'nx_stats.expert_evictions' is an integer */
   (void)((p->pinned_bytes) | 0);  /* check that 'nx_stats.pinned_bytes' is an integer */
   (void)((p->ring_bytes) | 0);  /* check that 'nx_stats.ring_bytes' is an integer */
   (void)((p->scratch_bytes) | 0);  /* check that 'nx_stats.scratch_bytes' is an integer */
   (void)((p->host_bytes) | 0);  /* check that 'nx_stats.host_bytes' is an integer */
+  (void)((p->cache_bytes) | 0);  /* check that 'nx_stats.cache_bytes' is an integer */
 }
 struct _cffi_align_typedef_nx_stats { char x; nx_stats y; };
 
@@ -952,6 +960,59 @@ static int nx_python_progress(void * a0, uint64_t a1, uint64_t a2)
   return *(int *)p;
 }
 
+static nx_status _cffi_d_nx_cache_set_policy(nx_model * x0, char const * x1)
+{
+  return nx_cache_set_policy(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_cache_set_policy(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  char const * x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "nx_cache_set_policy", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(23), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(23), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_cache_set_policy(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(11));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_cache_set_policy _cffi_d_nx_cache_set_policy
+#endif
+
 static void _cffi_d_nx_file_close(nx_file * x0)
 {
   nx_file_close(x0);
@@ -965,10 +1026,10 @@ _cffi_f_nx_file_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(67), arg0, (char **)&x0);
+      _cffi_type(71), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(67), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(71), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1007,19 +1068,19 @@ _cffi_f_nx_file_get_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(70), arg0, (char **)&x0);
+      _cffi_type(74), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(70), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(74), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(56), arg1, (char **)&x1);
+      _cffi_type(60), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_file_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(56), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(60), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1613,10 +1674,10 @@ _cffi_f_nx_model_events(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(60), arg1, (char **)&x1);
+      _cffi_type(64), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_event *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(60), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(64), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1676,10 +1737,10 @@ _cffi_f_nx_model_file_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(56), arg2, (char **)&x2);
+      _cffi_type(60), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_file_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(56), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(60), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1730,7 +1791,7 @@ _cffi_f_nx_model_finish_load(PyObject *self, PyObject *args)
       return NULL;
   }
 
-  x1 = (int(*)(void *, uint64_t, uint64_t))_cffi_to_c_pointer(arg1, _cffi_type(46));
+  x1 = (int(*)(void *, uint64_t, uint64_t))_cffi_to_c_pointer(arg1, _cffi_type(50));
   if (x1 == (int(*)(void *, uint64_t, uint64_t))NULL && PyErr_Occurred())
     return NULL;
 
@@ -1786,10 +1847,10 @@ _cffi_f_nx_model_get_stats(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(86), arg1, (char **)&x1);
+      _cffi_type(90), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_stats *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(86), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(90), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1839,10 +1900,10 @@ _cffi_f_nx_model_inject(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(51), arg1, (char **)&x1);
+      _cffi_type(55), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_fault const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(51), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(55), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2068,7 +2129,7 @@ _cffi_f_nx_model_stream(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(64));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(68));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -2089,10 +2150,10 @@ _cffi_f_nx_model_stream_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(64), arg0, (char **)&x0);
+      _cffi_type(68), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (FILE *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(64), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(68), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2331,34 +2392,35 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "NX_IO_DIRECT", (void *)_cffi_const_NX_IO_DIRECT, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_IO_ENGINE_URING", (void *)_cffi_const_NX_IO_ENGINE_URING, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "NX_OK", (void *)_cffi_const_NX_OK, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
-  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 66), (void *)_cffi_d_nx_file_close },
-  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 69), (void *)_cffi_d_nx_file_get_info },
+  { "nx_cache_set_policy", (void *)_cffi_f_nx_cache_set_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 44), (void *)_cffi_d_nx_cache_set_policy },
+  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 70), (void *)_cffi_d_nx_file_close },
+  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 73), (void *)_cffi_d_nx_file_get_info },
   { "nx_file_open", (void *)_cffi_f_nx_file_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 22), (void *)_cffi_d_nx_file_open },
-  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 88), (void *)_cffi_d_nx_interrupt_arm },
-  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 88), (void *)_cffi_d_nx_interrupt_disarm },
-  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 88), (void *)_cffi_d_nx_interrupt_request },
+  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 92), (void *)_cffi_d_nx_interrupt_arm },
+  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 92), (void *)_cffi_d_nx_interrupt_disarm },
+  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 92), (void *)_cffi_d_nx_interrupt_request },
   { "nx_interrupted", (void *)_cffi_f_nx_interrupted, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 20), (void *)_cffi_d_nx_interrupted },
   { "nx_interrupted_callback", (void *)_cffi_f_nx_interrupted_callback, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 4), (void *)_cffi_d_nx_interrupted_callback },
   { "nx_io_probe", (void *)_cffi_f_nx_io_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 27), (void *)_cffi_d_nx_io_probe },
-  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 73), (void *)_cffi_d_nx_loading_set },
+  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 77), (void *)_cffi_d_nx_loading_set },
   { "nx_membench_read", (void *)_cffi_f_nx_membench_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 40), (void *)_cffi_d_nx_membench_read },
-  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 73), (void *)_cffi_d_nx_model_clear_error },
-  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 73), (void *)_cffi_d_nx_model_clear_faults },
-  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 73), (void *)_cffi_d_nx_model_close },
+  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 77), (void *)_cffi_d_nx_model_clear_error },
+  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 77), (void *)_cffi_d_nx_model_clear_faults },
+  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 77), (void *)_cffi_d_nx_model_close },
   { "nx_model_create", (void *)_cffi_f_nx_model_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 32), (void *)_cffi_d_nx_model_create },
-  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 58), (void *)_cffi_d_nx_model_events },
-  { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 53), (void *)_cffi_d_nx_model_file_info },
-  { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 44), (void *)_cffi_d_nx_model_finish_load },
-  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 84), (void *)_cffi_d_nx_model_get_stats },
-  { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 49), (void *)_cffi_d_nx_model_inject },
+  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 62), (void *)_cffi_d_nx_model_events },
+  { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 57), (void *)_cffi_d_nx_model_file_info },
+  { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 48), (void *)_cffi_d_nx_model_finish_load },
+  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 88), (void *)_cffi_d_nx_model_get_stats },
+  { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 53), (void *)_cffi_d_nx_model_inject },
   { "nx_model_io_engine", (void *)_cffi_f_nx_model_io_engine, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 7), (void *)_cffi_d_nx_model_io_engine },
-  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 80), (void *)_cffi_d_nx_model_last_error },
-  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 73), (void *)_cffi_d_nx_model_release },
-  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 73), (void *)_cffi_d_nx_model_reset_stats },
+  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 84), (void *)_cffi_d_nx_model_last_error },
+  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 77), (void *)_cffi_d_nx_model_release },
+  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 77), (void *)_cffi_d_nx_model_reset_stats },
   { "nx_model_stream", (void *)_cffi_f_nx_model_stream, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 0), (void *)_cffi_d_nx_model_stream },
-  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 63), (void *)_cffi_d_nx_model_stream_close },
-  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 76), (void *)_cffi_d_nx_model_trace },
-  { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 46), (void *)nx_python_progress },
+  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 67), (void *)_cffi_d_nx_model_stream_close },
+  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 80), (void *)_cffi_d_nx_model_trace },
+  { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 50), (void *)nx_python_progress },
   { "nx_status_text", (void *)_cffi_f_nx_status_text, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 10), (void *)_cffi_d_nx_status_text },
   { "nx_version", (void *)_cffi_f_nx_version, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 13), (void *)_cffi_d_nx_version },
 };
@@ -2369,7 +2431,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 11) },
   { "sys_errno", offsetof(nx_error, sys_errno),
                  sizeof(((nx_error *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 78) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 82) },
   { "offset", offsetof(nx_error, offset),
               sizeof(((nx_error *)0)->offset),
               _CFFI_OP(_CFFI_OP_NOOP, 17) },
@@ -2378,22 +2440,22 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "path", offsetof(nx_error, path),
             sizeof(((nx_error *)0)->path),
-            _CFFI_OP(_CFFI_OP_NOOP, 97) },
+            _CFFI_OP(_CFFI_OP_NOOP, 101) },
   { "tensor", offsetof(nx_error, tensor),
               sizeof(((nx_error *)0)->tensor),
-              _CFFI_OP(_CFFI_OP_NOOP, 93) },
+              _CFFI_OP(_CFFI_OP_NOOP, 97) },
   { "text", offsetof(nx_error, text),
             sizeof(((nx_error *)0)->text),
-            _CFFI_OP(_CFFI_OP_NOOP, 95) },
+            _CFFI_OP(_CFFI_OP_NOOP, 99) },
   { "t_ns", offsetof(nx_event, t_ns),
             sizeof(((nx_event *)0)->t_ns),
             _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "kind", offsetof(nx_event, kind),
             sizeof(((nx_event *)0)->kind),
-            _CFFI_OP(_CFFI_OP_NOOP, 55) },
+            _CFFI_OP(_CFFI_OP_NOOP, 59) },
   { "a", offsetof(nx_event, a),
          sizeof(((nx_event *)0)->a),
-         _CFFI_OP(_CFFI_OP_NOOP, 55) },
+         _CFFI_OP(_CFFI_OP_NOOP, 59) },
   { "b", offsetof(nx_event, b),
          sizeof(((nx_event *)0)->b),
          _CFFI_OP(_CFFI_OP_NOOP, 17) },
@@ -2405,10 +2467,10 @@ static const struct _cffi_field_s _cffi_fields[] = {
                   _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "kind", offsetof(nx_fault, kind),
             sizeof(((nx_fault *)0)->kind),
-            _CFFI_OP(_CFFI_OP_NOOP, 78) },
+            _CFFI_OP(_CFFI_OP_NOOP, 82) },
   { "count", offsetof(nx_fault, count),
              sizeof(((nx_fault *)0)->count),
-             _CFFI_OP(_CFFI_OP_NOOP, 102) },
+             _CFFI_OP(_CFFI_OP_NOOP, 106) },
   { "nbytes", offsetof(nx_file_info, nbytes),
               sizeof(((nx_file_info *)0)->nbytes),
               _CFFI_OP(_CFFI_OP_NOOP, 17) },
@@ -2420,25 +2482,25 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "mtime_ns", offsetof(nx_file_info, mtime_ns),
                 sizeof(((nx_file_info *)0)->mtime_ns),
-                _CFFI_OP(_CFFI_OP_NOOP, 103) },
+                _CFFI_OP(_CFFI_OP_NOOP, 107) },
   { "offset_align", offsetof(nx_file_info, offset_align),
                     sizeof(((nx_file_info *)0)->offset_align),
-                    _CFFI_OP(_CFFI_OP_NOOP, 55) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 59) },
   { "mem_align", offsetof(nx_file_info, mem_align),
                  sizeof(((nx_file_info *)0)->mem_align),
-                 _CFFI_OP(_CFFI_OP_NOOP, 55) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 59) },
   { "direct", offsetof(nx_file_info, direct),
               sizeof(((nx_file_info *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 78) },
+              _CFFI_OP(_CFFI_OP_NOOP, 82) },
   { "reason", offsetof(nx_file_info, reason),
               sizeof(((nx_file_info *)0)->reason),
-              _CFFI_OP(_CFFI_OP_NOOP, 99) },
+              _CFFI_OP(_CFFI_OP_NOOP, 103) },
   { "sys_errno", offsetof(nx_file_info, sys_errno),
                  sizeof(((nx_file_info *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 78) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 82) },
   { "n_threads", offsetof(nx_membench_options, n_threads),
                  sizeof(((nx_membench_options *)0)->n_threads),
-                 _CFFI_OP(_CFFI_OP_NOOP, 55) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 59) },
   { "buffer_bytes", offsetof(nx_membench_options, buffer_bytes),
                     sizeof(((nx_membench_options *)0)->buffer_bytes),
                     _CFFI_OP(_CFFI_OP_NOOP, 17) },
@@ -2447,7 +2509,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "bytes_s", offsetof(nx_membench_result, bytes_s),
                sizeof(((nx_membench_result *)0)->bytes_s),
-               _CFFI_OP(_CFFI_OP_NOOP, 101) },
+               _CFFI_OP(_CFFI_OP_NOOP, 105) },
   { "bytes", offsetof(nx_membench_result, bytes),
              sizeof(((nx_membench_result *)0)->bytes),
              _CFFI_OP(_CFFI_OP_NOOP, 17) },
@@ -2459,22 +2521,22 @@ static const struct _cffi_field_s _cffi_fields[] = {
                     _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "n_threads", offsetof(nx_membench_result, n_threads),
                  sizeof(((nx_membench_result *)0)->n_threads),
-                 _CFFI_OP(_CFFI_OP_NOOP, 55) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 59) },
   { "n_passes", offsetof(nx_membench_result, n_passes),
                 sizeof(((nx_membench_result *)0)->n_passes),
-                _CFFI_OP(_CFFI_OP_NOOP, 55) },
+                _CFFI_OP(_CFFI_OP_NOOP, 59) },
   { "checksum", offsetof(nx_membench_result, checksum),
                 sizeof(((nx_membench_result *)0)->checksum),
                 _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "block_bytes", offsetof(nx_probe_options, block_bytes),
                    sizeof(((nx_probe_options *)0)->block_bytes),
-                   _CFFI_OP(_CFFI_OP_NOOP, 55) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 59) },
   { "depth", offsetof(nx_probe_options, depth),
              sizeof(((nx_probe_options *)0)->depth),
-             _CFFI_OP(_CFFI_OP_NOOP, 55) },
+             _CFFI_OP(_CFFI_OP_NOOP, 59) },
   { "random", offsetof(nx_probe_options, random),
               sizeof(((nx_probe_options *)0)->random),
-              _CFFI_OP(_CFFI_OP_NOOP, 78) },
+              _CFFI_OP(_CFFI_OP_NOOP, 82) },
   { "max_bytes", offsetof(nx_probe_options, max_bytes),
                  sizeof(((nx_probe_options *)0)->max_bytes),
                  _CFFI_OP(_CFFI_OP_NOOP, 17) },
@@ -2483,7 +2545,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "engine", offsetof(nx_probe_options, engine),
               sizeof(((nx_probe_options *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 78) },
+              _CFFI_OP(_CFFI_OP_NOOP, 82) },
   { "seed", offsetof(nx_probe_options, seed),
             sizeof(((nx_probe_options *)0)->seed),
             _CFFI_OP(_CFFI_OP_NOOP, 17) },
@@ -2495,16 +2557,16 @@ static const struct _cffi_field_s _cffi_fields[] = {
           _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "direct", offsetof(nx_probe_result, direct),
               sizeof(((nx_probe_result *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 78) },
+              _CFFI_OP(_CFFI_OP_NOOP, 82) },
   { "engine", offsetof(nx_probe_result, engine),
               sizeof(((nx_probe_result *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 78) },
+              _CFFI_OP(_CFFI_OP_NOOP, 82) },
   { "how_cold", offsetof(nx_probe_result, how_cold),
                 sizeof(((nx_probe_result *)0)->how_cold),
-                _CFFI_OP(_CFFI_OP_NOOP, 99) },
+                _CFFI_OP(_CFFI_OP_NOOP, 103) },
   { "sys_errno", offsetof(nx_probe_result, sys_errno),
                  sizeof(((nx_probe_result *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 78) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 82) },
   { "passes", offsetof(nx_stats, passes),
               sizeof(((nx_stats *)0)->passes),
               _CFFI_OP(_CFFI_OP_NOOP, 17) },
@@ -2556,6 +2618,15 @@ static const struct _cffi_field_s _cffi_fields[] = {
   { "bounces", offsetof(nx_stats, bounces),
                sizeof(((nx_stats *)0)->bounces),
                _CFFI_OP(_CFFI_OP_NOOP, 17) },
+  { "expert_uses", offsetof(nx_stats, expert_uses),
+                   sizeof(((nx_stats *)0)->expert_uses),
+                   _CFFI_OP(_CFFI_OP_NOOP, 17) },
+  { "expert_misses", offsetof(nx_stats, expert_misses),
+                     sizeof(((nx_stats *)0)->expert_misses),
+                     _CFFI_OP(_CFFI_OP_NOOP, 17) },
+  { "expert_evictions", offsetof(nx_stats, expert_evictions),
+                        sizeof(((nx_stats *)0)->expert_evictions),
+                        _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "pinned_bytes", offsetof(nx_stats, pinned_bytes),
                     sizeof(((nx_stats *)0)->pinned_bytes),
                     _CFFI_OP(_CFFI_OP_NOOP, 17) },
@@ -2568,32 +2639,35 @@ static const struct _cffi_field_s _cffi_fields[] = {
   { "host_bytes", offsetof(nx_stats, host_bytes),
                   sizeof(((nx_stats *)0)->host_bytes),
                   _CFFI_OP(_CFFI_OP_NOOP, 17) },
+  { "cache_bytes", offsetof(nx_stats, cache_bytes),
+                   sizeof(((nx_stats *)0)->cache_bytes),
+                   _CFFI_OP(_CFFI_OP_NOOP, 17) },
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "$nx_error", 104, _CFFI_F_CHECK_FIELDS,
+  { "$nx_error", 108, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_error), offsetof(struct _cffi_align_typedef_nx_error, y), 0, 7 },
-  { "$nx_event", 105, _CFFI_F_CHECK_FIELDS,
+  { "$nx_event", 109, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_event), offsetof(struct _cffi_align_typedef_nx_event, y), 7, 4 },
-  { "$nx_fault", 106, _CFFI_F_CHECK_FIELDS,
+  { "$nx_fault", 110, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_fault), offsetof(struct _cffi_align_typedef_nx_fault, y), 11, 4 },
-  { "$nx_file_info", 108, _CFFI_F_CHECK_FIELDS,
+  { "$nx_file_info", 112, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_file_info), offsetof(struct _cffi_align_typedef_nx_file_info, y), 15, 9 },
-  { "$nx_membench_options", 109, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_options", 113, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_options), offsetof(struct _cffi_align_typedef_nx_membench_options, y), 24, 3 },
-  { "$nx_membench_result", 110, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_result", 114, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_result), offsetof(struct _cffi_align_typedef_nx_membench_result, y), 27, 7 },
-  { "$nx_probe_options", 112, _CFFI_F_CHECK_FIELDS,
+  { "$nx_probe_options", 116, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_probe_options), offsetof(struct _cffi_align_typedef_nx_probe_options, y), 34, 7 },
-  { "$nx_probe_result", 113, _CFFI_F_CHECK_FIELDS,
+  { "$nx_probe_result", 117, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_probe_result), offsetof(struct _cffi_align_typedef_nx_probe_result, y), 41, 6 },
-  { "$nx_stats", 114, _CFFI_F_CHECK_FIELDS,
-    sizeof(nx_stats), offsetof(struct _cffi_align_typedef_nx_stats, y), 47, 21 },
-  { "_IO_FILE", 90, _CFFI_F_OPAQUE,
+  { "$nx_stats", 118, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_stats), offsetof(struct _cffi_align_typedef_nx_stats, y), 47, 25 },
+  { "_IO_FILE", 94, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_file", 107, _CFFI_F_OPAQUE,
+  { "nx_file", 111, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_model", 111, _CFFI_F_OPAQUE,
+  { "nx_model", 115, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
 };
 
@@ -2606,19 +2680,19 @@ static const struct _cffi_enum_s _cffi_enums[] = {
 };
 
 static const struct _cffi_typename_s _cffi_typenames[] = {
-  { "FILE", 90 },
-  { "nx_error", 104 },
-  { "nx_event", 105 },
-  { "nx_fault", 106 },
-  { "nx_file", 107 },
-  { "nx_file_info", 108 },
+  { "FILE", 94 },
+  { "nx_error", 108 },
+  { "nx_event", 109 },
+  { "nx_fault", 110 },
+  { "nx_file", 111 },
+  { "nx_file_info", 112 },
   { "nx_io_mode", 24 },
-  { "nx_membench_options", 109 },
-  { "nx_membench_result", 110 },
-  { "nx_model", 111 },
-  { "nx_probe_options", 112 },
-  { "nx_probe_result", 113 },
-  { "nx_stats", 114 },
+  { "nx_membench_options", 113 },
+  { "nx_membench_result", 114 },
+  { "nx_model", 115 },
+  { "nx_probe_options", 116 },
+  { "nx_probe_result", 117 },
+  { "nx_stats", 118 },
   { "nx_status", 11 },
 };
 
@@ -2629,12 +2703,12 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   _cffi_enums,
   _cffi_typenames,
-  56,  /* num_globals */
+  57,  /* num_globals */
   12,  /* num_struct_unions */
   2,  /* num_enums */
   14,  /* num_typenames */
   NULL,  /* no includes */
-  116,  /* num_types */
+  120,  /* num_types */
   1,  /* flags */
 };
 

@@ -32,6 +32,7 @@ extern "C" {
 #define NX_NAME_BYTES 128 /* longest tensor name kept, terminator included */
 
 typedef struct nx_model nx_model;
+typedef struct nx_group nx_group; /* the expert tensors of one layer, cached together */
 
 typedef enum { NX_TIER_HOST = 0, NX_TIER_RAM = 1, NX_TIER_NVME = 2 } nx_tier;
 
@@ -50,6 +51,8 @@ typedef struct nx_extent {
     void *pinned;                   /* ram: where the bytes are; valid from creation on */
     uint64_t virtual_offset;        /* in the stream that llama.cpp loads from */
     int claimed;                    /* load: a tensor of the runtime stands for this extent */
+    nx_group *group;                /* nvme experts with a cache; NULL: none */
+    uint32_t group_part;            /* which part of the group's records it is */
 } nx_extent;
 
 /* The first thing that went wrong, in words and numbers. */
@@ -77,7 +80,8 @@ typedef struct nx_stats {
     uint64_t pass_ns;         /* inside graph computation, waits included */
     uint64_t load_ns;         /* from the first to the last read of pinned memory */
     uint64_t retries, short_reads, bounces;
-    uint64_t pinned_bytes, ring_bytes, scratch_bytes, host_bytes;
+    uint64_t expert_uses, expert_misses, expert_evictions;
+    uint64_t pinned_bytes, ring_bytes, scratch_bytes, host_bytes, cache_bytes;
 } nx_stats;
 
 typedef enum {
@@ -190,6 +194,23 @@ NX_API size_t nx_fetch_max(const nx_model *, uint64_t record_bytes);
 /* A whole extent in memory of its own, outside of ring and scratch; free with nx_whole_free. */
 NX_API nx_status nx_whole_fetch(nx_model *, nx_extent *, void **data);
 NX_API void nx_whole_free(nx_extent *, void *data);
+
+/* -- the expert cache ---------------------------------------------------------------------------- */
+
+/* The group that an extent is cached with, and which of its parts it is; NULL: not cached. */
+NX_API nx_group *nx_extent_group(const nx_extent *, uint32_t *part);
+NX_API uint32_t nx_group_slots(const nx_group *);
+/* Hold the records of these experts (each named once) and start to read what is missing. NX_E_BUSY: more
+ * than there are slots. On any error nothing is held. */
+NX_API nx_status nx_experts_acquire(nx_group *, const int32_t *experts, size_t n);
+/* Wait until this part of all of them is there. */
+NX_API nx_status nx_experts_wait(nx_group *, uint32_t part, const int32_t *experts, size_t n);
+NX_API void nx_experts_release(nx_group *, const int32_t *experts, size_t n);
+/* Where a held expert is; part `part` of slot s lies at the returned address + s * *stride. */
+NX_API int32_t nx_expert_slot(const nx_group *, int32_t expert);
+NX_API void *nx_group_part(const nx_group *, uint32_t part, uint64_t *stride);
+/* "lfru", "lru" or "lfu"; NX_E_INVALID for others. */
+NX_API nx_status nx_cache_set_policy(nx_model *, const char *name);
 
 /* Account for a computation, and for a whole graph. */
 NX_API void nx_note_pass(nx_model *, uint64_t ns);

@@ -1,0 +1,51 @@
+/* walk.h: one graph on its way, as graph.c and experts.c share it. */
+#ifndef NEXUS_WALK_H
+#define NEXUS_WALK_H
+
+#include "backend.h"
+
+#define NXB_MAX_MODELS 4 /* in one graph: a draft head that borrows the target's embedding makes two */
+
+typedef enum { USE_SLABS, USE_ROWS, USE_EXPERTS, USE_WHOLE } nxb_use_kind;
+
+/* One nvme weight of one node. */
+typedef struct nxb_use {
+    int node;
+    nxb_use_kind kind;
+    nx_extent *extent;
+    gx_tensor *weight;
+} nxb_use;
+
+/* What one router decided, while the records of its experts are held. */
+typedef struct nxb_decision {
+    nx_group *group;      /* NULL: nothing is held */
+    const gx_tensor *ids; /* the tensor that holds the numbers */
+    int32_t *experts;     /* distinct */
+    size_t n;
+} nxb_decision;
+
+typedef struct nxb_run {
+    nxb_backend *own;
+    gx_graph *graph;
+    gx_tensor **nodes;
+    int begin; /* first node that is not computed yet */
+    nx_model *models[NXB_MAX_MODELS];
+    size_t n_models;
+    size_t held[NXB_MAX_MODELS]; /* acquired slabs that the current segment reads */
+    uint64_t held_bytes[NXB_MAX_MODELS];
+    gx_tensor *placed[64]; /* weights whose data points into the ring */
+    void *placed_home[64];
+    size_t n_placed;
+    nxb_decision decision;
+} nxb_run;
+
+int nxb_status(nx_status);
+/* Compute the nodes up to, not including, `end`, and release the slabs that they used. */
+int nxb_flush(nxb_run *, int end);
+/* Compute nodes that stand for node `node`; the original stays as it is. */
+int nxb_compute_as(nxb_run *, int node, gx_tensor *as, size_t n);
+
+int nxb_run_experts(nxb_run *, const nxb_use *);
+void nxb_experts_release(nxb_run *);
+
+#endif

@@ -1,0 +1,252 @@
+/* cache.c: experts in memory, one record (gate|up|down of one expert) in one slot.
+ *
+ * Partitioned by layer: each group of expert tensors has slots of its own. One cache for all layers,
+ * smaller than what one token uses of all of them, would evict each record just before its next use and
+ * hit exactly never, whatever the recency.
+ *
+ * A record is handed out only when all bytes of the part that is asked for have arrived. Parts are
+ * requested in the order in which a layer computes with them, so that the product with the first
+ * overlaps with the reading of the others.
+ */
+#include "cache.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define NX_CACHE_HALF_LIFE 64.0 /* graphs */
+
+/* -- policies ----------------------------------------------------------------------------------- */
+
+static double policy_lru(const nx_record_facts *r) { return -(double)r->age; }
+static double policy_lfu(const nx_record_facts *r) { return r->frequency - 1e-9 * (double)r->age; }
+
+/* Recency decides between records of about the same age (one octave), frequency within. Two tokens that
+ * use the same experts rarely follow each other exactly, so exact order carries little. */
+static double policy_lfru(const nx_record_facts *r) {
+    return -floor(log2((double)r->age + 1.0)) + (1.0 - 1.0 / (1.0 + r->frequency)) - 1e-9 * (double)r->age;
+}
+
+static const struct {
+    const char *name;
+    nx_cache_policy score;
+} policies[] = {{"lfru", policy_lfru}, {"lru", policy_lru}, {"lfu", policy_lfu}};
+
+nx_status nx_cache_set_policy(nx_model *m, const char *name) {
+    for (size_t i = 0; i < sizeof policies / sizeof *policies; i++)
+        if (strcmp(policies[i].name, name) == 0) {
+            m->policy = policies[i].score;
+            return NX_OK;
+        }
+    return NX_E_INVALID;
+}
+
+/* -- setting up --------------------------------------------------------------------------------- */
+
+/* Part p of slot s lies at pool + s * stride + part_at[p], with slack around each part. Where experts are
+ * a multiple of a page apart, as is usual, the place within a page is that of the file: no copies. */
+uint64_t nx_record_layout(nx_group *g) {
+    uint64_t at = 0;
+    for (uint32_t p = 0; p < g->n_parts; p++) {
+        const nx_extent *e = g->part[p];
+        g->record_bytes[p] = e->nbytes / g->n_experts;
+        g->part_at[p] = at + NX_IO_SLACK + e->offset % NX_PAGE;
+        at = nx_round_up(g->part_at[p] + g->record_bytes[p] + NX_IO_SLACK, NX_PAGE);
+    }
+    return g->stride = at;
+}
+
+nx_status nx_cache_init(nx_model *m, nx_error *error) {
+    m->policy = policies[0].score;
+    for (uint32_t i = 0; i < m->n_groups; i++) {
+        nx_group *g = &m->groups[i];
+        g->pool_bytes = nx_record_layout(g) * g->n_slots;
+        g->pool = nx_memory_map(g->pool_bytes);
+        g->records = calloc(g->n_slots, sizeof *g->records);
+        g->slot_of = malloc(g->n_experts * sizeof *g->slot_of);
+        if (!g->pool || !g->records || !g->slot_of) {
+            nx_error_set(error, NX_E_NOMEM, ENOMEM, "%llu bytes for %u experts of %s cannot be allocated",
+                         (unsigned long long)g->pool_bytes, g->n_slots, g->part[0]->name);
+            return NX_E_NOMEM;
+        }
+        m->cache_bytes += g->pool_bytes;
+        memset(g->slot_of, 0xff, g->n_experts * sizeof *g->slot_of);
+        for (uint32_t s = 0; s < g->n_slots; s++) g->records[s].expert = -1;
+        for (uint32_t p = 0; p < g->n_parts; p++) {
+            g->part[p]->group = g;
+            g->part[p]->group_part = p;
+        }
+    }
+    return NX_OK;
+}
+
+void nx_cache_free(nx_model *m) {
+    for (uint32_t i = 0; i < m->n_groups; i++) {
+        nx_memory_unmap(m->groups[i].pool, m->groups[i].pool_bytes);
+        free(m->groups[i].records);
+        free(m->groups[i].slot_of);
+    }
+    free(m->groups);
+}
+
+/* -- records ------------------------------------------------------------------------------------ */
+
+static bool arrived(const nx_record *r, uint32_t n_parts) {
+    for (uint32_t p = 0; p < n_parts; p++)
+        if (!r->reads[p].done) return false;
+    return true;
+}
+
+static void forget(nx_group *g, nx_record *r) {
+    if (r->expert >= 0) g->slot_of[r->expert] = -1;
+    r->expert = -1;
+    r->state = NX_RECORD_EMPTY;
+    r->frequency = 0;
+}
+
+/* The slot for a new record: an empty one, else the candidate that the policy values least. -1: all are
+ * in use or still being read. */
+static int32_t find_slot(nx_group *g) {
+    int32_t victim = -1;
+    double lowest = INFINITY;
+    for (uint32_t s = 0; s < g->n_slots; s++) {
+        nx_record *r = &g->records[s];
+        if (r->in_use || (r->state == NX_RECORD_LOADING && !arrived(r, g->n_parts))) continue;
+        if (r->state == NX_RECORD_EMPTY) return (int32_t)s;
+        const uint64_t age = g->clock - r->last_use;
+        const nx_record_facts facts = {r->expert, age, r->frequency * (float)exp2(-(double)age / NX_CACHE_HALF_LIFE)};
+        const double score = g->model->policy(&facts);
+        if (score < lowest) {
+            lowest = score;
+            victim = (int32_t)s;
+        }
+    }
+    return victim;
+}
+
+static void touch(nx_group *g, nx_record *r) {
+    const double age = (double)(g->clock - r->last_use);
+    r->frequency = r->frequency * (float)exp2(-age / NX_CACHE_HALF_LIFE) + 1.0f;
+    r->last_use = g->clock;
+    r->in_use++;
+}
+
+static void fill(nx_group *g, nx_record *r, int32_t slot, int32_t expert) {
+    r->expert = expert;
+    r->state = NX_RECORD_LOADING;
+    r->last_use = g->clock;
+    r->frequency = 0;
+    g->slot_of[expert] = slot;
+    for (uint32_t p = 0; p < g->n_parts; p++)
+        r->reads[p] = (nx_read){.file = g->model->files[g->part[p]->file].file,
+                                .offset = g->part[p]->offset + (uint64_t)expert * g->record_bytes[p],
+                                .nbytes = g->record_bytes[p],
+                                .dst = g->pool + (uint64_t)slot * g->stride + g->part_at[p]};
+}
+
+/* Reads of all missing records, part by part, ahead of what is only read ahead. */
+static nx_status submit_missing(nx_group *g, const int32_t *missing, size_t n) {
+    nx_read **list = malloc((n * g->n_parts + 1) * sizeof *list);
+    if (!list) return NX_E_NOMEM;
+    size_t k = 0;
+    for (uint32_t p = 0; p < g->n_parts; p++)
+        for (size_t i = 0; i < n; i++) list[k++] = &g->records[missing[i]].reads[p];
+    nx_status status = nx_io_submit_front(g->model->io, list, k);
+    free(list);
+    return status;
+}
+
+nx_status nx_experts_acquire(nx_group *g, const int32_t *experts, size_t n) {
+    if (n > g->n_slots) return NX_E_BUSY;
+    int32_t *missing = malloc((n + 1) * sizeof *missing);
+    if (!missing) return NX_E_NOMEM;
+    size_t n_missing = 0;
+    nx_status status = NX_OK;
+    g->clock++;
+    /* What is there is held first, so that nothing of this graph evicts it. */
+    for (size_t i = 0; i < n; i++)
+        if (g->slot_of[experts[i]] >= 0) touch(g, &g->records[g->slot_of[experts[i]]]);
+    NX_COUNT(g->model, expert_uses, n);
+    size_t done = 0;
+    for (; done < n && status == NX_OK; done++) {
+        if (g->slot_of[experts[done]] >= 0) continue;
+        int32_t slot = find_slot(g);
+        while (slot < 0 && status == NX_OK) { /* reads of records that nobody waits for take up the rest */
+            nx_record *busy = NULL;
+            for (uint32_t s = 0; s < g->n_slots && !busy; s++)
+                if (!g->records[s].in_use) busy = &g->records[s];
+            if (!busy) status = NX_E_BUSY;
+            for (uint32_t p = 0; busy && p < g->n_parts && status == NX_OK; p++)
+                if (!busy->reads[p].done) status = nx_pager_wait(g->model, &busy->reads[p]);
+            slot = find_slot(g);
+        }
+        if (status != NX_OK) break;
+        nx_record *r = &g->records[slot];
+        if (r->state != NX_RECORD_EMPTY) NX_COUNT(g->model, expert_evictions, 1);
+        forget(g, r);
+        fill(g, r, slot, experts[done]);
+        touch(g, r);
+        missing[n_missing++] = slot;
+    }
+    if (status == NX_OK && n_missing) status = submit_missing(g, missing, n_missing);
+    NX_COUNT(g->model, expert_misses, n_missing);
+    if (status != NX_OK) { /* as if it had not been asked: unsubmitted reads must not look like pending ones */
+        for (size_t i = 0; i < n_missing; i++) {
+            g->records[missing[i]].in_use = 0;
+            forget(g, &g->records[missing[i]]);
+        }
+        for (size_t i = 0; i < n; i++) {
+            const int32_t slot = g->slot_of[experts[i]];
+            if (slot >= 0 && g->records[slot].in_use) g->records[slot].in_use--;
+        }
+    }
+    free(missing);
+    return status;
+}
+
+nx_status nx_experts_wait(nx_group *g, uint32_t part, const int32_t *experts, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        nx_record *r = &g->records[g->slot_of[experts[i]]];
+        if (r->state == NX_RECORD_READY) continue;
+        nx_read *read = &r->reads[part];
+        nx_status status = nx_pager_wait(g->model, read);
+        if (status != NX_OK) return status;
+        if (read->status != NX_OK) return nx_pager_fail(g->model, g->part[part], read);
+        if (arrived(r, g->n_parts)) {
+            bool whole = true;
+            for (uint32_t p = 0; p < g->n_parts; p++) whole = whole && r->reads[p].status == NX_OK;
+            if (whole) r->state = NX_RECORD_READY;
+        }
+    }
+    return NX_OK;
+}
+
+void nx_experts_release(nx_group *g, const int32_t *experts, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        const int32_t slot = g->slot_of[experts[i]];
+        if (slot < 0) continue;
+        nx_record *r = &g->records[slot];
+        if (r->in_use) r->in_use--;
+        /* A record of which a part failed is not kept: the next use reads it again. */
+        bool failed = false;
+        if (r->state == NX_RECORD_LOADING && arrived(r, g->n_parts)) {
+            for (uint32_t p = 0; p < g->n_parts; p++) failed = failed || r->reads[p].status != NX_OK;
+            if (failed) forget(g, r);
+            else r->state = NX_RECORD_READY;
+        }
+    }
+}
+
+nx_group *nx_extent_group(const nx_extent *e, uint32_t *part) {
+    *part = e->group_part;
+    return e->group;
+}
+
+uint32_t nx_group_slots(const nx_group *g) { return g->n_slots; }
+int32_t nx_expert_slot(const nx_group *g, int32_t expert) { return g->slot_of[expert]; }
+
+void *nx_group_part(const nx_group *g, uint32_t part, uint64_t *stride) {
+    *stride = g->stride;
+    return g->pool + g->part_at[part];
+}

@@ -1,0 +1,48 @@
+/* cache.h: the expert cache, see cache.c. Knows experts by number; knows nothing of ggml. */
+#ifndef NEXUS_CACHE_H
+#define NEXUS_CACHE_H
+
+#include "core_internal.h"
+
+#define NX_MAX_PARTS 4 /* matrices that one router decision selects: gate, up, down, or gate_up, down */
+
+/* A slot holds one record: all parts of one expert. LOADING until every part is there. */
+typedef enum { NX_RECORD_EMPTY, NX_RECORD_LOADING, NX_RECORD_READY } nx_record_state;
+
+typedef struct nx_record {
+    int32_t expert; /* -1: none */
+    nx_record_state state;
+    uint32_t in_use;   /* acquisitions that are not released: never evicted while above 0 */
+    uint64_t last_use; /* the group's clock */
+    float frequency;   /* uses, decayed */
+    nx_read reads[NX_MAX_PARTS];
+} nx_record;
+
+/* What a policy sees of a record that may be evicted. */
+typedef struct nx_record_facts {
+    int32_t expert;
+    uint64_t age;    /* graphs since it was used last */
+    float frequency; /* uses, decayed by half every NX_CACHE_HALF_LIFE graphs */
+} nx_record_facts;
+
+/* Pure: a number for each candidate; the record with the lowest is evicted. */
+typedef double (*nx_cache_policy)(const nx_record_facts *);
+
+struct nx_group {
+    nx_model *model;
+    uint32_t n_parts, n_experts, n_slots;
+    nx_extent *part[NX_MAX_PARTS];
+    uint64_t record_bytes[NX_MAX_PARTS], part_at[NX_MAX_PARTS], stride;
+    uint8_t *pool;
+    uint64_t pool_bytes;
+    nx_record *records; /* n_slots */
+    int32_t *slot_of;   /* expert -> slot, -1: not cached */
+    uint64_t clock;     /* graphs that used this group */
+};
+
+nx_status nx_cache_init(nx_model *, nx_error *);
+void nx_cache_free(nx_model *);
+/* Bytes of one slot of a group with these parts. */
+uint64_t nx_record_layout(nx_group *);
+
+#endif

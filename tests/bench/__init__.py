@@ -1,0 +1,1 @@
+"""Benchmarks: run by hand, they print what they measured and promise nothing."""

@@ -1,0 +1,96 @@
+"""The backend in a runtime that was built by others: node-llama-cpp, from npm.
+
+Its ggml (0.25.1) is older than the one in llama-cpp-python, its libraries have other SONAMEs, its CPU
+backends are loaded dynamically and start threads of their own instead of OpenMP's. The same binary
+of the backend must work there by environment variables alone and give the same tokens.
+
+    python -m tests.bench.other_runtime MODEL.gguf [--weights 1M]
+
+Needs Node.js 20 with npm and about 400 MB in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from nexus_ext import core
+from nexus_ext.placement import PlanRequest
+from nexus_ext.runtime import plan_model
+from nexus_ext.runtime.manifest import manifest
+from nexus_ext.units import format_bytes, parse_bytes
+
+PACKAGE = "node-llama-cpp@3.22.1"
+PROGRAM = """
+import {getLlama, LlamaLogLevel} from "node-llama-cpp";
+const llama = await getLlama(
+    {gpu: false, build: "never", skipDownload: true, logLevel: LlamaLogLevel.error});
+const model = await llama.loadModel({modelPath: process.argv[2], gpuLayers: 0});
+const context = await model.createContext(
+    {contextSize: 256, flashAttention: false, threads: 2});
+const tokens = [model.tokens.bos, ...model.tokenize("Once upon a time")];
+const out = [];
+for await (const token of context.getSequence().evaluate(tokens, {temperature: 0})) {
+    out.push(token);
+    if (out.length === 32) break;
+}
+console.log(JSON.stringify(out));
+await context.dispose();
+await model.dispose();
+await llama.dispose();
+"""
+
+
+def tokens(folder: Path, model: Path, environment: dict[str, str]) -> list[int]:
+    done = subprocess.run(
+        ["node", "program.mjs", str(model)],
+        cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found: list[int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--weights", default="1M")
+    arguments = parser.parse_args()
+    model = arguments.model.resolve()
+    request = PlanRequest(weights_bytes=parse_bytes(arguments.weights), n_ctx=256)
+    planned = plan_model(model, request)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        subprocess.run(["npm", "init", "-y"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            ["npm", "install", "--ignore-scripts", "--silent", PACKAGE], cwd=folder, check=True
+        )
+        (folder / "program.mjs").write_text(PROGRAM, encoding="utf-8")
+        (folder / "manifest").write_text(manifest(planned.catalog, planned.plan, "direct"))
+        stock = tokens(folder, model, {})
+        report = folder / "report"
+        paged = tokens(
+            folder,
+            model,
+            {
+                "GGML_BACKEND_PATH": str(core.BACKEND_PATH),
+                "NEXUS_MANIFEST": str(folder / "manifest"),
+                "NEXUS_REPORT": str(report),
+            },
+        )
+        lines = dict(line.split(" ", 1) for line in report.read_text().splitlines() if " " in line)
+    read = int(lines.get("stats", "0").split()[0])
+    print(f"{PACKAGE} with ggml {lines.get('registered', '?')}")
+    print(f"streamed {format_bytes(read)} of {model.name} under {arguments.weights} of weights")
+    print("tokens", "identical" if paged == stock else f"differ: {stock} and {paged}")
+    return 0 if paged == stock and read > 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
