@@ -167,7 +167,7 @@ class Model:
 
         Raises ReadFailed, ModelChanged, OutOfMemory or FormatError.
         """
-        text = manifest.encode()
+        text = manifest.encode("utf-8", "surrogateescape")  # paths need not be UTF-8
         out, error = ffi.new("nx_model **"), ffi.new("nx_error *")
         status = lib.nx_model_create(text, len(text), header, len(header), out, error)
         if status != lib.NX_OK:
@@ -189,7 +189,7 @@ class Model:
         has_descriptor = ffi.new("int *")
         stream = lib.nx_model_stream(self.pointer, has_descriptor)
         if stream == ffi.NULL:
-            raise OutOfMemory("no memory for the stream that llama.cpp loads from")
+            raise self.take_error() or OutOfMemory("no memory for the stream of the model")
         try:
             yield int(ffi.cast("uintptr_t", stream)), bool(has_descriptor[0])
         finally:

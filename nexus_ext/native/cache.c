@@ -154,10 +154,11 @@ static nx_status submit_missing(nx_group *g, const int32_t *missing, size_t n) {
         for (size_t i = 0; i < n; i++) list[k++] = &g->records[missing[i]].reads[p];
     nx_status status = nx_io_submit_front(g->model->io, list, k);
     free(list);
-    return status;
+    return status == NX_OK ? NX_OK : nx_engine_failed(g->model, errno);
 }
 
 nx_status nx_experts_acquire(nx_group *g, const int32_t *experts, size_t n) {
+    if (g->model->pager.broken) return NX_E_IO; /* the engine may still write into the slots */
     if (n > g->n_slots) return NX_E_BUSY;
     int32_t *missing = malloc((n + 1) * sizeof *missing);
     if (!missing) return NX_E_NOMEM;
@@ -178,7 +179,7 @@ nx_status nx_experts_acquire(nx_group *g, const int32_t *experts, size_t n) {
                 if (!g->records[s].in_use) busy = &g->records[s];
             if (!busy) status = NX_E_BUSY;
             for (uint32_t p = 0; busy && p < g->n_parts && status == NX_OK; p++)
-                if (!busy->reads[p].done) status = nx_pager_wait(g->model, &busy->reads[p]);
+                if (!busy->reads[p].done) status = nx_pager_wait(g->model, NX_NO_PIECE, &busy->reads[p]);
             slot = find_slot(g);
         }
         if (status != NX_OK) break;
@@ -210,7 +211,7 @@ nx_status nx_experts_wait(nx_group *g, uint32_t part, const int32_t *experts, si
         nx_record *r = &g->records[g->slot_of[experts[i]]];
         if (r->state == NX_RECORD_READY) continue;
         nx_read *read = &r->reads[part];
-        nx_status status = nx_pager_wait(g->model, read);
+        nx_status status = nx_pager_wait(g->model, NX_NO_PIECE, read);
         if (status != NX_OK) return status;
         if (read->status != NX_OK) return nx_pager_fail(g->model, g->part[part], read);
         if (arrived(r, g->n_parts)) {

@@ -108,9 +108,13 @@ struct nx_model {
     ((void)__atomic_fetch_add(&(m)->stats.field, (uint64_t)(n), __ATOMIC_RELAXED))
 
 nx_status nx_pager_init(nx_model *, nx_error *);
-/* Wait for a read of the turn, counted as waiting; fail the turn because of one. */
-nx_status nx_pager_wait(nx_model *, nx_read *);
+/* Wait for a read of the turn, counted as waiting (`piece`: for the trace). NX_OK when it is done,
+ * however it ended. */
+nx_status nx_pager_wait(nx_model *, uint32_t piece, nx_read *);
+/* Note the failed read as the model's error; returns its status. */
 nx_status nx_pager_fail(nx_model *, const nx_extent *, const nx_read *);
+/* The engine itself has failed: what it had in hand stays where it is until it is destroyed. */
+nx_status nx_engine_failed(nx_model *, int sys_errno);
 void nx_pager_free(nx_model *);
 void nx_event_add(nx_model *, nx_event_kind, uint32_t a, uint64_t b);
 void nx_read_error(nx_model *, const nx_extent *, const nx_read *, nx_error *);

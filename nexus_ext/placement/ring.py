@@ -23,6 +23,7 @@ AIM_SLABS: Final = 6
 LEAST_TARGET: Final = 64 * MIB
 MOST_TARGET: Final = 256 * MIB
 READ_AHEAD_S: Final = 0.040  # reading that the ring should hold: a slow layer's computing
+LEAST_ROWS: Final = 4  # of a slab: fewer would take other paths in the kernels
 MAX_ROWS: Final = 64  # rows of the embedding in the scratch area at a time
 TIED_ROWS: Final = 8  # the same for an embedding that is also the output head: ring and scratch
 SCRATCH_SPARE: Final = PAGE  # to align the start of the area
@@ -70,7 +71,7 @@ def slab_bytes(streamed: Iterable[TensorInfo], ring_bytes: int) -> int:
 
 
 def _slab_limits(tensors: list[TensorInfo]) -> tuple[int, int]:
-    row = round_up(max(t.row_nbytes for t in tensors), PAGE)
+    row = round_up(LEAST_ROWS * max(t.row_nbytes for t in tensors), PAGE)
     largest = round_up(max(t.nbytes for t in tensors), PAGE)
     return max(row, min(MIN_SLAB, largest)), max(row, min(MAX_SLAB, largest))
 

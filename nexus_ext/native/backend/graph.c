@@ -117,8 +117,10 @@ static size_t model_index(const run *r, const nx_model *m) {
 
 static void release_held(run *r) {
     /* A weight without its slab points at memory that faults, not at somebody else's bytes. */
-    for (size_t i = 0; i < r->n_placed; i++) r->placed[i]->data = r->placed_home[i];
-    r->n_placed = 0;
+    while (r->n_placed) { /* backwards: a weight that was placed twice goes home */
+        r->n_placed--;
+        r->placed[r->n_placed]->data = r->placed_home[r->n_placed];
+    }
     for (size_t i = 0; i < r->n_models; i++) {
         if (r->held[i]) nx_piece_release(r->models[i], r->held[i]);
         r->held[i] = 0;
@@ -315,7 +317,8 @@ static int begin_turns(run *r, size_t n_uses, size_t *begun) {
         nx_status done = nx_model_finish_load(m, NULL, NULL); /* at once, but for the first graph */
         nx_error before;
         nx_model_last_error(m, &before);
-        if (done == NX_OK && before.status != NX_OK) done = before.status; /* refused while loading */
+        /* A plan for another file, or weights that were written to: no later graph can be right. */
+        if (done == NX_OK && (before.status == NX_E_INVALID || before.status == NX_E_UNSUPPORTED)) done = before.status;
         if (done == NX_OK) done = nx_turn_begin(m, order, n, stop_asked, r->own);
         if (done != NX_OK) {
             status = nxb_status(done);

@@ -143,7 +143,7 @@ NX_API nx_status nx_model_inject(nx_model *, const nx_fault *);
 NX_API void nx_model_clear_faults(nx_model *);
 
 /* The model as one virtual GGUF: header, then tensors at their virtual offsets. Bytes of claimed
- * extents are not read (the reader's buffer stays as it was): the runtime hands them to the backend,
+ * extents are not read (what a reader gets for them means nothing): the runtime hands them to the backend,
  * which knows better. With a descriptor the stream can be loaded from in mmap mode, where not even the
  * pointers are followed. NULL: no memory. */
 NX_API FILE *nx_model_stream(nx_model *, int *has_descriptor);
