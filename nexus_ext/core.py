@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nexus_ext import _native
+import nexus_ext._native as _native
 from nexus_ext.errors import (
     BackendUnavailable,
     FormatError,
@@ -38,7 +38,7 @@ Progress = Callable[[int, int], bool | None]
 
 @dataclass(frozen=True, slots=True)
 class ModelStats:
-    """What a model has done since it was opened or since `reset_stats`. Names as in nexus_core.h."""
+    """What a model has done since it was opened or `reset_stats`. Names as in nexus_core.h."""
 
     passes: int
     segments: int
@@ -124,7 +124,7 @@ def error_of(error: Any, what: str) -> NexusError:
             errno=code,
         )
     kinds: dict[int, tuple[type[NexusError], str]] = {
-        lib.NX_E_NOMEM: (OutOfMemory, "give the model a smaller budget, or the process more memory"),
+        lib.NX_E_NOMEM: (OutOfMemory, "give the model less, or the process more memory"),
         lib.NX_E_ABORTED: (Interrupted, ""),
         lib.NX_E_CLOSED: (ModelClosed, "open the model again"),
         lib.NX_E_INVALID: (FormatError, ""),
@@ -144,7 +144,7 @@ def check(status: int, what: str) -> None:
     raise error_of(error, what)
 
 
-@ffi.def_extern(onerror=lambda *_: None)
+@ffi.def_extern(onerror=lambda *_: None)  # type: ignore[untyped-decorator]
 def nx_python_progress(handle: Any, done: int, total: int) -> int:
     """Relay progress of a load; an exception in the callback stops the load and is kept."""
     state = ffi.from_handle(handle)

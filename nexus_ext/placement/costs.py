@@ -143,9 +143,16 @@ def token_seconds(waited_s: float, ahead_s: float, compute_s: float) -> float:
 
 
 def predict(
-    catalog: Catalog, tiers: Mapping[str, str], rates: Rates, n_ubatch: int
+    catalog: Catalog,
+    tiers: Mapping[str, str],
+    rates: Rates,
+    n_ubatch: int,
+    missing: Mapping[str, float] | None = None,
 ) -> tuple[Prediction, int]:
-    """Return what a placement leads to, and its streamed bytes per decoded token."""
+    """Return what a placement leads to, and its streamed bytes per decoded token.
+
+    `missing`: tensors with a cache, and the part of their use that it does not serve.
+    """
     shape = catalog.shape
     head_on_gpu = output_on_gpu(catalog.tensors, tiers)
     ahead_s = waited_s = compute_s = batch_read_s = batch_compute_s = 0.0
@@ -162,8 +169,9 @@ def predict(
         batch_compute_s += in_batch / (rates.gpu_bytes_s if on_gpu else rates.cpu_bytes_s)
         if tiers[tensor.name] != NVME:
             continue
-        streamed += used
-        seconds = read_s(tensor, shape, rates, row_only=row_only)
+        share = missing.get(tensor.name, 1.0) if missing else 1.0
+        streamed += math.ceil(used * share)
+        seconds = read_s(tensor, shape, rates, row_only=row_only) * share
         if is_dense(tensor) and not row_only:
             ahead_s += seconds
             batch_read_s += in_batch / rates.disk_bytes_s

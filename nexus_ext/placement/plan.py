@@ -26,6 +26,7 @@ ROWS: Final = (
     "pinned weights",
     "ring",
     "scratch",
+    "expert cache",
     "KV cache",
     "compute buffers",
     "runtime",
@@ -88,6 +89,15 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertCache:
+    """Slots for the experts of one layer. A slot holds one expert of each of `tensors`."""
+
+    tensors: tuple[str, ...]  # all on nvme, in the order in which a layer computes with them
+    slots: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Where each tensor of one model goes, and what that costs."""
 
@@ -107,11 +117,12 @@ class Plan:
     prediction: Prediction
     everything_fits: bool  # nothing is streamed
     notes: tuple[str, ...] = ()  # sentences that the user should see
+    expert_caches: tuple[ExpertCache, ...] = ()
 
     @property
     def weights_bytes(self) -> int:
         """Bytes that count against a weights budget."""
-        return sum(self.breakdown[row] for row in ROWS[:4])
+        return sum(self.breakdown[row] for row in ROWS[:5])
 
     @property
     def ram_bytes(self) -> int:
@@ -162,6 +173,7 @@ class _Reader:
             prediction=self._prediction(fields["prediction"]),
             everything_fits=self._flag(fields, "everything_fits"),
             notes=self._texts(fields, "notes"),
+            expert_caches=self._caches(fields["expert_caches"]),
         )
         self._consistent(plan)
         return plan
@@ -177,6 +189,12 @@ class _Reader:
         for name in ("ring", "scratch"):
             if plan.breakdown[name] != getattr(plan, f"{name}_bytes"):
                 raise self._error(f"{name}_bytes", "differs from the breakdown")
+        if plan.breakdown["expert cache"] != sum(c.nbytes for c in plan.expert_caches):
+            raise self._error("expert_caches", "differ from the breakdown")
+        for cache in plan.expert_caches:
+            for name in cache.tensors:
+                if plan.tiers.get(name) != NVME:
+                    raise self._error("expert_caches", f"hold {name!r}, which is not on {NVME}")
         ram, weights = plan.budget.ram_bytes, plan.budget.weights_bytes
         if ram is not None and sum(plan.breakdown.values()) != ram:
             raise self._error("breakdown", f"does not sum to the budget of {ram} bytes")
@@ -193,6 +211,17 @@ class _Reader:
                 raise self._error(f"tiers[{name!r}]", f"is {tier!r}, not one of {', '.join(TIERS)}")
             tiers[name] = tier
         return tiers
+
+    def _caches(self, value: object) -> tuple[ExpertCache, ...]:
+        if not isinstance(value, list):
+            raise self._error("expert_caches", f"is {value!r}, not a list")
+        caches = []
+        for entry in value:
+            fields = self._object("expert_caches", entry)
+            self._names("expert_caches", fields, ExpertCache)
+            slots, nbytes = self._count(fields, "slots"), self._count(fields, "nbytes")
+            caches.append(ExpertCache(self._texts(fields, "tensors"), slots, nbytes))
+        return tuple(caches)
 
     def _budget(self, value: object) -> Budget:
         fields = self._object("budget", value)

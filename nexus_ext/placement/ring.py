@@ -25,6 +25,7 @@ MOST_TARGET: Final = 256 * MIB
 READ_AHEAD_S: Final = 0.040  # reading that the ring should hold: a slow layer's computing
 LEAST_ROWS: Final = 4  # of a slab: fewer would take other paths in the kernels
 MAX_ROWS: Final = 64  # rows of the embedding in the scratch area at a time
+MAX_WAVE: Final = 16  # experts in the scratch area at a time
 TIED_ROWS: Final = 8  # the same for an embedding that is also the output head: ring and scratch
 SCRATCH_SPARE: Final = PAGE  # to align the start of the area
 
@@ -94,6 +95,7 @@ def scratch_bytes(tensor: TensorInfo, n_ubatch: int, *, row_only: bool = False) 
     if is_dense(tensor) and not row_only:
         return 0
     if tensor.n_experts:
-        # Prefill may ask for all experts of a tensor at once.
-        return tensor.n_experts * round_up(record_bytes(tensor) + SLACK, PAGE) + SCRATCH_SPARE
+        # Prefill may ask for all experts of a tensor: it then computes in waves of this many.
+        wave = min(tensor.n_experts, MAX_WAVE)
+        return wave * round_up(record_bytes(tensor) + SLACK, PAGE) + SCRATCH_SPARE
     return _rows_area(tensor, min(max(n_ubatch, 1), MAX_ROWS))

@@ -11,12 +11,23 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn
 
 from nexus_ext.errors import DoesNotFit, UsageError
-from nexus_ext.placement import closed_form, costs, memory, mip, problem, ring
+from nexus_ext.placement import closed_form, costs, experts, memory, mip, problem, ring
 from nexus_ext.placement.budget import Allowance, allowance, check, kernel_bytes
 from nexus_ext.placement.closed_form import Choice
 from nexus_ext.placement.memory import Context
 from nexus_ext.placement.mip import Offload
-from nexus_ext.placement.plan import GPU, HOST, NVME, RAM, ROWS, Budget, Pin, Plan, PlanRequest
+from nexus_ext.placement.plan import (
+    GPU,
+    HOST,
+    NVME,
+    RAM,
+    ROWS,
+    Budget,
+    ExpertCache,
+    Pin,
+    Plan,
+    PlanRequest,
+)
 from nexus_ext.placement.problem import Problem
 from nexus_ext.types import Catalog
 from nexus_ext.units import format_bytes
@@ -230,6 +241,18 @@ class _Solver:
             if tiers[t.name] == NVME and costs.is_dense(t) and not (t.tied_output and row_only)
         ]
         prediction, streamed = costs.predict(self.catalog, tiers, self.rates, self.context.n_ubatch)
+        caches = self._caches(tiers)
+        if caches:
+            cached = {**tiers, **{name: NVME for cache in caches for name in cache.tensors}}
+            missing = self._missing(caches)
+            with_cache = costs.predict(
+                self.catalog, cached, self.rates, self.context.n_ubatch, missing
+            )
+            # Never arm a cache that is predicted slower than pinning as many experts.
+            if with_cache[0].token_s <= prediction.token_s:
+                tiers, (prediction, streamed) = cached, with_cache
+            else:
+                caches = ()
         resident = {
             tier: sum(problem.resident_bytes(t, tier) for t in tensors if tiers[t.name] == tier)
             for tier in (HOST, RAM)
@@ -242,7 +265,8 @@ class _Solver:
         runtime = self.runtime_bytes + kernel_bytes(ram)
         scratch_bytes = max(choice.scratch_bytes, ring.tied_rows_bytes(through_ring))
         ring_bytes = choice.ring_bytes - (scratch_bytes - choice.scratch_bytes)
-        taken = (resident[HOST], resident[RAM], ring_bytes, scratch_bytes, kv)
+        cache_bytes = sum(cache.nbytes for cache in caches)
+        taken = (resident[HOST], resident[RAM], ring_bytes, scratch_bytes, cache_bytes, kv)
         parts = (*taken, self.compute_bytes, runtime, shared)
         breakdown = dict(zip(ROWS, (*parts, ram - sum(parts)), strict=True))
         return Plan(
@@ -262,7 +286,25 @@ class _Solver:
             prediction=prediction,
             everything_fits=NVME not in tiers.values(),
             notes=tuple(self.notes),
+            expert_caches=caches,
         )
+
+    def _caches(self, tiers: Mapping[str, str]) -> tuple[ExpertCache, ...]:
+        """Return the caches that the memory of pinned experts gives, if any expert is streamed."""
+        movable = [t for t in self.catalog.tensors if t.n_experts and t.name not in self.pinned]
+        if not any(tiers[t.name] == NVME for t in movable):
+            return ()
+        budget = sum(problem.resident_bytes(t, RAM) for t in movable if tiers[t.name] == RAM)
+        keep = frozenset(self.pinned)
+        return experts.caches(self.catalog.tensors, tiers, keep, self.catalog.shape, budget)
+
+    def _missing(self, caches: tuple[ExpertCache, ...]) -> dict[str, float]:
+        n_experts = {t.name: t.n_experts for t in self.catalog.tensors}
+        return {
+            name: 1.0 - experts.hit_rate(cache.slots / n_experts[name])
+            for cache in caches
+            for name in cache.tensors
+        }
 
     def _gpu_breakdown(self, n_gpu: int) -> dict[str, int]:
         if not n_gpu:

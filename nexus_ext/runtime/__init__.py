@@ -1,7 +1,7 @@
 """llama.cpp with paged weights: planning, loading, running and checking a model.
 
-Importing this package decides how the threads of llama.cpp wait (below); llama.cpp itself is imported
-when `Llama` is first asked for.
+Importing this package decides how the threads of llama.cpp wait (below); llama.cpp itself is
+imported when `Llama` is first asked for.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from nexus_ext.runtime.planning import plan_model as plan_model
     from nexus_ext.runtime.stats import RunStats as RunStats
 
-# GNU OpenMP's threads spin between two pieces of work, by default for about a millisecond. Next to any
-# other busy process the spinning thread holds the core that the working one needs, and decoding falls
-# a hundred times (tests/bench/spinning_threads.py). A thousand turns bridge the gaps inside a graph
-# and cost nothing on an idle machine. It only counts before libgomp is loaded, hence here.
+# GNU OpenMP's threads spin between two pieces of work, by default for about a millisecond. Next to
+# any other busy process the spinning thread holds the core that the working one needs, and decoding
+# falls a hundred times (tests/bench/spinning_threads.py). A thousand turns bridge the gaps inside a
+# graph and cost nothing on an idle machine. It only counts before libgomp is loaded, hence here.
 if "GOMP_SPINCOUNT" not in os.environ and "OMP_WAIT_POLICY" not in os.environ:
     os.environ["GOMP_SPINCOUNT"] = "1000"
 

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp
@@ -129,7 +129,7 @@ def _request(arguments: dict[str, Any], **budget: Any) -> PlanRequest:
     )
 
 
-class Llama(llama_cpp.Llama):  # type: ignore[misc]
+class Llama(llama_cpp.Llama):
     """`llama_cpp.Llama` for models larger than memory. Bit-identical to an unmodified run.
 
     Arguments beyond those of `llama_cpp.Llama`:
@@ -204,7 +204,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def _watch_context(self) -> None:
         """Give errors of this context their names, and let Ctrl-C stop it within a token."""
-        context = self._ctx
+        context: Any = self._ctx  # whose methods are replaced
         callback = ctypes.cast(core.interrupted_callback(), bindings.ggml_abort_callback)
         bindings.llama_set_abort_callback(context.ctx, callback, None)
         context.decode = self._guarded(context.decode)
@@ -227,7 +227,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
         return guarded
 
-    def generate(self, tokens: Any, *args: Any, **kwargs: Any) -> Iterator[int]:
+    def generate(
+        self, tokens: Sequence[int], *args: Any, **kwargs: Any
+    ) -> Generator[int, Sequence[int] | None, None]:
         """As `llama_cpp.Llama.generate`; tells the plugins when the request is done."""
         handle = self.nexus
         begin = first = time.perf_counter_ns()
@@ -268,7 +270,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def _free(self, model: core.Model | None) -> None:
         super().close()
-        self._ctx = self._model = self._batch = self.tokenizer_ = _Closed()
+        closed: Any = _Closed()
+        self._ctx = self._model = self._batch = self.tokenizer_ = closed
         if model is not None:
             model.release()
 

@@ -40,5 +40,9 @@ def manifest(catalog: Catalog, plan: Plan, io_mode: str) -> str:
             f"tensor {tier} {tensor.file} {tensor.offset} {tensor.nbytes} {virtual_offset} "
             f"{shape[0]} {shape[1]} {shape[2]} {shape[3]} {tensor.type_name} {tensor.name}"
         )
+    number = {tensor.name: i for i, tensor in enumerate(catalog.tensors)}
+    for cache in plan.expert_caches:
+        members = " ".join(str(number[name]) for name in cache.tensors)
+        lines.append(f"experts {cache.slots} {members}")
     lines.append(f"end {len(catalog.tensors)}")
     return "\n".join(lines) + "\n"

@@ -22,6 +22,7 @@ class RunStats:
     bytes_used: int  # streamed weights that computations consumed
     read_per_pass_bytes: float
     hit_rate: float  # slabs that were there when they were asked for
+    expert_hit_rate: float | None  # experts that the cache served; None without a cache
     pieces_dropped: int  # read ahead and not used
     demand_reads: int  # rows and experts
     wait_s: float  # computation stood still for a read
@@ -31,7 +32,7 @@ class RunStats:
     bound_tok_s: float | None  # at the bytes that each pass read
     bound_fraction: float | None
     retries: int
-    resident_bytes: int  # pinned weights, ring and scratch
+    resident_bytes: int  # pinned weights, ring, scratch and expert cache
     io_engine: str
     io_mode: str
     direct_reason: str
@@ -53,6 +54,7 @@ def run_stats(
         bytes_used=stats.bytes_used,
         read_per_pass_bytes=read / passes,
         hit_rate=stats.pieces_ready / stats.pieces if stats.pieces else 1.0,
+        expert_hit_rate=1 - stats.expert_misses / stats.expert_uses if stats.expert_uses else None,
         pieces_dropped=stats.pieces_dropped,
         demand_reads=stats.demand_reads,
         wait_s=stats.wait_ns / 1e9,
@@ -62,7 +64,10 @@ def run_stats(
         bound_tok_s=disk_bytes_s * stats.passes / read if streamed else None,
         bound_fraction=read / disk_bytes_s / pass_s if streamed else None,
         retries=stats.retries,
-        resident_bytes=stats.pinned_bytes + stats.ring_bytes + stats.scratch_bytes,
+        resident_bytes=stats.pinned_bytes
+        + stats.ring_bytes
+        + stats.scratch_bytes
+        + stats.cache_bytes,
         io_engine=io_engine,
         io_mode=io_mode,
         direct_reason=direct_reason,
