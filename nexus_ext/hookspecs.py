@@ -4,7 +4,7 @@ A plugin is a distribution with an entry point in the group "nexus_ext" that nam
 object) whose functions carry `@nexus_ext.hookimpl` and the name of a hook below. A function takes
 those of the arguments that it wants, by name.
 
-Hooks that choose (`nexus_placement_solver`, `nexus_io_policy`) return an object, or None to leave
+Hooks that choose (`nexus_placement_solver`, `nexus_io_policy`, `nexus_cache_policy`) return an object, or None to leave
 the choice to others. They are asked once and the object is kept: no hook runs while tokens are
 computed. A plugin wins over the built-in. When several plugins answer, the one whose entry point
 name comes first in alphabetical order wins, and a warning names the others.
@@ -19,7 +19,13 @@ import pluggy
 if TYPE_CHECKING:
     import click
 
-    from nexus_ext.policies.base import IoPolicy, ModelInfo, PlacementSolver, RequestInfo
+    from nexus_ext.policies.base import (
+        CachePolicy,
+        IoPolicy,
+        ModelInfo,
+        PlacementSolver,
+        RequestInfo,
+    )
 
 PROJECT = "nexus_ext"
 
@@ -35,6 +41,11 @@ def nexus_placement_solver() -> PlacementSolver | None:
 @hookspec(firstresult=True)
 def nexus_io_policy() -> IoPolicy | None:
     """Return the object whose `choose(info)` says how streamed weights are read."""
+
+
+@hookspec(firstresult=True)
+def nexus_cache_policy() -> CachePolicy | None:
+    """Return the object whose `choose(info)` says which experts leave the cache first."""
 
 
 @hookspec

@@ -19,11 +19,21 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast, get_args
 
 from nexus_ext.errors import NexusError, PluginError
 from nexus_ext.plugin_registry import GROUP, LOAD_VARIABLE, PluginRecord, Registry, describe
-from nexus_ext.policies import IoInfo, IoMode, IoPolicy, ModelInfo, PlacementSolver, RequestInfo
+from nexus_ext.policies import (
+    CacheInfo,
+    CachePolicy,
+    CachePolicyName,
+    IoInfo,
+    IoMode,
+    IoPolicy,
+    ModelInfo,
+    PlacementSolver,
+    RequestInfo,
+)
 
 if TYPE_CHECKING:
     import click
@@ -38,6 +48,7 @@ TRACE_VARIABLE = "NEXUS_TRACE_PLUGINS"
 _log = logging.getLogger("nexus_ext.plugins")
 _PLACEMENT = "nexus_placement_solver"
 _IO = "nexus_io_policy"
+_CACHE = "nexus_cache_policy"
 _T = TypeVar("_T")
 
 
@@ -96,6 +107,18 @@ class Plugins:
             raise self._failure(name, _IO, f'chose {mode!r} instead of "direct" or "buffered"')
         return mode
 
+    def choose_cache(self, info: CacheInfo) -> CachePolicyName:
+        """Ask the policy in use what to evict; PluginError for an answer that is none."""
+        name, policy = self._choose(_CACHE, CachePolicy)  # type: ignore[type-abstract]
+        try:
+            chosen = policy.choose(info)
+        except Exception as error:
+            raise self._failure(name, _CACHE, f"raised {describe(error)}") from error
+        if chosen not in get_args(CachePolicyName):
+            known = ", ".join(get_args(CachePolicyName))
+            raise self._failure(name, _CACHE, f"chose {chosen!r} instead of one of {known}")
+        return chosen
+
     def register_commands(self, cli: click.Group) -> None:
         """Let plugins add commands; one that takes the name of another is dropped and logged."""
         for impl in self._registry.implementations("nexus_register_commands"):
@@ -117,7 +140,7 @@ class Plugins:
 
     def list_plugins(self) -> tuple[PluginRecord, ...]:
         """Return every plugin that was found, built-ins first, then by name."""
-        for hook, kind in ((_PLACEMENT, PlacementSolver), (_IO, IoPolicy)):
+        for hook, kind in ((_PLACEMENT, PlacementSolver), (_IO, IoPolicy), (_CACHE, CachePolicy)):
             try:
                 self._choose(hook, kind)
             except PluginError as error:

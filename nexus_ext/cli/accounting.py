@@ -27,6 +27,7 @@ def fields(answer: Answer) -> dict[str, object]:
         "bytes_read_per_token": stats.read_per_pass_bytes if stats else None,
         "wait_fraction": wait_fraction(stats) if stats else None,
         "hit_rate": stats.hit_rate if stats else None,
+        "expert_hit_rate": stats.expert_hit_rate if stats else None,
         "bound_tok_s": stats.bound_tok_s if stats else None,
         "bound_fraction": stats.bound_fraction if stats else None,
         "prefill_stats": answer.prefill,
@@ -43,6 +44,8 @@ def line(answer: Answer) -> str:
         parts.append("nothing streamed" if answer.tokens else "no token")
     elif stats.passes:
         parts.append(f"{format_bytes(stats.read_per_pass_bytes)} read a token ({stats.io_mode})")
+        if stats.expert_hit_rate is not None:
+            parts.append(f"{stats.expert_hit_rate:.0%} of the experts cached")
         parts.append(f"I/O wait {wait_fraction(stats):.0%}")
         if stats.bound_fraction is not None and stats.bound_tok_s is not None:
             parts.append(_bound(stats.bound_fraction, stats.bound_tok_s))
@@ -51,7 +54,7 @@ def line(answer: Answer) -> str:
 
 def _bound(fraction: float, tok_s: float) -> str:
     if fraction > 1:
-        return f"above the disk's bound ({rate(tok_s)}), so the page cache helped"
+        return f"above the disk's measured bound ({rate(tok_s)})"
     return f"{fraction:.0%} of the bound ({rate(tok_s)})"
 
 
@@ -60,7 +63,8 @@ def progress(n_tokens: int, elapsed_s: float, stats: RunStats | None) -> str:
     parts = [f"{n_tokens} tokens", rate(n_tokens / elapsed_s if elapsed_s > 0 else None)]
     if stats is not None and elapsed_s > 0:
         parts.append(f"{format_bytes(stats.bytes_read / elapsed_s)}/s read")
-        parts.append(f"hit rate {stats.hit_rate:.0%}")
+        hits = stats.hit_rate if stats.expert_hit_rate is None else stats.expert_hit_rate
+        parts.append(f"hit rate {hits:.0%}")
     return ", ".join(parts)
 
 

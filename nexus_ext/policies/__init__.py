@@ -7,6 +7,9 @@ the same hooks as everyone else's (`nexus_ext.hookspecs`), before everyone else'
 from __future__ import annotations
 
 from nexus_ext.policies.base import (
+    CacheInfo,
+    CachePolicy,
+    CachePolicyName,
     IoInfo,
     IoMode,
     IoPolicy,
@@ -15,10 +18,17 @@ from nexus_ext.policies.base import (
     RequestInfo,
 )
 
-BUILTIN_MODULES = ("nexus_ext.policies.io", "nexus_ext.policies.placement")
+BUILTIN_MODULES = (
+    "nexus_ext.policies.cache",
+    "nexus_ext.policies.io",
+    "nexus_ext.policies.placement",
+)
 
 __all__ = [
     "BUILTIN_MODULES",
+    "CacheInfo",
+    "CachePolicy",
+    "CachePolicyName",
     "IoInfo",
     "IoMode",
     "IoPolicy",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from nexus_ext.types import Catalog
 
 IoMode = Literal["direct", "buffered"]
+CachePolicyName = Literal["lfru", "lru", "lfu", "least-stale"]  # as in native/cache.c
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,16 @@ class IoInfo:
     resident_bytes: int  # what the process itself will hold: weights, pools, KV cache, runtime
     available_bytes: int  # memory that the system can give before any of that is allocated
     limit_bytes: int | None  # most that process and page cache may hold together; None: no limit
+
+
+@dataclass(frozen=True, slots=True)
+class CacheInfo:
+    """What decides which expert is evicted."""
+
+    n_layers: int  # with a cache
+    n_experts: int  # of a layer
+    n_experts_used: int  # of a layer, by one token
+    slots: int  # of a layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,4 +84,15 @@ class IoPolicy(Protocol):
 
     def choose(self, info: IoInfo) -> IoMode:
         """Return "direct" (past the page cache) or "buffered" (through it)."""
+        ...
+
+
+@runtime_checkable
+class CachePolicy(Protocol):
+    """Decides which expert leaves the cache when another one needs its slot."""
+
+    name: str
+
+    def choose(self, info: CacheInfo) -> CachePolicyName:
+        """Return the name of one of the eviction policies of the native cache."""
         ...

@@ -23,7 +23,7 @@ from nexus_ext import core
 from nexus_ext.errors import FormatError, Interrupted, ModelClosed, NexusError, UsageError
 from nexus_ext.placement import Pin, Plan, PlanRequest
 from nexus_ext.plugins import plugins
-from nexus_ext.policies import ModelInfo, RequestInfo
+from nexus_ext.policies import CacheInfo, ModelInfo, RequestInfo
 from nexus_ext.runtime import backend
 from nexus_ext.runtime.amx import amx_works
 from nexus_ext.runtime.loading import loads
@@ -112,6 +112,7 @@ def _request(arguments: dict[str, Any], **budget: Any) -> PlanRequest:
         value = arguments.get(name)
         return "f16" if value is None else _KV_TYPES.get(value, "f16")
 
+    embedding = bool(arguments.get("embedding", False))
     n_ctx = arguments.get("n_ctx", 512)
     n_batch = arguments.get("n_batch", 512)
     if n_ctx:
@@ -125,6 +126,8 @@ def _request(arguments: dict[str, Any], **budget: Any) -> PlanRequest:
         flash_attn=bool(arguments.get("flash_attn", False)),
         logits_all=bool(arguments.get("logits_all", False)),
         n_threads=arguments.get("n_threads") or 0,
+        n_seq_max=n_batch if embedding else 1,  # as llama_cpp.Llama does for embeddings
+        kv_unified=embedding,
         **budget,
     )
 
@@ -179,6 +182,8 @@ class Llama(llama_cpp.Llama):
             backend.register()
             text = manifest(planned.catalog, planned.plan, planned.io_mode)
             model = core.Model(text, planned.catalog.header)
+            if planned.plan.expert_caches:
+                model.set_cache_policy(plugins().choose_cache(_cache_info(planned)))
             arguments.setdefault("offload_kqv", layers != 0)
         handle = NexusHandle(path, planned, model)
         try:
@@ -279,6 +284,11 @@ class Llama(llama_cpp.Llama):
         # An interpreter that shuts down has no modules left to close with.
         with contextlib.suppress(Exception):
             self.close()
+
+
+def _cache_info(planned: Planned) -> CacheInfo:
+    shape, caches = planned.catalog.shape, planned.plan.expert_caches
+    return CacheInfo(len(caches), shape.n_experts, shape.n_experts_used, caches[0].slots)
 
 
 def _interruption() -> BaseException:

@@ -55,7 +55,11 @@ def test_the_builtins_come_through_the_hooks() -> None:
     plugins = Plugins(found=(), environ={})
     records = plugins.list_plugins()
     assert {r.state for r in records} == {"built-in"}
-    assert [h for r in records for h in r.decides] == ["nexus_io_policy", "nexus_placement_solver"]
+    assert [h for r in records for h in r.decides] == [
+        "nexus_cache_policy",
+        "nexus_io_policy",
+        "nexus_placement_solver",
+    ]
     assert isinstance(plugins.io_policy(), IoPolicy)
     assert isinstance(plugins.placement_solver(), PlacementSolver)
 
