@@ -250,6 +250,35 @@ class Model:
         n = lib.nx_model_events(self.pointer, out, most)
         return [Event(e.t_ns, _EVENTS.get(e.kind, "?"), e.a, e.b) for e in out[0:n]]
 
+    def set_cache_policy(self, name: str) -> None:
+        """Choose which expert is evicted: "lfru", "lru", "lfu" or "least-stale"."""
+        check(lib.nx_cache_set_policy(self.pointer, name.encode()), f"expert cache policy {name!r}")
+
+    def record_routing(self, on: bool) -> None:
+        """Keep what the routers decide until `take_routing` asks for it, or no longer."""
+        lib.nx_routing_record(self.pointer, int(on))
+
+    def take_routing(self, most: int = 1 << 20) -> list[tuple[int, list[list[int]]]]:
+        """Return and forget decisions: (tensor number, experts of each token), oldest first.
+
+        One entry for each product with streamed experts; products of one cache record share one.
+        """
+        out = ffi.new("int32_t[]", most)
+        n = lib.nx_routing_take(self.pointer, out, most)
+        numbers: list[int] = ffi.unpack(out, n) if n else []
+        entries, at = [], 0
+        while at < n:
+            extent, n_tokens, n_used = numbers[at : at + 3]
+            at += 3
+            entries.append(
+                (
+                    extent,
+                    [numbers[at + i * n_used : at + (i + 1) * n_used] for i in range(n_tokens)],
+                )
+            )
+            at += n_tokens * n_used
+        return entries
+
     def inject(self, kind: str, begin: int = 0, end: int = 2**63, count: int = -1) -> None:
         """For tests: let reads of [begin, end) fail as `kind` ("eio", "short", "eof") says."""
         fault = ffi.new("nx_fault *")

@@ -28,10 +28,27 @@ static double policy_lfru(const nx_record_facts *r) {
     return -floor(log2((double)r->age + 1.0)) + (1.0 - 1.0 / (1.0 + r->frequency)) - 1e-9 * (double)r->age;
 }
 
+/* Experts of the graphs before this one are stale, and among them the ones that lie first in the layer go
+ * first (SpecMD, arXiv 2602.03921: Least-Stale eviction). In a partition of one layer all records of the
+ * last graph are equally fresh; age counts only as fresh or stale. */
+static double policy_least_stale(const nx_record_facts *r) {
+    return (r->age > 1 ? 0.0 : 1e6) + (double)r->expert - 1e-3 * (double)(r->age > 1000 ? 1000 : r->age);
+}
+
+/* For tests: any legal victim must do. */
+static double policy_random(const nx_record_facts *r) {
+    static _Thread_local uint64_t state = 88172645463325252u; /* xorshift64 */
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return (double)((state ^ (uint64_t)r->expert) >> 11);
+}
+
 static const struct {
     const char *name;
     nx_cache_policy score;
-} policies[] = {{"lfru", policy_lfru}, {"lru", policy_lru}, {"lfu", policy_lfu}};
+} policies[] = {{"lfru", policy_lfru}, {"lru", policy_lru}, {"lfu", policy_lfu},
+                {"least-stale", policy_least_stale}, {"random", policy_random}};
 
 nx_status nx_cache_set_policy(nx_model *m, const char *name) {
     for (size_t i = 0; i < sizeof policies / sizeof *policies; i++)
@@ -98,6 +115,12 @@ static bool arrived(const nx_record *r, uint32_t n_parts) {
     return true;
 }
 
+static bool failed(const nx_record *r, uint32_t n_parts) {
+    for (uint32_t p = 0; p < n_parts; p++)
+        if (r->reads[p].status != NX_OK) return true; /* also before the last of its requests has ended */
+    return false;
+}
+
 static void forget(nx_group *g, nx_record *r) {
     if (r->expert >= 0) g->slot_of[r->expert] = -1;
     r->expert = -1;
@@ -117,12 +140,28 @@ static int32_t find_slot(nx_group *g) {
         const uint64_t age = g->clock - r->last_use;
         const nx_record_facts facts = {r->expert, age, r->frequency * (float)exp2(-(double)age / NX_CACHE_HALF_LIFE)};
         const double score = g->model->policy(&facts);
-        if (score < lowest) {
+        if (victim < 0 || score < lowest) {
             lowest = score;
             victim = (int32_t)s;
         }
     }
     return victim;
+}
+
+/* A record whose reading failed when nobody waited for it any more (a graph that was stopped) is forgotten,
+ * once nothing of it is in flight: whoever asks now has it read again. */
+static nx_status forget_failed(nx_group *g, const int32_t *experts, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        if (g->slot_of[experts[i]] < 0) continue;
+        nx_record *r = &g->records[g->slot_of[experts[i]]];
+        if (r->in_use || r->state != NX_RECORD_LOADING || !failed(r, g->n_parts)) continue;
+        for (uint32_t p = 0; p < g->n_parts; p++) {
+            const nx_status status = nx_pager_wait(g->model, NX_NO_PIECE, &r->reads[p]);
+            if (status != NX_OK) return status;
+        }
+        forget(g, r);
+    }
+    return NX_OK;
 }
 
 static void touch(nx_group *g, nx_record *r) {
@@ -157,18 +196,36 @@ static nx_status submit_missing(nx_group *g, const int32_t *missing, size_t n) {
     return status == NX_OK ? NX_OK : nx_engine_failed(g->model, errno);
 }
 
+size_t nx_experts_favour(nx_group *g, int32_t *experts, size_t n) {
+    size_t n_held = 0, n_free = 0;
+    for (uint32_t s = 0; s < g->n_slots; s++) n_free += g->records[s].state == NX_RECORD_EMPTY;
+    for (size_t i = 0; i < n; i++) {
+        const int32_t expert = experts[i];
+        if (g->slot_of[expert] < 0) continue;
+        experts[i] = experts[n_held];
+        experts[n_held++] = expert;
+    }
+    n_held = n - n_held < n_free ? n : n_held + n_free;
+    NX_COUNT(g->model, expert_uses, n - n_held);
+    NX_COUNT(g->model, expert_misses, n - n_held);
+    return n_held;
+}
+
 nx_status nx_experts_acquire(nx_group *g, const int32_t *experts, size_t n) {
     if (g->model->pager.broken) return NX_E_IO; /* the engine may still write into the slots */
     if (n > g->n_slots) return NX_E_BUSY;
     int32_t *missing = malloc((n + 1) * sizeof *missing);
     if (!missing) return NX_E_NOMEM;
     size_t n_missing = 0;
-    nx_status status = NX_OK;
+    nx_status status = forget_failed(g, experts, n);
+    if (status != NX_OK) {
+        free(missing);
+        return status;
+    }
     g->clock++;
     /* What is there is held first, so that nothing of this graph evicts it. */
     for (size_t i = 0; i < n; i++)
         if (g->slot_of[experts[i]] >= 0) touch(g, &g->records[g->slot_of[experts[i]]]);
-    NX_COUNT(g->model, expert_uses, n);
     size_t done = 0;
     for (; done < n && status == NX_OK; done++) {
         if (g->slot_of[experts[done]] >= 0) continue;
@@ -191,8 +248,10 @@ nx_status nx_experts_acquire(nx_group *g, const int32_t *experts, size_t n) {
         missing[n_missing++] = slot;
     }
     if (status == NX_OK && n_missing) status = submit_missing(g, missing, n_missing);
-    NX_COUNT(g->model, expert_misses, n_missing);
-    if (status != NX_OK) { /* as if it had not been asked: unsubmitted reads must not look like pending ones */
+    if (status == NX_OK) {
+        NX_COUNT(g->model, expert_uses, n);
+        NX_COUNT(g->model, expert_misses, n_missing);
+    } else { /* as if it had not been asked: unsubmitted reads must not look like pending ones */
         for (size_t i = 0; i < n_missing; i++) {
             g->records[missing[i]].in_use = 0;
             forget(g, &g->records[missing[i]]);
@@ -214,11 +273,7 @@ nx_status nx_experts_wait(nx_group *g, uint32_t part, const int32_t *experts, si
         nx_status status = nx_pager_wait(g->model, NX_NO_PIECE, read);
         if (status != NX_OK) return status;
         if (read->status != NX_OK) return nx_pager_fail(g->model, g->part[part], read);
-        if (arrived(r, g->n_parts)) {
-            bool whole = true;
-            for (uint32_t p = 0; p < g->n_parts; p++) whole = whole && r->reads[p].status == NX_OK;
-            if (whole) r->state = NX_RECORD_READY;
-        }
+        if (arrived(r, g->n_parts) && !failed(r, g->n_parts)) r->state = NX_RECORD_READY;
     }
     return NX_OK;
 }
@@ -229,13 +284,9 @@ void nx_experts_release(nx_group *g, const int32_t *experts, size_t n) {
         if (slot < 0) continue;
         nx_record *r = &g->records[slot];
         if (r->in_use) r->in_use--;
-        /* A record of which a part failed is not kept: the next use reads it again. */
-        bool failed = false;
-        if (r->state == NX_RECORD_LOADING && arrived(r, g->n_parts)) {
-            for (uint32_t p = 0; p < g->n_parts; p++) failed = failed || r->reads[p].status != NX_OK;
-            if (failed) forget(g, r);
-            else r->state = NX_RECORD_READY;
-        }
+        if (r->state != NX_RECORD_LOADING || !arrived(r, g->n_parts)) continue;
+        if (!failed(r, g->n_parts)) r->state = NX_RECORD_READY;
+        else if (!r->in_use) forget(g, r); /* not kept: the next use reads it again */
     }
 }
 

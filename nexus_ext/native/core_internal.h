@@ -33,6 +33,15 @@ typedef struct nx_slot {
     nx_read read;
 } nx_slot;
 
+/* Records that are read into one part of the scratch area. */
+typedef struct nx_demand {
+    nx_read *reads; /* kept from one fetch to the next */
+    size_t capacity;
+    size_t n; /* of the fetch that was started and not waited for; 0: none */
+    nx_extent *extent;
+    uint64_t record_bytes, stride;
+} nx_demand;
+
 typedef struct nx_pager {
     uint8_t *ring;
     uint64_t ring_bytes, slab_bytes;
@@ -46,8 +55,7 @@ typedef struct nx_pager {
     uint32_t *ahead;      /* piece -> its slots that are LOADING */
     uint32_t last_issued; /* where reading ahead goes on beyond the end of `order` */
     uint32_t last_used;   /* the last piece of the last graph that used any */
-    nx_read *demand;      /* the reads of one fetch */
-    size_t demand_capacity;
+    nx_demand demand[2];  /* two fetches at a time, see demand.c */
     void *orphan; /* memory that a broken engine may still write into */
     uint64_t orphan_bytes;
     bool broken; /* the engine failed, not a read: only nx_io_destroy is left */
@@ -56,6 +64,13 @@ typedef struct nx_pager {
     nx_abort_fn abort;
     void *abort_ctx;
 } nx_pager;
+
+typedef struct nx_routing {
+    atomic_bool on;
+    int32_t *numbers; /* entries, see nx_routing_take */
+    size_t n, capacity;
+    uint64_t lost;
+} nx_routing;
 
 struct nx_model {
     atomic_int references;
@@ -92,6 +107,7 @@ struct nx_model {
     uint32_t n_groups;
     uint64_t cache_bytes;
     double (*policy)(const struct nx_record_facts *);
+    nx_routing routing; /* guarded by lock */
     nx_pager pager;
 
     nx_stats stats;

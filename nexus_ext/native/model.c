@@ -230,6 +230,7 @@ static void model_free(nx_model *m) {
     free(m->load_reads);
     free(m->load_state);
     free(m->events);
+    free(m->routing.numbers);
     pthread_cond_destroy(&m->turn_free);
     pthread_mutex_destroy(&m->load_lock);
     pthread_mutex_destroy(&m->lock);

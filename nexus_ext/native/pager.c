@@ -92,7 +92,7 @@ void nx_pager_free(nx_model *m) {
     nx_memory_unmap(p->ring, p->ring_bytes);
     nx_memory_unmap(p->scratch, p->scratch_bytes);
     nx_memory_unmap(p->orphan, p->orphan_bytes);
-    free(p->demand);
+    for (size_t i = 0; i < sizeof p->demand / sizeof *p->demand; i++) free(p->demand[i].reads);
     free(p->ahead);
     free(p->slots);
     free(p->order);

@@ -100,9 +100,15 @@ NX_FIXTURE void target_init(target *t, nx_file *file, uint64_t offset, uint64_t 
     NX_CHECK(t->high + GUARD_BYTES <= t->memory + t->memory_bytes);
 }
 
+/* Each byte equals the one before it: one call, which the sanitizers need not look into. */
+NX_FIXTURE void check_guard(const uint8_t *begin, const uint8_t *end) {
+    NX_CHECK_EQ(*begin, GUARD);
+    NX_CHECK(memcmp(begin, begin + 1, (size_t)(end - begin) - 1) == 0);
+}
+
 NX_FIXTURE void target_free(target *t) {
-    for (uint8_t *p = t->memory; p < t->low; p++) NX_CHECK_EQ(*p, GUARD);
-    for (uint8_t *p = t->high; p < t->memory + t->memory_bytes; p++) NX_CHECK_EQ(*p, GUARD);
+    check_guard(t->memory, t->low);
+    check_guard(t->high, t->memory + t->memory_bytes);
     free(t->memory);
 }
 

@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     llama.add_argument("--tied", action="store_true", help="no output head of its own")
     moe = kinds.add_parser("moe", help="mixture of experts")
     moe.add_argument("--arch", choices=MOE_ARCHITECTURES, default="qwen3moe")
+    moe.add_argument("--expert-quant", type=str.upper, help="type of the experts, if another")
     moe.add_argument("--fused", action="store_true", help="gate and up projection in one tensor")
     for name, default in asdict(MoeDims()).items():
         moe.add_argument("--" + name.replace("_", "-"), type=int, default=default)
@@ -44,7 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     if args.kind == "moe":
         dims = MoeDims(**{name: getattr(args, name) for name in asdict(MoeDims())})
-        paths = write_moe(args.out, arch=args.arch, dims=dims, fused=args.fused, **common)
+        paths = write_moe(
+            args.out,
+            arch=args.arch,
+            dims=dims,
+            expert_quant=args.expert_quant,
+            fused=args.fused,
+            **common,
+        )
     elif args.preset:
         paths = write_preset(args.out, args.preset, tied=args.tied, **common)
     else:

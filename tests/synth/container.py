@@ -37,7 +37,7 @@ Value = bool | int | float | str | Typed | Sequence[str] | Sequence[int] | Seque
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor to write; `fill` is "random", "ones" or "zeros" (the last two for F32 only)."""
+    """A tensor to write; `fill` is "random", or for F32 "ones", "minus ones" or "zeros"."""
 
     name: str
     shape: tuple[int, ...]  # ggml order
@@ -167,7 +167,7 @@ def _write_weights(descriptor: int, tensor: Tensor, seed: int, large: bool) -> N
     else:
         if tensor.type_name != "F32":
             raise ValueError(f"{tensor.name}: only F32 can be filled with {tensor.fill}")
-        number = {"ones": 1.0, "zeros": 0.0}[tensor.fill]
+        number = {"ones": 1.0, "minus ones": -1.0, "zeros": 0.0}[tensor.fill]
         source = memoryview(struct.pack("<f", number) * min(tensor.nbytes // 4, 1 << 18))
     left = tensor.nbytes
     views: list[memoryview] = []

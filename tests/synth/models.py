@@ -15,7 +15,19 @@ from tests.synth.blocks import storable_type
 from tests.synth.container import Tensor, Value, write_gguf
 from tests.synth.vocab import tokenizer_pairs
 
-MOE_ARCHITECTURES = ("qwen3moe", "qwen2moe", "llama", "gpt-oss", "deepseek2")
+MOE_ARCHITECTURES = (
+    "qwen3moe",
+    "qwen2moe",
+    "llama",
+    "gpt-oss",
+    "deepseek2",
+    "olmoe",
+    "granitemoe",
+    "qwen3next",
+    "qwen35moe",
+)
+FUSED_ARCHITECTURES = ("deepseek2", "qwen3next", "qwen35moe")  # load ffn_gate_up_exps
+HYBRID_ARCHITECTURES = ("qwen3next", "qwen35moe")  # every second layer is a Gated DeltaNet
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +82,8 @@ class _Builder:
     def vector(self, name: str, *shape: int, fill: str = "ones") -> None:
         self.tensors.append(Tensor(name, shape, "F32", fill))
 
-    def attention(self, block: str, n_embd: int, n_q: int, n_kv: int) -> None:
-        self.matrix(f"{block}.attn_q", n_embd, n_q)
+    def attention(self, block: str, n_embd: int, n_q: int, n_kv: int, n_gate: int = 0) -> None:
+        self.matrix(f"{block}.attn_q", n_embd, n_q + n_gate)
         self.matrix(f"{block}.attn_k", n_embd, n_kv)
         self.matrix(f"{block}.attn_v", n_embd, n_kv)
         self.matrix(f"{block}.attn_output", n_q, n_embd)
@@ -81,15 +93,16 @@ class _Builder:
         self.matrix(f"{block}.ffn_up{suffix}", n_embd, n_ff)
         self.matrix(f"{block}.ffn_down{suffix}", n_ff, n_embd)
 
-    def experts(self, block: str, dims: MoeDims, *, fused: bool = False) -> None:
+    def experts(self, block: str, dims: MoeDims, quant: str | None, *, fused: bool = False) -> None:
         n_embd, n_ff, n_experts = dims.n_embd, dims.n_ff, dims.n_experts
         self.matrix(f"{block}.ffn_gate_inp", n_embd, n_experts, type_name="F32")
-        if fused:
-            self.matrix(f"{block}.ffn_gate_up_exps", n_embd, 2 * n_ff, n_experts)
-        else:
-            self.matrix(f"{block}.ffn_gate_exps", n_embd, n_ff, n_experts)
-            self.matrix(f"{block}.ffn_up_exps", n_embd, n_ff, n_experts)
-        self.matrix(f"{block}.ffn_down_exps", n_ff, n_embd, n_experts)
+        parts = (
+            {"gate_up": (n_embd, 2 * n_ff)}
+            if fused
+            else {"gate": (n_embd, n_ff), "up": (n_embd, n_ff)}
+        )
+        for part, shape in {**parts, "down": (n_ff, n_embd)}.items():
+            self.matrix(f"{block}.ffn_{part}_exps", *shape, n_experts, type_name=quant)
 
 
 def write_llama(
@@ -184,6 +197,7 @@ def write_moe(
     arch: str = "qwen3moe",
     dims: MoeDims | None = None,
     quant: str = "Q4_0",
+    expert_quant: str | None = None,
     fused: bool = False,
     split: int | None = None,
     alignment: int = 32,
@@ -193,22 +207,26 @@ def write_moe(
 ) -> list[Path]:
     """Write a mixture of experts of one of MOE_ARCHITECTURES and return its files.
 
-    qwen3moe and llama (Mixtral) have plain experts, qwen2moe and deepseek2 shared ones beside
-    them, gpt-oss biases of experts; deepseek2 has latent attention, a dense first layer and, with
-    `fused`, gate and up projection in one tensor.
+    qwen3moe, olmoe and llama (Mixtral) have plain experts, qwen2moe, granitemoe, qwen3next,
+    qwen35moe and deepseek2 shared ones beside them, gpt-oss biases of experts; deepseek2 has latent
+    attention and a dense first layer, qwen3next and qwen35moe linear attention in every second.
+    `fused` puts gate and up projection of FUSED_ARCHITECTURES in one tensor; `expert_quant` is the
+    type of the experts where it is not `quant`.
     """
     if arch not in MOE_ARCHITECTURES:
         raise ValueError(f"arch is {arch!r}, known are {', '.join(MOE_ARCHITECTURES)}")
-    if fused and arch != "deepseek2":
+    if fused and arch not in FUSED_ARCHITECTURES:
         raise ValueError(f"llama.cpp loads no fused gate and up projection for {arch}")
     dims = dims or MoeDims()
+    if arch == "olmoe":  # its norms of queries and keys have one shape
+        dims = replace(dims, n_heads_kv=dims.n_heads)
     builder = _Builder(quant.upper())
     pairs = _common_pairs(arch, dims, n_ctx)
     pairs[f"{arch}.expert_count"] = dims.n_experts
     pairs[f"{arch}.expert_used_count"] = dims.n_used
     builder.matrix("token_embd", dims.n_embd, dims.n_vocab)
     for layer in range(dims.n_layers):
-        _moe_layer(builder, pairs, arch, f"blk.{layer}", layer, dims, fused)
+        _moe_layer(builder, pairs, arch, f"blk.{layer}", layer, dims, expert_quant, fused)
     builder.vector("output_norm.weight", dims.n_embd)
     builder.matrix("output", dims.n_embd, dims.n_vocab)
     return write_gguf(
@@ -265,6 +283,7 @@ def _moe_layer(
     block: str,
     layer: int,
     dims: MoeDims,
+    expert_quant: str | None,
     fused: bool,
 ) -> None:
     n_embd, n_ff = dims.n_embd, dims.n_ff
@@ -272,23 +291,37 @@ def _moe_layer(
     builder.vector(f"{block}.attn_norm.weight", n_embd)
     if arch == "deepseek2":
         _latent_attention(builder, pairs, block, dims)
+    elif arch in HYBRID_ARCHITECTURES and layer % 2 == 0:
+        _delta_net(builder, pairs, arch, block, dims)
     else:
-        builder.attention(block, n_embd, n_embd, head * dims.n_heads_kv)
-    builder.vector(
-        f"{block}.{'post_attention' if arch == 'gpt-oss' else 'ffn'}_norm.weight", n_embd
-    )
+        gate = n_embd if arch in HYBRID_ARCHITECTURES else 0  # in one matrix with the queries
+        builder.attention(block, n_embd, n_embd, head * dims.n_heads_kv, n_gate=gate)
+    post = arch == "gpt-oss" or arch in HYBRID_ARCHITECTURES
+    builder.vector(f"{block}.{'post_attention' if post else 'ffn'}_norm.weight", n_embd)
     if arch == "deepseek2" and layer == 0:
         pairs[f"{arch}.leading_dense_block_count"] = 1
         builder.feed_forward(block, n_embd, n_ff)
         return
-    builder.experts(block, dims, fused=fused)
-    if arch != "llama":
+    builder.experts(block, dims, expert_quant, fused=fused)
+    if arch not in ("llama", "olmoe", "granitemoe"):
         pairs[f"{arch}.expert_feed_forward_length"] = n_ff
-    if arch == "qwen3moe":
+    if arch == "qwen3moe" or (arch in HYBRID_ARCHITECTURES and layer % 2):
         pairs[f"{arch}.attention.key_length"] = head
         pairs[f"{arch}.attention.value_length"] = head
         builder.vector(f"{block}.attn_q_norm.weight", head)
         builder.vector(f"{block}.attn_k_norm.weight", head)
+    elif arch == "olmoe":
+        builder.vector(f"{block}.attn_q_norm.weight", n_embd)
+        builder.vector(f"{block}.attn_k_norm.weight", n_embd)
+    if arch in HYBRID_ARCHITECTURES:
+        pairs[f"{arch}.expert_shared_feed_forward_length"] = n_ff
+        builder.vector(f"{block}.ffn_gate_inp_shexp.weight", n_embd)
+        builder.feed_forward(block, n_embd, n_ff, "_shexp")
+    elif arch == "granitemoe":
+        pairs[f"{arch}.logit_scale"] = 2.0
+        pairs[f"{arch}.residual_scale"] = 0.5
+        pairs[f"{arch}.expert_shared_feed_forward_length"] = n_ff
+        builder.feed_forward(block, n_embd, n_ff, "_shexp")
     elif arch == "qwen2moe":
         pairs[f"{arch}.expert_shared_feed_forward_length"] = 2 * n_ff
         for part, extent in (("q", n_embd), ("k", head * dims.n_heads_kv)):
@@ -343,3 +376,34 @@ def _latent_attention(
     builder.matrix(f"{block}.attn_k_b", nope, rank, dims.n_heads)
     builder.matrix(f"{block}.attn_v_b", rank, nope, dims.n_heads)
     builder.matrix(f"{block}.attn_output", dims.n_heads * nope, dims.n_embd)
+
+
+def _delta_net(
+    builder: _Builder, pairs: dict[str, Value], arch: str, block: str, dims: MoeDims
+) -> None:
+    """Linear attention of Qwen3-Next: a recurrent state for each head of values."""
+    state, n_k_heads, n_v_heads, kernel = 32, 2, 4, 4
+    keys, values = state * n_k_heads, state * n_v_heads
+    pairs.update(
+        {
+            f"{arch}.full_attention_interval": 2,
+            f"{arch}.ssm.conv_kernel": kernel,
+            f"{arch}.ssm.inner_size": values,
+            f"{arch}.ssm.state_size": state,
+            f"{arch}.ssm.time_step_rank": n_v_heads,
+            f"{arch}.ssm.group_count": n_k_heads,
+        }
+    )
+    builder.matrix(f"{block}.attn_qkv", dims.n_embd, 2 * keys + values)
+    builder.matrix(f"{block}.attn_gate", dims.n_embd, values)
+    builder.vector(f"{block}.ssm_conv1d.weight", kernel, 2 * keys + values, fill="random")
+    builder.vector(f"{block}.ssm_dt.bias", n_v_heads)
+    builder.vector(f"{block}.ssm_a", n_v_heads, fill="minus ones")
+    if arch == "qwen3next":
+        builder.matrix(f"{block}.ssm_ba", dims.n_embd, 2 * n_v_heads)
+    else:
+        pairs[f"{arch}.rope.dimension_sections"] = [6, 5, 5, 0]
+        builder.matrix(f"{block}.ssm_beta", dims.n_embd, n_v_heads)
+        builder.matrix(f"{block}.ssm_alpha", dims.n_embd, n_v_heads)
+    builder.vector(f"{block}.ssm_norm.weight", state)
+    builder.matrix(f"{block}.ssm_out", values, dims.n_embd)

@@ -17,7 +17,7 @@ from nexus_ext.types import Role
 from tests.synth import LLAMA_PRESETS, llama_dims_for_size, write_llama, write_moe, write_preset
 from tests.synth.__main__ import main
 from tests.synth.blocks import WEIGHT_STD, WEIGHT_TYPES
-from tests.synth.models import MOE_ARCHITECTURES
+from tests.synth.models import FUSED_ARCHITECTURES, MOE_ARCHITECTURES
 
 llama_cpp = pytest.importorskip("llama_cpp")
 
@@ -100,10 +100,11 @@ def test_every_kind_of_mixture_of_experts_decodes(
     assert len(experts) == (6 if arch == "deepseek2" else 9)
 
 
+@pytest.mark.parametrize("arch", FUSED_ARCHITECTURES)
 def test_a_fused_mixture_of_experts_decodes(
-    tmp_path: Path, decode: Callable[[Path], Logits]
+    arch: str, tmp_path: Path, decode: Callable[[Path], Logits]
 ) -> None:
-    (path,) = write_moe(tmp_path / "m.gguf", arch="deepseek2", fused=True, quant="Q8_0")
+    (path,) = write_moe(tmp_path / "m.gguf", arch=arch, fused=True, quant="Q8_0")
     assert_sane(decode(path))
     names = {t.name for t in open_gguf(path).tensors if t.role is Role.EXPERT}
     assert "blk.1.ffn_gate_up_exps.weight" in names

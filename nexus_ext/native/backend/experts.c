@@ -2,9 +2,9 @@
  *
  * When the walk of graph.c reaches such a product the router has run: the numbers of the experts stand in
  * the graph. With a cache, the products of one router decision (same numbers, same group) share the
- * records, which are held from the first of them to the last. Without one, or when a batch picks more
- * experts than the cache has slots, each product reads its own part of the experts, as many at a time as
- * the scratch area holds ("waves"), each expert once.
+ * records, which are held from the first of them to the last. Without one, or for those of a batch that
+ * the cache has no slots for, each product reads its own part of the experts into the scratch area, half
+ * an area at a time ("waves"), each expert once: one half is computed with while the other is read.
  *
  * A product with other numbers for the same experts is computed by the same kernel on the same bytes, so
  * it comes out bit by bit the same. In waves, rows of one expert stay together and in order.
@@ -28,6 +28,16 @@ static int bad_id(nx_extent *e, int64_t id, uint64_t limit) {
     return GX_FAILED;
 }
 
+static void record(const nx_extent *e, const gx_tensor *ids) {
+    if (!nx_routing_recording(e->model)) return;
+    int32_t *experts = malloc((size_t)(ids->ne[0] * ids->ne[1]) * sizeof *experts);
+    if (!experts) return;
+    for (int64_t t = 0; t < ids->ne[1]; t++)
+        for (int64_t k = 0; k < ids->ne[0]; k++) experts[t * ids->ne[0] + k] = picked(ids, t, k);
+    nx_routing_add(e->model, e, (int32_t)ids->ne[1], (int32_t)ids->ne[0], experts);
+    free(experts);
+}
+
 /* The distinct experts, in the order in which they are met; `place` maps an expert to its place there. */
 static int collect(nx_extent *e, const gx_tensor *ids, int64_t n_experts, int32_t *place, int32_t *experts,
                    size_t *n) {
@@ -48,15 +58,31 @@ static int collect(nx_extent *e, const gx_tensor *ids, int64_t n_experts, int32_
 
 void nxb_experts_release(nxb_run *r) {
     nxb_decision *d = &r->decision;
-    if (d->group) nx_experts_release(d->group, d->experts, d->n);
+    if (d->group) nx_experts_release(d->group, d->experts, d->n_held);
     d->group = NULL;
 }
 
-/* Compute `node` with the records that are held. */
+/* Hold what the cache has slots for. */
+static int hold(nxb_run *r, nx_group *group, const gx_tensor *ids, const int32_t *experts, size_t n) {
+    nxb_decision *d = &r->decision;
+    int32_t *kept = realloc(d->experts, n * sizeof *kept);
+    if (!kept) return GX_ALLOC_FAILED;
+    d->experts = kept;
+    memcpy(kept, experts, n * sizeof *kept);
+    d->n = n;
+    d->n_held = n <= nx_group_slots(group) ? n : nx_experts_favour(group, kept, n);
+    const nx_status status = nx_experts_acquire(group, kept, d->n_held);
+    if (status != NX_OK) return nxb_status(status);
+    d->group = group;
+    d->ids = ids;
+    return GX_SUCCESS;
+}
+
+/* Compute `node` with the records that are held, which are all. */
 static int with_records(nxb_run *r, int node_index, uint32_t part, const gx_tensor *ids) {
     const nxb_decision *d = &r->decision;
     const gx_tensor *node = r->nodes[node_index];
-    const nx_status ready = nx_experts_wait(d->group, part, d->experts, d->n);
+    const nx_status ready = nx_experts_wait(d->group, part, d->experts, d->n_held);
     if (ready != NX_OK) return nxb_status(ready);
     const int64_t n_picked = ids->ne[0] * ids->ne[1];
     int32_t *slots = malloc((size_t)n_picked * sizeof *slots);
@@ -91,129 +117,198 @@ static int no_scratch(nx_extent *e, uint64_t record_bytes) {
     return GX_ALLOC_FAILED;
 }
 
-/* Rows of a batch that go to the experts of one wave, gathered into a batch of one expert a row. */
-typedef struct wave {
-    int32_t *numbers;     /* [n_rows] place of the expert in the scratch area */
-    int64_t (*rows)[2];   /* [n_rows] token, k */
-    char *in, *out;       /* [n_rows] rows of src[1] and of the result */
-    int64_t n_rows;
-} wave;
+/* One product in waves. Rows of the batch that go to the experts of a wave are gathered into a batch of
+ * one expert a row. */
+typedef struct waves {
+    nxb_run *run;
+    int node_index;
+    const gx_tensor *node, *x, *ids;
+    nx_extent *extent;
+    uint64_t record_bytes;
+    const int32_t *experts; /* distinct */
+    int32_t *place;         /* expert -> where it stands in `experts` */
+    uint64_t *offsets;
+    int32_t *numbers;   /* [rows] where the expert of a row is */
+    int64_t (*rows)[2]; /* [rows] token, k */
+    char *in, *out;     /* [rows] of x and of the result */
+} waves;
 
-static int compute_wave(nxb_run *r, int node_index, wave *w, void *base, uint64_t stride, size_t n_experts) {
-    const gx_tensor *node = r->nodes[node_index], *x = node->src[1], *ids = node->src[2];
+static int waves_init(waves *w, size_t n) {
+    const size_t n_picked = (size_t)(w->ids->ne[0] * w->ids->ne[1]);
+    w->place = malloc((size_t)w->node->src[0]->ne[2] * sizeof *w->place);
+    w->offsets = malloc(n * sizeof *w->offsets);
+    w->numbers = malloc(n_picked * sizeof *w->numbers);
+    w->rows = malloc(n_picked * sizeof *w->rows);
+    w->in = malloc(n_picked * (size_t)w->x->ne[0] * w->x->nb[0]);
+    w->out = malloc(n_picked * (size_t)w->node->ne[0] * w->node->nb[0]);
+    if (!w->place || !w->offsets || !w->numbers || !w->rows || !w->in || !w->out) return GX_ALLOC_FAILED;
+    for (size_t i = 0; i < n; i++) {
+        w->place[w->experts[i]] = (int32_t)i;
+        w->offsets[i] = (uint64_t)w->experts[i] * w->record_bytes;
+    }
+    return GX_SUCCESS;
+}
+
+static void waves_free(waves *w) {
+    free(w->place);
+    free(w->offsets);
+    free(w->numbers);
+    free(w->rows);
+    free(w->in);
+    free(w->out);
+}
+
+/* Compute with experts [first, first + count), which are at `base`: by their order, or by their slots. */
+static int compute_wave(waves *w, size_t first, size_t count, const nx_group *slots, void *base, uint64_t stride) {
+    const gx_tensor *node = w->node, *x = w->x, *ids = w->ids;
     const size_t in_bytes = (size_t)x->ne[0] * x->nb[0], out_bytes = (size_t)node->ne[0] * node->nb[0];
-    for (int64_t i = 0; i < w->n_rows; i++) /* src[1] has one row for all k, or one for each */
-        memcpy(w->in + (size_t)i * in_bytes,
-               (const char *)x->data + (size_t)(w->rows[i][1] % x->ne[1]) * x->nb[1] + (size_t)w->rows[i][0] * x->nb[2],
-               in_bytes);
+    int64_t n_rows = 0;
+    for (int64_t t = 0; t < ids->ne[1]; t++)
+        for (int64_t k = 0; k < ids->ne[0]; k++) {
+            const int32_t expert = picked(ids, t, k);
+            const size_t at = (size_t)w->place[expert];
+            if (at < first || at >= first + count) continue;
+            /* x has one row for all k, or one for each. */
+            memcpy(w->in + (size_t)n_rows * in_bytes,
+                   (const char *)x->data + (size_t)(k % x->ne[1]) * x->nb[1] + (size_t)t * x->nb[2], in_bytes);
+            w->numbers[n_rows] = slots ? nx_expert_slot(slots, expert) : (int32_t)(at - first);
+            w->rows[n_rows][0] = t;
+            w->rows[n_rows++][1] = k;
+        }
     gx_tensor weight = *node->src[0], input = *x, numbers = *ids, result = *node;
     weight.data = base;
-    weight.ne[2] = (int64_t)n_experts;
+    weight.ne[2] = (int64_t)(slots ? nx_group_slots(slots) : count);
     weight.nb[2] = stride;
-    weight.nb[3] = stride * n_experts;
+    weight.nb[3] = stride * (uint64_t)weight.ne[2];
     input.data = w->in;
     input.ne[1] = 1;
-    input.ne[2] = w->n_rows;
+    input.ne[2] = n_rows;
     input.nb[1] = input.nb[2] = in_bytes;
-    input.nb[3] = in_bytes * (size_t)w->n_rows;
+    input.nb[3] = in_bytes * (size_t)n_rows;
     numbers.data = w->numbers;
     numbers.ne[0] = 1;
-    numbers.ne[1] = w->n_rows;
+    numbers.ne[1] = n_rows;
     numbers.nb[0] = numbers.nb[1] = sizeof *w->numbers;
-    numbers.nb[2] = numbers.nb[3] = sizeof *w->numbers * (size_t)w->n_rows;
+    numbers.nb[2] = numbers.nb[3] = sizeof *w->numbers * (size_t)n_rows;
     result.src[0] = &weight;
     result.src[1] = &input;
     result.src[2] = &numbers;
     result.data = w->out;
     result.ne[1] = 1;
-    result.ne[2] = w->n_rows;
+    result.ne[2] = n_rows;
     result.nb[1] = result.nb[2] = out_bytes;
-    result.nb[3] = out_bytes * (size_t)w->n_rows;
-    const int status = nxb_compute_as(r, node_index, &result, 1);
-    for (int64_t i = 0; i < w->n_rows && status == GX_SUCCESS; i++)
-        memcpy((char *)node->data + (size_t)w->rows[i][1] * node->nb[1] + (size_t)w->rows[i][0] * node->nb[2],
+    result.nb[3] = out_bytes * (size_t)n_rows;
+    const int status = nxb_compute_as(w->run, w->node_index, &result, 1);
+    for (int64_t i = 0; i < n_rows && status == GX_SUCCESS; i++)
+        memcpy((char *)node->data + (size_t)w->rows[i][0] * node->nb[2] + (size_t)w->rows[i][1] * node->nb[1],
                w->out + (size_t)i * out_bytes, out_bytes);
     return status;
 }
 
-static int run_waves(nxb_run *r, int node_index, nx_extent *e, const int32_t *place, const int32_t *experts,
-                     size_t n) {
-    const gx_tensor *node = r->nodes[node_index], *x = node->src[1], *ids = node->src[2];
-    const uint64_t record_bytes = e->nbytes / (uint64_t)node->src[0]->ne[2];
-    const size_t most = nx_fetch_max(e->model, record_bytes);
-    if (most == 0) return no_scratch(e, record_bytes);
-    const size_t n_picked = (size_t)(ids->ne[0] * ids->ne[1]);
-    uint64_t *offsets = malloc(n * sizeof *offsets);
-    wave w = {.numbers = malloc(n_picked * sizeof *w.numbers), .rows = malloc(n_picked * sizeof *w.rows),
-              .in = malloc(n_picked * (size_t)x->ne[0] * x->nb[0]),
-              .out = malloc(n_picked * (size_t)node->ne[0] * node->nb[0])};
-    int status = offsets && w.numbers && w.rows && w.in && w.out ? GX_SUCCESS : GX_ALLOC_FAILED;
-    for (size_t first = 0; first < n && status == GX_SUCCESS; first += most) {
-        const size_t count = n - first < most ? n - first : most;
-        for (size_t i = 0; i < count; i++) offsets[i] = (uint64_t)experts[first + i] * record_bytes;
+/* With the experts of the decision that the cache holds. */
+static int held_wave(waves *w, uint32_t part) {
+    const nxb_decision *d = &w->run->decision;
+    uint64_t stride;
+    void *base = nx_group_part(d->group, part, &stride);
+    return compute_wave(w, 0, d->n_held, d->group, base, stride);
+}
+
+/* A scratch area that has room for one expert only. */
+static int one_by_one(waves *w, size_t begin, size_t end) {
+    int status = GX_SUCCESS;
+    for (size_t i = begin; i < end && status == GX_SUCCESS; i++) {
         void *base;
         uint64_t stride;
-        status = nxb_status(nx_fetch(e->model, e, offsets, count, record_bytes, &base, &stride));
-        w.n_rows = 0;
-        for (int64_t t = 0; t < ids->ne[1] && status == GX_SUCCESS; t++)
-            for (int64_t k = 0; k < ids->ne[0]; k++) {
-                const int32_t at = place[picked(ids, t, k)] - (int32_t)first;
-                if (at < 0 || at >= (int32_t)count) continue;
-                w.numbers[w.n_rows] = at;
-                w.rows[w.n_rows][0] = t;
-                w.rows[w.n_rows++][1] = k;
-            }
-        if (status == GX_SUCCESS) status = compute_wave(r, node_index, &w, base, stride, count);
+        status = nxb_status(nx_fetch(w->extent->model, w->extent, &w->offsets[i], 1, w->record_bytes, &base, &stride));
+        if (status == GX_SUCCESS) status = compute_wave(w, i, 1, NULL, base, stride);
     }
-    free(offsets);
-    free(w.numbers);
-    free(w.rows);
-    free(w.in);
-    free(w.out);
+    return status;
+}
+
+static size_t wave_size(size_t first, size_t end, size_t most) { return end - first < most ? end - first : most; }
+
+/* Experts [begin, end) of the list from the files; before, those that are held. */
+static int in_halves(waves *w, size_t begin, size_t end, size_t most, uint32_t part) {
+    nx_model *m = w->extent->model;
+    /* Both halves are wanted also where one could hold all: the first is computed with early. */
+    const size_t share = (end - begin + 1) / 2;
+    if (most > share) most = share;
+    int status = GX_SUCCESS;
+    size_t next = begin;
+    for (unsigned half = 0; half < 2 && next < end && status == GX_SUCCESS; half++) {
+        const size_t count = wave_size(next, end, most);
+        status = nxb_status(nx_fetch_start(m, w->extent, half, w->offsets + next, count, w->record_bytes));
+        next += count;
+    }
+    if (status == GX_SUCCESS && begin > 0) status = held_wave(w, part);
+    unsigned half = 0;
+    for (size_t first = begin; first < end && status == GX_SUCCESS; half = 1 - half) {
+        const size_t count = wave_size(first, end, most);
+        void *base;
+        uint64_t stride;
+        status = nxb_status(nx_fetch_wait(m, half, &base, &stride));
+        if (status == GX_SUCCESS) status = compute_wave(w, first, count, NULL, base, stride);
+        first += count;
+        if (status != GX_SUCCESS || next >= end) continue;
+        const size_t more = wave_size(next, end, most);
+        status = nxb_status(nx_fetch_start(m, w->extent, half, w->offsets + next, more, w->record_bytes));
+        next += more;
+    }
+    nx_fetch_drop(m, 0); /* nothing is left to drop, but for errors */
+    nx_fetch_drop(m, 1);
+    return status;
+}
+
+/* The first n_held of the n experts are held by the cache as the decision of this run. */
+static int run_waves(nxb_run *r, const nxb_use *use, uint32_t part, const int32_t *experts, size_t n, size_t n_held) {
+    nx_extent *e = use->extent;
+    const gx_tensor *node = r->nodes[use->node];
+    waves w = {.run = r, .node_index = use->node, .node = node, .x = node->src[1], .ids = node->src[2], .extent = e,
+               .record_bytes = e->nbytes / (uint64_t)node->src[0]->ne[2], .experts = experts};
+    const size_t most = nx_fetch_max(e->model, w.record_bytes);
+    if (most == 0) return no_scratch(e, w.record_bytes);
+    int status = waves_init(&w, n);
+    if (status == GX_SUCCESS && n_held)
+        status = nxb_status(nx_experts_wait(r->decision.group, part, experts, n_held));
+    if (status == GX_SUCCESS && most > 1) {
+        status = in_halves(&w, n_held, n, most / 2, part);
+    } else if (status == GX_SUCCESS) {
+        if (n_held) status = held_wave(&w, part);
+        if (status == GX_SUCCESS) status = one_by_one(&w, n_held, n);
+    }
+    waves_free(&w);
     return status;
 }
 
 /* -- one product -------------------------------------------------------------------------------- */
 
+static int run_held(nxb_run *r, const nxb_use *use, uint32_t part, const gx_tensor *ids) {
+    const nxb_decision *d = &r->decision;
+    return d->n_held == d->n ? with_records(r, use->node, part, ids)
+                             : run_waves(r, use, part, d->experts, d->n, d->n_held);
+}
+
 int nxb_run_experts(nxb_run *r, const nxb_use *use) {
     nx_extent *e = use->extent;
-    const gx_tensor *node = r->nodes[use->node], *ids = node->src[2];
+    const gx_tensor *ids = r->nodes[use->node]->src[2];
     const int64_t n_experts = use->weight->ne[2];
     int status = nxb_flush(r, use->node);
     if (status != GX_SUCCESS) return status;
     uint32_t part = 0;
     nx_group *group = nx_extent_group(e, &part);
-    nxb_decision *d = &r->decision;
-    if (d->group && d->group == group && d->ids == ids) { /* a later product of the same decision */
-        status = with_records(r, use->node, part, ids);
-        r->begin = use->node + 1;
-        return status;
-    }
+    const nxb_decision *d = &r->decision;
+    r->begin = use->node + 1;
+    if (d->group && d->group == group && d->ids == ids) /* a later product of the same decision */
+        return run_held(r, use, part, ids);
     nxb_experts_release(r);
     int32_t *place = malloc((size_t)n_experts * 2 * sizeof *place);
     if (!place) return GX_ALLOC_FAILED;
     int32_t *experts = place + n_experts;
     size_t n;
     status = collect(e, ids, n_experts, place, experts, &n);
-    if (status == GX_SUCCESS && group && n <= nx_group_slots(group)) {
-        int32_t *kept = realloc(d->experts, n * sizeof *kept);
-        if (kept) {
-            d->experts = kept;
-            memcpy(kept, experts, n * sizeof *kept);
-            status = nxb_status(nx_experts_acquire(group, kept, n));
-            if (status == GX_SUCCESS) {
-                d->group = group;
-                d->ids = ids;
-                d->n = n;
-                status = with_records(r, use->node, part, ids);
-            }
-        } else {
-            status = GX_ALLOC_FAILED;
-        }
-    } else if (status == GX_SUCCESS) {
-        status = run_waves(r, use->node, e, place, experts, n);
-    }
+    if (status == GX_SUCCESS) record(e, ids);
+    if (status == GX_SUCCESS && group) status = hold(r, group, ids, experts, n);
+    if (status == GX_SUCCESS) status = group ? run_held(r, use, part, ids) : run_waves(r, use, part, experts, n, 0);
     free(place);
-    r->begin = use->node + 1;
     return status;
 }

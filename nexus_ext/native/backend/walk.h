@@ -20,8 +20,8 @@ typedef struct nxb_use {
 typedef struct nxb_decision {
     nx_group *group;      /* NULL: nothing is held */
     const gx_tensor *ids; /* the tensor that holds the numbers */
-    int32_t *experts;     /* distinct */
-    size_t n;
+    int32_t *experts;     /* distinct; those that are held come first */
+    size_t n, n_held;
 } nxb_decision;
 
 typedef struct nxb_run {

@@ -64,6 +64,9 @@ FILE *nx_model_stream(nx_model *, int *has_descriptor);
 void nx_model_stream_close(FILE *);
 void nx_loading_set(nx_model *);
 nx_status nx_cache_set_policy(nx_model *, const char *name);
+void nx_routing_record(nx_model *, int on);
+size_t nx_routing_take(nx_model *, int32_t *out, size_t max);
+uint64_t nx_routing_lost(const nx_model *);
 
 void nx_interrupt_arm(void);
 void nx_interrupt_disarm(void);

@@ -1,4 +1,4 @@
-/* Written by build.py with cffi 2.1.1 from 5cb80979e902a431ffd1a46ca32cdded764a925fd7178ba41e51493c6f310bfc. */
+/* Written by build.py with cffi 2.1.1 from 10f15621be81e2aa8169b1e7cc41b757fe42b09dfa4e8a4edbe3d559348fec04. */
 #define _CFFI_
 
 /* We try to define Py_LIMITED_API before including Python.h.
@@ -589,49 +589,49 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 /************************************************************/
 
 static void *_cffi_types[] = {
-/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 68), // FILE *()(nx_model *, int *)
-/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 115), // nx_model *
-/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 82), // int *
+/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 76), // FILE *()(nx_model *, int *)
+/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 123), // nx_model *
+/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 90), // int *
 /*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 95), // _Bool()(void *)
-/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 119), // void *
+/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 103), // _Bool()(void *)
+/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 127), // void *
 /*  6 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /*  7 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // char const *()(nx_model const *)
-/*  8 */ _CFFI_OP(_CFFI_OP_POINTER, 115), // nx_model const *
+/*  8 */ _CFFI_OP(_CFFI_OP_POINTER, 123), // nx_model const *
 /*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // char const *()(nx_status)
 /* 11 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_status
 /* 12 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // char const *()(void)
 /* 14 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 15 */ _CFFI_OP(_CFFI_OP_FUNCTION, 82), // int()(void *, uint64_t, uint64_t)
+/* 15 */ _CFFI_OP(_CFFI_OP_FUNCTION, 90), // int()(void *, uint64_t, uint64_t)
 /* 16 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
 /* 17 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
 /* 18 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 19 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION, 82), // int()(void)
+/* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION, 90), // int()(void)
 /* 21 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 22 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(char const *, nx_io_mode, nx_file * *)
-/* 23 */ _CFFI_OP(_CFFI_OP_POINTER, 96), // char const *
+/* 23 */ _CFFI_OP(_CFFI_OP_POINTER, 104), // char const *
 /* 24 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // nx_io_mode
-/* 25 */ _CFFI_OP(_CFFI_OP_POINTER, 71), // nx_file * *
+/* 25 */ _CFFI_OP(_CFFI_OP_POINTER, 79), // nx_file * *
 /* 26 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 27 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(char const *, nx_probe_options const *, nx_probe_result *)
 /* 28 */ _CFFI_OP(_CFFI_OP_NOOP, 23),
-/* 29 */ _CFFI_OP(_CFFI_OP_POINTER, 116), // nx_probe_options const *
-/* 30 */ _CFFI_OP(_CFFI_OP_POINTER, 117), // nx_probe_result *
+/* 29 */ _CFFI_OP(_CFFI_OP_POINTER, 124), // nx_probe_options const *
+/* 30 */ _CFFI_OP(_CFFI_OP_POINTER, 125), // nx_probe_result *
 /* 31 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 32 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(char const *, size_t, void const *, size_t, nx_model * *, nx_error *)
 /* 33 */ _CFFI_OP(_CFFI_OP_NOOP, 23),
 /* 34 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
-/* 35 */ _CFFI_OP(_CFFI_OP_POINTER, 119), // void const *
+/* 35 */ _CFFI_OP(_CFFI_OP_POINTER, 127), // void const *
 /* 36 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 37 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // nx_model * *
-/* 38 */ _CFFI_OP(_CFFI_OP_POINTER, 108), // nx_error *
+/* 38 */ _CFFI_OP(_CFFI_OP_POINTER, 116), // nx_error *
 /* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(nx_membench_options const *, nx_membench_result *)
-/* 41 */ _CFFI_OP(_CFFI_OP_POINTER, 113), // nx_membench_options const *
-/* 42 */ _CFFI_OP(_CFFI_OP_POINTER, 114), // nx_membench_result *
+/* 41 */ _CFFI_OP(_CFFI_OP_POINTER, 121), // nx_membench_options const *
+/* 42 */ _CFFI_OP(_CFFI_OP_POINTER, 122), // nx_membench_result *
 /* 43 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 44 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(nx_model *, char const *)
 /* 45 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
@@ -644,71 +644,79 @@ static void *_cffi_types[] = {
 /* 52 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 53 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(nx_model *, nx_fault const *)
 /* 54 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 55 */ _CFFI_OP(_CFFI_OP_POINTER, 110), // nx_fault const *
+/* 55 */ _CFFI_OP(_CFFI_OP_POINTER, 118), // nx_fault const *
 /* 56 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 57 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
 /* 58 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
 /* 59 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
-/* 60 */ _CFFI_OP(_CFFI_OP_POINTER, 112), // nx_file_info *
+/* 60 */ _CFFI_OP(_CFFI_OP_POINTER, 120), // nx_file_info *
 /* 61 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 62 */ _CFFI_OP(_CFFI_OP_FUNCTION, 34), // size_t()(nx_model *, nx_event *, size_t)
+/* 62 */ _CFFI_OP(_CFFI_OP_FUNCTION, 34), // size_t()(nx_model *, int32_t *, size_t)
 /* 63 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 64 */ _CFFI_OP(_CFFI_OP_POINTER, 109), // nx_event *
+/* 64 */ _CFFI_OP(_CFFI_OP_POINTER, 114), // int32_t *
 /* 65 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 67 */ _CFFI_OP(_CFFI_OP_FUNCTION, 119), // void()(FILE *)
-/* 68 */ _CFFI_OP(_CFFI_OP_POINTER, 94), // FILE *
-/* 69 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 70 */ _CFFI_OP(_CFFI_OP_FUNCTION, 119), // void()(nx_file *)
-/* 71 */ _CFFI_OP(_CFFI_OP_POINTER, 111), // nx_file *
-/* 72 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 73 */ _CFFI_OP(_CFFI_OP_FUNCTION, 119), // void()(nx_file const *, nx_file_info *)
-/* 74 */ _CFFI_OP(_CFFI_OP_POINTER, 111), // nx_file const *
-/* 75 */ _CFFI_OP(_CFFI_OP_NOOP, 60),
-/* 76 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 77 */ _CFFI_OP(_CFFI_OP_FUNCTION, 119), // void()(nx_model *)
-/* 78 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 79 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 80 */ _CFFI_OP(_CFFI_OP_FUNCTION, 119), // void()(nx_model *, int)
-/* 81 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 82 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
-/* 83 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 84 */ _CFFI_OP(_CFFI_OP_FUNCTION, 119), // void()(nx_model *, nx_error *)
-/* 85 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 86 */ _CFFI_OP(_CFFI_OP_NOOP, 38),
+/* 67 */ _CFFI_OP(_CFFI_OP_FUNCTION, 34), // size_t()(nx_model *, nx_event *, size_t)
+/* 68 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 69 */ _CFFI_OP(_CFFI_OP_POINTER, 117), // nx_event *
+/* 70 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 71 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 72 */ _CFFI_OP(_CFFI_OP_FUNCTION, 17), // uint64_t()(nx_model const *)
+/* 73 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
+/* 74 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 75 */ _CFFI_OP(_CFFI_OP_FUNCTION, 127), // void()(FILE *)
+/* 76 */ _CFFI_OP(_CFFI_OP_POINTER, 102), // FILE *
+/* 77 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 78 */ _CFFI_OP(_CFFI_OP_FUNCTION, 127), // void()(nx_file *)
+/* 79 */ _CFFI_OP(_CFFI_OP_POINTER, 119), // nx_file *
+/* 80 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 81 */ _CFFI_OP(_CFFI_OP_FUNCTION, 127), // void()(nx_file const *, nx_file_info *)
+/* 82 */ _CFFI_OP(_CFFI_OP_POINTER, 119), // nx_file const *
+/* 83 */ _CFFI_OP(_CFFI_OP_NOOP, 60),
+/* 84 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 85 */ _CFFI_OP(_CFFI_OP_FUNCTION, 127), // void()(nx_model *)
+/* 86 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 87 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION, 119), // void()(nx_model *, nx_stats *)
+/* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION, 127), // void()(nx_model *, int)
 /* 89 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 90 */ _CFFI_OP(_CFFI_OP_POINTER, 118), // nx_stats *
+/* 90 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
 /* 91 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 92 */ _CFFI_OP(_CFFI_OP_FUNCTION, 119), // void()(void)
-/* 93 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 94 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // FILE
-/* 95 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
-/* 96 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
-/* 97 */ _CFFI_OP(_CFFI_OP_ARRAY, 96), // char[128]
-/* 98 */ (_cffi_opcode_t)(128),
-/* 99 */ _CFFI_OP(_CFFI_OP_ARRAY, 96), // char[256]
-/* 100 */ (_cffi_opcode_t)(256),
-/* 101 */ _CFFI_OP(_CFFI_OP_ARRAY, 96), // char[512]
-/* 102 */ (_cffi_opcode_t)(512),
-/* 103 */ _CFFI_OP(_CFFI_OP_ARRAY, 96), // char[96]
-/* 104 */ (_cffi_opcode_t)(96),
-/* 105 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
-/* 106 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
-/* 107 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
-/* 108 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_error
-/* 109 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_event
-/* 110 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_fault
-/* 111 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_file
-/* 112 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_file_info
-/* 113 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_membench_options
-/* 114 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_result
-/* 115 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // nx_model
-/* 116 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_probe_options
-/* 117 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_probe_result
-/* 118 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_stats
-/* 119 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
+/* 92 */ _CFFI_OP(_CFFI_OP_FUNCTION, 127), // void()(nx_model *, nx_error *)
+/* 93 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 94 */ _CFFI_OP(_CFFI_OP_NOOP, 38),
+/* 95 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 96 */ _CFFI_OP(_CFFI_OP_FUNCTION, 127), // void()(nx_model *, nx_stats *)
+/* 97 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 98 */ _CFFI_OP(_CFFI_OP_POINTER, 126), // nx_stats *
+/* 99 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 100 */ _CFFI_OP(_CFFI_OP_FUNCTION, 127), // void()(void)
+/* 101 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 102 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // FILE
+/* 103 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
+/* 104 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/* 105 */ _CFFI_OP(_CFFI_OP_ARRAY, 104), // char[128]
+/* 106 */ (_cffi_opcode_t)(128),
+/* 107 */ _CFFI_OP(_CFFI_OP_ARRAY, 104), // char[256]
+/* 108 */ (_cffi_opcode_t)(256),
+/* 109 */ _CFFI_OP(_CFFI_OP_ARRAY, 104), // char[512]
+/* 110 */ (_cffi_opcode_t)(512),
+/* 111 */ _CFFI_OP(_CFFI_OP_ARRAY, 104), // char[96]
+/* 112 */ (_cffi_opcode_t)(96),
+/* 113 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
+/* 114 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
+/* 115 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
+/* 116 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_error
+/* 117 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_event
+/* 118 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_fault
+/* 119 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_file
+/* 120 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_file_info
+/* 121 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_membench_options
+/* 122 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_result
+/* 123 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // nx_model
+/* 124 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_probe_options
+/* 125 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_probe_result
+/* 126 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_stats
+/* 127 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
 
 _CFFI_UNUSED_FN
@@ -1026,10 +1034,10 @@ _cffi_f_nx_file_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(71), arg0, (char **)&x0);
+      _cffi_type(79), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(71), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(79), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1068,10 +1076,10 @@ _cffi_f_nx_file_get_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(74), arg0, (char **)&x0);
+      _cffi_type(82), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(74), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(82), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1674,10 +1682,10 @@ _cffi_f_nx_model_events(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(64), arg1, (char **)&x1);
+      _cffi_type(69), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_event *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(64), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(69), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1847,10 +1855,10 @@ _cffi_f_nx_model_get_stats(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(90), arg1, (char **)&x1);
+      _cffi_type(98), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_stats *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(90), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(98), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2129,7 +2137,7 @@ _cffi_f_nx_model_stream(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(68));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(76));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -2150,10 +2158,10 @@ _cffi_f_nx_model_stream_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(68), arg0, (char **)&x0);
+      _cffi_type(76), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (FILE *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(68), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(76), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2217,6 +2225,149 @@ _cffi_f_nx_model_trace(PyObject *self, PyObject *args)
 }
 #else
 #  define _cffi_f_nx_model_trace _cffi_d_nx_model_trace
+#endif
+
+static uint64_t _cffi_d_nx_routing_lost(nx_model const * x0)
+{
+  return nx_routing_lost(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_routing_lost(PyObject *self, PyObject *arg0)
+{
+  nx_model const * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  uint64_t result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(8), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(8), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_routing_lost(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, uint64_t);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_routing_lost _cffi_d_nx_routing_lost
+#endif
+
+static void _cffi_d_nx_routing_record(nx_model * x0, int x1)
+{
+  nx_routing_record(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_routing_record(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  int x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "nx_routing_record", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, int);
+  if (x1 == (int)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_routing_record(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_routing_record _cffi_d_nx_routing_record
+#endif
+
+static size_t _cffi_d_nx_routing_take(nx_model * x0, int32_t * x1, size_t x2)
+{
+  return nx_routing_take(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_routing_take(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  int32_t * x1;
+  size_t x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  size_t result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "nx_routing_take", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(64), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (int32_t *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(64), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, size_t);
+  if (x2 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_routing_take(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, size_t);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_routing_take _cffi_d_nx_routing_take
 #endif
 
 static char const * _cffi_d_nx_status_text(nx_status x0)
@@ -2393,34 +2544,37 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "NX_IO_ENGINE_URING", (void *)_cffi_const_NX_IO_ENGINE_URING, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "NX_OK", (void *)_cffi_const_NX_OK, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "nx_cache_set_policy", (void *)_cffi_f_nx_cache_set_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 44), (void *)_cffi_d_nx_cache_set_policy },
-  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 70), (void *)_cffi_d_nx_file_close },
-  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 73), (void *)_cffi_d_nx_file_get_info },
+  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 78), (void *)_cffi_d_nx_file_close },
+  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 81), (void *)_cffi_d_nx_file_get_info },
   { "nx_file_open", (void *)_cffi_f_nx_file_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 22), (void *)_cffi_d_nx_file_open },
-  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 92), (void *)_cffi_d_nx_interrupt_arm },
-  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 92), (void *)_cffi_d_nx_interrupt_disarm },
-  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 92), (void *)_cffi_d_nx_interrupt_request },
+  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 100), (void *)_cffi_d_nx_interrupt_arm },
+  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 100), (void *)_cffi_d_nx_interrupt_disarm },
+  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 100), (void *)_cffi_d_nx_interrupt_request },
   { "nx_interrupted", (void *)_cffi_f_nx_interrupted, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 20), (void *)_cffi_d_nx_interrupted },
   { "nx_interrupted_callback", (void *)_cffi_f_nx_interrupted_callback, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 4), (void *)_cffi_d_nx_interrupted_callback },
   { "nx_io_probe", (void *)_cffi_f_nx_io_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 27), (void *)_cffi_d_nx_io_probe },
-  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 77), (void *)_cffi_d_nx_loading_set },
+  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 85), (void *)_cffi_d_nx_loading_set },
   { "nx_membench_read", (void *)_cffi_f_nx_membench_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 40), (void *)_cffi_d_nx_membench_read },
-  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 77), (void *)_cffi_d_nx_model_clear_error },
-  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 77), (void *)_cffi_d_nx_model_clear_faults },
-  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 77), (void *)_cffi_d_nx_model_close },
+  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 85), (void *)_cffi_d_nx_model_clear_error },
+  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 85), (void *)_cffi_d_nx_model_clear_faults },
+  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 85), (void *)_cffi_d_nx_model_close },
   { "nx_model_create", (void *)_cffi_f_nx_model_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 32), (void *)_cffi_d_nx_model_create },
-  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 62), (void *)_cffi_d_nx_model_events },
+  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 67), (void *)_cffi_d_nx_model_events },
   { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 57), (void *)_cffi_d_nx_model_file_info },
   { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 48), (void *)_cffi_d_nx_model_finish_load },
-  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 88), (void *)_cffi_d_nx_model_get_stats },
+  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 96), (void *)_cffi_d_nx_model_get_stats },
   { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 53), (void *)_cffi_d_nx_model_inject },
   { "nx_model_io_engine", (void *)_cffi_f_nx_model_io_engine, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 7), (void *)_cffi_d_nx_model_io_engine },
-  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 84), (void *)_cffi_d_nx_model_last_error },
-  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 77), (void *)_cffi_d_nx_model_release },
-  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 77), (void *)_cffi_d_nx_model_reset_stats },
+  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 92), (void *)_cffi_d_nx_model_last_error },
+  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 85), (void *)_cffi_d_nx_model_release },
+  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 85), (void *)_cffi_d_nx_model_reset_stats },
   { "nx_model_stream", (void *)_cffi_f_nx_model_stream, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 0), (void *)_cffi_d_nx_model_stream },
-  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 67), (void *)_cffi_d_nx_model_stream_close },
-  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 80), (void *)_cffi_d_nx_model_trace },
+  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 75), (void *)_cffi_d_nx_model_stream_close },
+  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 88), (void *)_cffi_d_nx_model_trace },
   { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 50), (void *)nx_python_progress },
+  { "nx_routing_lost", (void *)_cffi_f_nx_routing_lost, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 72), (void *)_cffi_d_nx_routing_lost },
+  { "nx_routing_record", (void *)_cffi_f_nx_routing_record, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 88), (void *)_cffi_d_nx_routing_record },
+  { "nx_routing_take", (void *)_cffi_f_nx_routing_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 62), (void *)_cffi_d_nx_routing_take },
   { "nx_status_text", (void *)_cffi_f_nx_status_text, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 10), (void *)_cffi_d_nx_status_text },
   { "nx_version", (void *)_cffi_f_nx_version, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 13), (void *)_cffi_d_nx_version },
 };
@@ -2431,7 +2585,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 11) },
   { "sys_errno", offsetof(nx_error, sys_errno),
                  sizeof(((nx_error *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 82) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 90) },
   { "offset", offsetof(nx_error, offset),
               sizeof(((nx_error *)0)->offset),
               _CFFI_OP(_CFFI_OP_NOOP, 17) },
@@ -2440,13 +2594,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "path", offsetof(nx_error, path),
             sizeof(((nx_error *)0)->path),
-            _CFFI_OP(_CFFI_OP_NOOP, 101) },
+            _CFFI_OP(_CFFI_OP_NOOP, 109) },
   { "tensor", offsetof(nx_error, tensor),
               sizeof(((nx_error *)0)->tensor),
-              _CFFI_OP(_CFFI_OP_NOOP, 97) },
+              _CFFI_OP(_CFFI_OP_NOOP, 105) },
   { "text", offsetof(nx_error, text),
             sizeof(((nx_error *)0)->text),
-            _CFFI_OP(_CFFI_OP_NOOP, 99) },
+            _CFFI_OP(_CFFI_OP_NOOP, 107) },
   { "t_ns", offsetof(nx_event, t_ns),
             sizeof(((nx_event *)0)->t_ns),
             _CFFI_OP(_CFFI_OP_NOOP, 17) },
@@ -2467,10 +2621,10 @@ static const struct _cffi_field_s _cffi_fields[] = {
                   _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "kind", offsetof(nx_fault, kind),
             sizeof(((nx_fault *)0)->kind),
-            _CFFI_OP(_CFFI_OP_NOOP, 82) },
+            _CFFI_OP(_CFFI_OP_NOOP, 90) },
   { "count", offsetof(nx_fault, count),
              sizeof(((nx_fault *)0)->count),
-             _CFFI_OP(_CFFI_OP_NOOP, 106) },
+             _CFFI_OP(_CFFI_OP_NOOP, 114) },
   { "nbytes", offsetof(nx_file_info, nbytes),
               sizeof(((nx_file_info *)0)->nbytes),
               _CFFI_OP(_CFFI_OP_NOOP, 17) },
@@ -2482,7 +2636,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "mtime_ns", offsetof(nx_file_info, mtime_ns),
                 sizeof(((nx_file_info *)0)->mtime_ns),
-                _CFFI_OP(_CFFI_OP_NOOP, 107) },
+                _CFFI_OP(_CFFI_OP_NOOP, 115) },
   { "offset_align", offsetof(nx_file_info, offset_align),
                     sizeof(((nx_file_info *)0)->offset_align),
                     _CFFI_OP(_CFFI_OP_NOOP, 59) },
@@ -2491,13 +2645,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
                  _CFFI_OP(_CFFI_OP_NOOP, 59) },
   { "direct", offsetof(nx_file_info, direct),
               sizeof(((nx_file_info *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 82) },
+              _CFFI_OP(_CFFI_OP_NOOP, 90) },
   { "reason", offsetof(nx_file_info, reason),
               sizeof(((nx_file_info *)0)->reason),
-              _CFFI_OP(_CFFI_OP_NOOP, 103) },
+              _CFFI_OP(_CFFI_OP_NOOP, 111) },
   { "sys_errno", offsetof(nx_file_info, sys_errno),
                  sizeof(((nx_file_info *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 82) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 90) },
   { "n_threads", offsetof(nx_membench_options, n_threads),
                  sizeof(((nx_membench_options *)0)->n_threads),
                  _CFFI_OP(_CFFI_OP_NOOP, 59) },
@@ -2509,7 +2663,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "bytes_s", offsetof(nx_membench_result, bytes_s),
                sizeof(((nx_membench_result *)0)->bytes_s),
-               _CFFI_OP(_CFFI_OP_NOOP, 105) },
+               _CFFI_OP(_CFFI_OP_NOOP, 113) },
   { "bytes", offsetof(nx_membench_result, bytes),
              sizeof(((nx_membench_result *)0)->bytes),
              _CFFI_OP(_CFFI_OP_NOOP, 17) },
@@ -2536,7 +2690,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 59) },
   { "random", offsetof(nx_probe_options, random),
               sizeof(((nx_probe_options *)0)->random),
-              _CFFI_OP(_CFFI_OP_NOOP, 82) },
+              _CFFI_OP(_CFFI_OP_NOOP, 90) },
   { "max_bytes", offsetof(nx_probe_options, max_bytes),
                  sizeof(((nx_probe_options *)0)->max_bytes),
                  _CFFI_OP(_CFFI_OP_NOOP, 17) },
@@ -2545,7 +2699,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "engine", offsetof(nx_probe_options, engine),
               sizeof(((nx_probe_options *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 82) },
+              _CFFI_OP(_CFFI_OP_NOOP, 90) },
   { "seed", offsetof(nx_probe_options, seed),
             sizeof(((nx_probe_options *)0)->seed),
             _CFFI_OP(_CFFI_OP_NOOP, 17) },
@@ -2557,16 +2711,16 @@ static const struct _cffi_field_s _cffi_fields[] = {
           _CFFI_OP(_CFFI_OP_NOOP, 17) },
   { "direct", offsetof(nx_probe_result, direct),
               sizeof(((nx_probe_result *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 82) },
+              _CFFI_OP(_CFFI_OP_NOOP, 90) },
   { "engine", offsetof(nx_probe_result, engine),
               sizeof(((nx_probe_result *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 82) },
+              _CFFI_OP(_CFFI_OP_NOOP, 90) },
   { "how_cold", offsetof(nx_probe_result, how_cold),
                 sizeof(((nx_probe_result *)0)->how_cold),
-                _CFFI_OP(_CFFI_OP_NOOP, 103) },
+                _CFFI_OP(_CFFI_OP_NOOP, 111) },
   { "sys_errno", offsetof(nx_probe_result, sys_errno),
                  sizeof(((nx_probe_result *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 82) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 90) },
   { "passes", offsetof(nx_stats, passes),
               sizeof(((nx_stats *)0)->passes),
               _CFFI_OP(_CFFI_OP_NOOP, 17) },
@@ -2645,29 +2799,29 @@ static const struct _cffi_field_s _cffi_fields[] = {
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "$nx_error", 108, _CFFI_F_CHECK_FIELDS,
+  { "$nx_error", 116, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_error), offsetof(struct _cffi_align_typedef_nx_error, y), 0, 7 },
-  { "$nx_event", 109, _CFFI_F_CHECK_FIELDS,
+  { "$nx_event", 117, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_event), offsetof(struct _cffi_align_typedef_nx_event, y), 7, 4 },
-  { "$nx_fault", 110, _CFFI_F_CHECK_FIELDS,
+  { "$nx_fault", 118, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_fault), offsetof(struct _cffi_align_typedef_nx_fault, y), 11, 4 },
-  { "$nx_file_info", 112, _CFFI_F_CHECK_FIELDS,
+  { "$nx_file_info", 120, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_file_info), offsetof(struct _cffi_align_typedef_nx_file_info, y), 15, 9 },
-  { "$nx_membench_options", 113, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_options", 121, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_options), offsetof(struct _cffi_align_typedef_nx_membench_options, y), 24, 3 },
-  { "$nx_membench_result", 114, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_result", 122, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_result), offsetof(struct _cffi_align_typedef_nx_membench_result, y), 27, 7 },
-  { "$nx_probe_options", 116, _CFFI_F_CHECK_FIELDS,
+  { "$nx_probe_options", 124, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_probe_options), offsetof(struct _cffi_align_typedef_nx_probe_options, y), 34, 7 },
-  { "$nx_probe_result", 117, _CFFI_F_CHECK_FIELDS,
+  { "$nx_probe_result", 125, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_probe_result), offsetof(struct _cffi_align_typedef_nx_probe_result, y), 41, 6 },
-  { "$nx_stats", 118, _CFFI_F_CHECK_FIELDS,
+  { "$nx_stats", 126, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_stats), offsetof(struct _cffi_align_typedef_nx_stats, y), 47, 25 },
-  { "_IO_FILE", 94, _CFFI_F_OPAQUE,
+  { "_IO_FILE", 102, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_file", 111, _CFFI_F_OPAQUE,
+  { "nx_file", 119, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_model", 115, _CFFI_F_OPAQUE,
+  { "nx_model", 123, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
 };
 
@@ -2680,19 +2834,19 @@ static const struct _cffi_enum_s _cffi_enums[] = {
 };
 
 static const struct _cffi_typename_s _cffi_typenames[] = {
-  { "FILE", 94 },
-  { "nx_error", 108 },
-  { "nx_event", 109 },
-  { "nx_fault", 110 },
-  { "nx_file", 111 },
-  { "nx_file_info", 112 },
+  { "FILE", 102 },
+  { "nx_error", 116 },
+  { "nx_event", 117 },
+  { "nx_fault", 118 },
+  { "nx_file", 119 },
+  { "nx_file_info", 120 },
   { "nx_io_mode", 24 },
-  { "nx_membench_options", 113 },
-  { "nx_membench_result", 114 },
-  { "nx_model", 115 },
-  { "nx_probe_options", 116 },
-  { "nx_probe_result", 117 },
-  { "nx_stats", 118 },
+  { "nx_membench_options", 121 },
+  { "nx_membench_result", 122 },
+  { "nx_model", 123 },
+  { "nx_probe_options", 124 },
+  { "nx_probe_result", 125 },
+  { "nx_stats", 126 },
   { "nx_status", 11 },
 };
 
@@ -2703,12 +2857,12 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   _cffi_enums,
   _cffi_typenames,
-  57,  /* num_globals */
+  60,  /* num_globals */
   12,  /* num_struct_unions */
   2,  /* num_enums */
   14,  /* num_typenames */
   NULL,  /* no includes */
-  120,  /* num_types */
+  128,  /* num_types */
   1,  /* flags */
 };
 

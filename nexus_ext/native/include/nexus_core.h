@@ -191,6 +191,14 @@ NX_API nx_status nx_fetch(nx_model *, nx_extent *, const uint64_t *offsets, size
                           uint64_t record_bytes, void **base, uint64_t *stride);
 /* The most records that fit in the scratch area at once (0: not even one). */
 NX_API size_t nx_fetch_max(const nx_model *, uint64_t record_bytes);
+/* The same in two steps, and in two halves: while one is computed with, the other is read. Half 0 and
+ * half 1 hold nx_fetch_max / 2 records each, of the same size (NX_E_BUSY: more are asked for). A half
+ * that was started is waited for or dropped before it is started again. */
+NX_API nx_status nx_fetch_start(nx_model *, nx_extent *, unsigned half, const uint64_t *offsets, size_t n,
+                                uint64_t record_bytes);
+NX_API nx_status nx_fetch_wait(nx_model *, unsigned half, void **base, uint64_t *stride);
+/* Nothing of that half is read any more. */
+NX_API void nx_fetch_drop(nx_model *, unsigned half);
 /* A whole extent in memory of its own, outside of ring and scratch; free with nx_whole_free. */
 NX_API nx_status nx_whole_fetch(nx_model *, nx_extent *, void **data);
 NX_API void nx_whole_free(nx_extent *, void *data);
@@ -200,6 +208,9 @@ NX_API void nx_whole_free(nx_extent *, void *data);
 /* The group that an extent is cached with, and which of its parts it is; NULL: not cached. */
 NX_API nx_group *nx_extent_group(const nx_extent *, uint32_t *part);
 NX_API uint32_t nx_group_slots(const nx_group *);
+/* Order `experts` so that first come those that can be held without evicting anything: what is there, then
+ * as many others as there are free slots. Returns how many these are; the rest counts as missed. */
+NX_API size_t nx_experts_favour(nx_group *, int32_t *experts, size_t n);
 /* Hold the records of these experts (each named once) and start to read what is missing. NX_E_BUSY: more
  * than there are slots. On any error nothing is held. */
 NX_API nx_status nx_experts_acquire(nx_group *, const int32_t *experts, size_t n);
@@ -209,8 +220,18 @@ NX_API void nx_experts_release(nx_group *, const int32_t *experts, size_t n);
 /* Where a held expert is; part `part` of slot s lies at the returned address + s * *stride. */
 NX_API int32_t nx_expert_slot(const nx_group *, int32_t expert);
 NX_API void *nx_group_part(const nx_group *, uint32_t part, uint64_t *stride);
-/* "lfru", "lru" or "lfu"; NX_E_INVALID for others. */
+/* "lfru" (the default), "lru", "lfu", "least-stale", or for tests "random"; NX_E_INVALID for others. */
 NX_API nx_status nx_cache_set_policy(nx_model *, const char *name);
+
+/* The router's decisions, while they are recorded: for each product with streamed experts the number of
+ * its extent, of tokens and of experts a token, then the experts of each token. */
+NX_API void nx_routing_record(nx_model *, int on);
+NX_API int nx_routing_recording(const nx_model *);
+NX_API void nx_routing_add(nx_model *, const nx_extent *, int32_t n_tokens, int32_t n_used, const int32_t *experts);
+/* Take up to `max` numbers of what was recorded (whole entries only); how many there were. An entry that
+ * could not be kept for lack of memory ends the record: nx_routing_lost counts those. */
+NX_API size_t nx_routing_take(nx_model *, int32_t *out, size_t max);
+NX_API uint64_t nx_routing_lost(const nx_model *);
 
 /* Account for a computation, and for a whole graph. */
 NX_API void nx_note_pass(nx_model *, uint64_t ns);
