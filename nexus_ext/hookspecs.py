@@ -4,10 +4,10 @@ A plugin is a distribution with an entry point in the group "nexus_ext" that nam
 object) whose functions carry `@nexus_ext.hookimpl` and the name of a hook below. A function takes
 those of the arguments that it wants, by name.
 
-Hooks that choose (`nexus_placement_solver`, `nexus_io_policy`, `nexus_cache_policy`) return an object, or None to leave
-the choice to others. They are asked once and the object is kept: no hook runs while tokens are
-computed. A plugin wins over the built-in. When several plugins answer, the one whose entry point
-name comes first in alphabetical order wins, and a warning names the others.
+Hooks that choose (`nexus_placement_solver`, `nexus_io_policy`, `nexus_cache_policy`) return an
+object, or None to leave the choice to others. They are asked once and the object is kept: no hook
+runs while tokens are computed. A plugin wins over the built-in. When several plugins answer, the
+one whose entry point name comes first in alphabetical order wins, and a warning names the others.
 """
 
 from __future__ import annotations

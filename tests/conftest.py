@@ -16,6 +16,20 @@ ROOT = Path(__file__).resolve().parent.parent
 # goes last, which is enough to find `tests`.
 sys.path[:] = [p for p in sys.path if Path(p or os.getcwd()).resolve() != ROOT] + [str(ROOT)]
 
+# As nexus_ext.runtime does, but in time for tests that import llama_cpp before it: libgomp reads it
+# when it is loaded. Threads that spin make the tests many times slower beside anything else.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is measured of this machine goes into a cache of the tests, not into the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("NEXUS_CACHE_DIR", raising=False)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _working_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """The expert cache in a plan: which tensors share records, and how many slots each layer gets.
 
-A record is all parts (gate, up, down) of one expert of one layer. Each layer has slots of its own, all
-layers the same number: routing is known only when it happens.
+A record is all parts (gate, up, down) of one expert of one layer. Each layer has slots of its own,
+all layers the same number: routing is known only when it happens.
 """
 
 from __future__ import annotations
@@ -51,22 +51,27 @@ def hit_rate(share: float) -> float:
     return min(1.0, share + REUSE * share * (1.0 - share))
 
 
-def caches(
-    tensors: Iterable[TensorInfo],
-    tiers: Mapping[str, str],
-    keep: frozenset[str],
-    shape: ModelShape,
-    budget_bytes: int,
-) -> tuple[ExpertCache, ...]:
-    """Return the caches that `budget_bytes` give, or none when they would not hold one token's experts.
+def cacheable(
+    tensors: Iterable[TensorInfo], tiers: Mapping[str, str], keep: frozenset[str]
+) -> list[tuple[TensorInfo, ...]]:
+    """Return the groups that may get a cache.
 
     Layers of which a tensor is in `keep` (pinned by the user) or not in main memory are left alone.
     """
-    found = [
+    return [
         parts
         for parts in groups(tensors)
         if all(tiers[t.name] in (RAM, NVME) and t.name not in keep for t in parts)
     ]
+
+
+def caches(
+    found: list[tuple[TensorInfo, ...]], shape: ModelShape, budget_bytes: int
+) -> tuple[ExpertCache, ...]:
+    """Return the caches of these groups that `budget_bytes` give.
+
+    None when they cannot hold one token's experts.
+    """
     per_slot = sum(slot_bytes(parts) for parts in found)
     slots = budget_bytes // per_slot if per_slot else 0
     if slots < max(shape.n_experts_used, 1):

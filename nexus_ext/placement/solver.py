@@ -241,7 +241,7 @@ class _Solver:
             if tiers[t.name] == NVME and costs.is_dense(t) and not (t.tied_output and row_only)
         ]
         prediction, streamed = costs.predict(self.catalog, tiers, self.rates, self.context.n_ubatch)
-        caches = self._caches(tiers)
+        caches, scratch_bytes = self._caches(tiers, choice.scratch_bytes)
         if caches:
             cached = {**tiers, **{name: NVME for cache in caches for name in cache.tensors}}
             missing = self._missing(caches)
@@ -252,7 +252,7 @@ class _Solver:
             if with_cache[0].token_s <= prediction.token_s:
                 tiers, (prediction, streamed) = cached, with_cache
             else:
-                caches = ()
+                caches, scratch_bytes = (), choice.scratch_bytes
         resident = {
             tier: sum(problem.resident_bytes(t, tier) for t in tensors if tiers[t.name] == tier)
             for tier in (HOST, RAM)
@@ -263,8 +263,8 @@ class _Solver:
             assert self.allowed.weights_bytes is not None
             ram = self.allowed.ram_for(self.allowed.weights_bytes + kv + shared)
         runtime = self.runtime_bytes + kernel_bytes(ram)
-        scratch_bytes = max(choice.scratch_bytes, ring.tied_rows_bytes(through_ring))
-        ring_bytes = choice.ring_bytes - (scratch_bytes - choice.scratch_bytes)
+        tied_bytes = max(0, ring.tied_rows_bytes(through_ring) - scratch_bytes)
+        scratch_bytes, ring_bytes = scratch_bytes + tied_bytes, choice.ring_bytes - tied_bytes
         cache_bytes = sum(cache.nbytes for cache in caches)
         taken = (resident[HOST], resident[RAM], ring_bytes, scratch_bytes, cache_bytes, kv)
         parts = (*taken, self.compute_bytes, runtime, shared)
@@ -289,14 +289,24 @@ class _Solver:
             expert_caches=caches,
         )
 
-    def _caches(self, tiers: Mapping[str, str]) -> tuple[ExpertCache, ...]:
-        """Return the caches that the memory of pinned experts gives, if any expert is streamed."""
-        movable = [t for t in self.catalog.tensors if t.n_experts and t.name not in self.pinned]
+    def _caches(
+        self, tiers: Mapping[str, str], scratch_bytes: int
+    ) -> tuple[tuple[ExpertCache, ...], int]:
+        """Return the caches that the memory of pinned experts gives, if any expert is streamed.
+
+        Also the scratch area that is needed then: experts that were pinned may be larger than those
+        that were streamed. What it grows by comes from the same memory.
+        """
+        found = experts.cacheable(self.catalog.tensors, tiers, frozenset(self.pinned))
+        movable = [tensor for parts in found for tensor in parts]
         if not any(tiers[t.name] == NVME for t in movable):
-            return ()
-        budget = sum(problem.resident_bytes(t, RAM) for t in movable if tiers[t.name] == RAM)
-        keep = frozenset(self.pinned)
-        return experts.caches(self.catalog.tensors, tiers, keep, self.catalog.shape, budget)
+            return (), scratch_bytes
+        freed = [t for t in movable if tiers[t.name] == RAM]
+        wanted = [scratch_bytes, *(ring.scratch_bytes(t, self.context.n_ubatch) for t in freed)]
+        budget = sum(problem.resident_bytes(t, RAM) for t in freed)
+        budget -= max(wanted) - scratch_bytes
+        caches = experts.caches(found, self.catalog.shape, budget)
+        return caches, max(wanted) if caches else scratch_bytes
 
     def _missing(self, caches: tuple[ExpertCache, ...]) -> dict[str, float]:
         n_experts = {t.name: t.n_experts for t in self.catalog.tensors}

@@ -22,8 +22,19 @@ if TYPE_CHECKING:
 # any other busy process the spinning thread holds the core that the working one needs, and decoding
 # falls a hundred times (tests/bench/spinning_threads.py). A thousand turns bridge the gaps inside a
 # graph and cost nothing on an idle machine. It only counts before libgomp is loaded, hence here.
-if "GOMP_SPINCOUNT" not in os.environ and "OMP_WAIT_POLICY" not in os.environ:
-    os.environ["GOMP_SPINCOUNT"] = "1000"
+SPIN_COUNT = 1000
+_chosen_here = "GOMP_SPINCOUNT" not in os.environ and "OMP_WAIT_POLICY" not in os.environ
+if _chosen_here:
+    os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
+
+
+def user_environ() -> dict[str, str]:
+    """Return the environment as the user gave it: for programs that run as if without us."""
+    environ = dict(os.environ)
+    if _chosen_here and environ.get("GOMP_SPINCOUNT") == str(SPIN_COUNT):
+        del environ["GOMP_SPINCOUNT"]
+    return environ
+
 
 _HOME = {
     "Llama": "llama",
@@ -34,7 +45,15 @@ _HOME = {
     "plan_model": "planning",
 }
 
-__all__ = ["Llama", "NexusHandle", "Planned", "RunStats", "hardware_profile", "plan_model"]
+__all__ = [
+    "Llama",
+    "NexusHandle",
+    "Planned",
+    "RunStats",
+    "hardware_profile",
+    "plan_model",
+    "user_environ",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -27,6 +27,7 @@ from nexus_ext import core
 from nexus_ext.errors import OutOfMemory, UsageError
 from nexus_ext.hardware import HardwareProfile
 from nexus_ext.hardware.disk import drop_page_cache
+from nexus_ext.runtime import user_environ
 from nexus_ext.runtime.memory_limit import MemoryGroup, memory_group
 from nexus_ext.runtime.planning import Planned
 from nexus_ext.runtime.worker import Job, Session, Side, WorkerDied, run_worker
@@ -37,6 +38,7 @@ _log = logging.getLogger("nexus_ext.bench")
 _PROBE_BYTES: Final = GIB
 _PROBE_NS: Final = 1_000_000_000
 _CTX_STEP: Final = 256
+_LIBGOMP_SPIN_COUNT: Final = "300000"  # its documented default
 # Reading around the page cache, and reading the same bytes twice, differ by less than this.
 _AGREE: Final = 0.02
 _LOWEST_BIT: Final = bytes(byte & 1 for byte in range(256))  # the others of mincore are reserved
@@ -205,10 +207,25 @@ def bench_model(
     return _result(planned, job, tuple(runs), tuple(disk), drops=drops, limit=how)
 
 
+def worker_environ(side: Side) -> dict[str, str] | None:
+    """Return the environment of a worker; None: this process's own.
+
+    Stock llama.cpp runs as it does without us. Any import of nexus_ext.runtime, the worker's
+    included, makes OpenMP's threads spin for less time than libgomp does by itself, unless the
+    environment has a say; so it says what libgomp would do, unless the user has said something.
+    """
+    if side == "paged":
+        return None
+    environ = user_environ()
+    if "OMP_WAIT_POLICY" not in environ:
+        environ.setdefault("GOMP_SPINCOUNT", _LIBGOMP_SPIN_COUNT)
+    return environ
+
+
 def _run(job: Job, files: list[str], group: MemoryGroup | None) -> Run:
     cached = cached_bytes(files)
     try:
-        report = run_worker(job, group)
+        report = run_worker(job, group, worker_environ(job.side))
     except WorkerDied as error:
         if not error.by_memory:
             raise

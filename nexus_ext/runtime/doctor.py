@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -27,7 +27,7 @@ from nexus_ext.hardware.system import System
 from nexus_ext.placement import PlanRequest
 from nexus_ext.plugins import list_plugins, plugins
 from nexus_ext.policies import IoInfo
-from nexus_ext.runtime import backend, ggml
+from nexus_ext.runtime import SPIN_COUNT, backend, ggml
 from nexus_ext.runtime.amx import amx_works
 from nexus_ext.runtime.memory_limit import memory_group
 from nexus_ext.runtime.planning import plan_model
@@ -40,7 +40,9 @@ Status = Literal["ok", "warn", "fail"]
 _BUSY_SHARE: Final = 0.15  # of all processors, by others: from here on it shows in tokens a second
 _LITTLE_SPACE_BYTES: Final = GIB
 _VIRTUAL_DISKS: Final = ("vd", "xvd")  # they call themselves rotational, whatever is behind them
-_SPIN_VARIABLES: Final = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+# How libgomp reads GOMP_SPINCOUNT, and without it OMP_WAIT_POLICY; without both it takes the last.
+_SPIN_SUFFIXES: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_SPIN_POLICIES: Final = {"active": 30 * 10**9, "passive": 0, "": 300_000}
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,16 +203,28 @@ def check_openmp(subject: Subject) -> Check:
     ggml.library()
     if "libgomp" not in (subject.system.read("/proc/self/maps") or ""):
         return Check("threads", "ok", "this llama.cpp does not use GNU OpenMP")
-    for variable in _SPIN_VARIABLES:
-        if value := os.environ.get(variable):
-            return Check("threads", "ok", f"OpenMP, {variable}={value}")
+    count = spin_count(os.environ)
+    if count <= SPIN_COUNT:
+        own = ", nexus_ext's choice" if count == SPIN_COUNT else ""
+        return Check("threads", "ok", f"OpenMP's threads spin for {count} turns at most{own}")
     return Check(
         "threads",
         "warn",
-        "OpenMP's threads spin while they wait: beside any other busy program decoding can become "
-        "a hundred times slower",
-        "set GOMP_SPINCOUNT=0 (or OMP_WAIT_POLICY=passive) in the environment before starting",
+        f"OpenMP's threads spin for {count} turns while they wait: beside any other busy program "
+        "decoding can become a hundred times slower",
+        f"unset GOMP_SPINCOUNT and OMP_WAIT_POLICY, then nexus_ext chooses {SPIN_COUNT} turns",
     )
+
+
+def spin_count(environ: Mapping[str, str]) -> int:
+    """Return for how many turns GNU OpenMP's threads spin in this environment."""
+    count = environ.get("GOMP_SPINCOUNT", "").strip().lower()
+    if count in ("infinite", "infinity"):
+        return _SPIN_POLICIES["active"]
+    if match := re.fullmatch(r"(\d+)\s*([kmgt]?)", count):
+        return int(match[1]) * _SPIN_SUFFIXES[match[2]]
+    policy = environ.get("OMP_WAIT_POLICY", "").strip().lower()
+    return _SPIN_POLICIES.get(policy, _SPIN_POLICIES[""])
 
 
 def check_busy(subject: Subject) -> Check:

@@ -26,6 +26,7 @@ from typing import Final
 
 from nexus_ext import core
 from nexus_ext.errors import UsageError
+from nexus_ext.runtime import user_environ
 from nexus_ext.runtime.manifest import manifest
 from nexus_ext.runtime.planning import Planned
 
@@ -184,7 +185,7 @@ def run_foreign(
 
 def run_plain(command: Sequence[str]) -> int:
     """Run `command` as it is; return its exit status as a shell would."""
-    return _run(command, os.environ, None, _log.warning)
+    return _run(command, user_environ(), None, _log.warning)
 
 
 def _run(
@@ -193,15 +194,16 @@ def _run(
     report_file: Path | None,
     tell: Callable[[str], None],
 ) -> int:
-    try:
-        child = subprocess.Popen(list(command), env=environ)
-    except OSError as error:
-        raise UsageError(
-            f"{command[0]!r} cannot be started: {error.strerror}",
-            hint="give the program and its arguments behind `--`",
-        ) from error
     told = 0
-    with _forwarding(child):
+    with _forwarding() as forward_to:
+        try:
+            child = subprocess.Popen(list(command), env=environ)
+        except OSError as error:
+            raise UsageError(
+                f"{command[0]!r} cannot be started: {error.strerror}",
+                hint="give the program and its arguments behind `--`",
+            ) from error
+        forward_to(child)
         while True:
             try:
                 status = child.wait(None if report_file is None else _POLL_S)
@@ -217,17 +219,36 @@ def _run(
 
 
 @contextlib.contextmanager
-def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Within the block, signals to this process go to the program instead."""
+def _forwarding() -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
+    """Within the block, signals to this process go instead to the program that is named to it.
+
+    What comes before that is kept for the program: the signal that ends this process as soon as
+    the program has started would leave the program behind, with nobody to end it.
+    """
+    children: list[subprocess.Popen[bytes]] = []
+    early: list[int] = []
 
     def forward(number: int, _: FrameType | None) -> None:
-        from_terminal = number in _FROM_TERMINAL and os.isatty(0)
-        if not from_terminal and child.poll() is None:
-            child.send_signal(number)
+        if number in _FROM_TERMINAL and os.isatty(0):
+            return
+        if not children:
+            early.append(number)
+        elif children[0].poll() is None:
+            children[0].send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    def name(child: subprocess.Popen[bytes]) -> None:
+        children.append(child)
+        while early:
+            child.send_signal(early.pop(0))
+
+    # What is ignored here (nohup) the program ignores too, and inherits that.
+    before = {
+        number: signal.signal(number, forward)
+        for number in _FORWARDED
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
-        yield
+        yield name
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

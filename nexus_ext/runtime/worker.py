@@ -98,8 +98,10 @@ class WorkerDied(NexusError, RuntimeError):
 # -- the parent's half ----------------------------------------------------------------------------
 
 
-def run_worker(job: Job, group: MemoryGroup | None = None) -> dict[str, Any]:
-    """Run one worker to its end and return its report.
+def run_worker(
+    job: Job, group: MemoryGroup | None = None, environ: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Run one worker to its end, with `environ` (None: ours), and return its report.
 
     Raises the NexusError that the worker met, and WorkerDied when it left no report.
     """
@@ -109,7 +111,12 @@ def run_worker(job: Job, group: MemoryGroup | None = None) -> dict[str, Any]:
     # A directory of its own: `-m` looks into the working directory for modules first.
     with tempfile.TemporaryDirectory(prefix="nexus-") as cwd, tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, cwd=cwd
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            cwd=cwd,
+            env=environ,
         )
         try:
             out, _ = child.communicate(json.dumps(asdict(job)).encode())

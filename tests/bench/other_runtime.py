@@ -1,8 +1,8 @@
 """The backend in a runtime that was built by others: node-llama-cpp, from npm.
 
-Its ggml (0.25.1) is older than the one in llama-cpp-python, its libraries have other SONAMEs, its CPU
-backends are loaded dynamically and start threads of their own instead of OpenMP's. The same binary
-of the backend must work there by environment variables alone and give the same tokens.
+Its ggml (0.25.1) is older than the one in llama-cpp-python, its libraries have other SONAMEs, its
+CPU backends are loaded dynamically and start threads of their own instead of OpenMP's. The same
+binary of the backend must work there by environment variables alone and give the same tokens.
 
     python -m tests.bench.other_runtime MODEL.gguf [--weights 1M]
 

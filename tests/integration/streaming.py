@@ -1,4 +1,4 @@
-"""Runs that can be compared bit by bit: the same tokens through stock and through paged llama.cpp."""
+"""Runs to be compared bit by bit: the same tokens through stock and through paged llama.cpp."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from nexus_ext.runtime.stock import stock_llama
 
 Bits = npt.NDArray[np.uint32]
 
-SMALL: dict[str, Any] = {"n_ctx": 704, "n_batch": 704, "n_ubatch": 256, "n_threads": 2, "verbose": False}
+SMALL: dict[str, Any] = {
+    "n_ctx": 704,
+    "n_batch": 704,
+    "n_ubatch": 256,
+    "n_threads": 2,
+    "verbose": False,
+}
 
 
 def prompt(n: int, n_vocab: int, seed: int = 0) -> list[int]:

@@ -100,8 +100,17 @@ def test_spinning_threads_are_warned_of_until_they_are_told_not_to(
     for variable in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(variable, raising=False)
     assert doctor.check_openmp(subject).status == "warn"
-    monkeypatch.setenv("GOMP_SPINCOUNT", "0")
+    for few in ("0", "1000", " 1K"):
+        monkeypatch.setenv("GOMP_SPINCOUNT", few)
+        assert doctor.check_openmp(subject).status == "ok"
+    for many in ("1001", "300k", "infinite"):
+        monkeypatch.setenv("GOMP_SPINCOUNT", many)
+        assert doctor.check_openmp(subject).status == "warn"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     assert doctor.check_openmp(subject).status == "ok"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert doctor.check_openmp(subject).status == "warn"
 
 
 def test_a_second_ggml_is_seen(machine: Callable[..., Subject]) -> None:

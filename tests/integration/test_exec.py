@@ -9,9 +9,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nexus_ext import runtime
+from nexus_ext.runtime import foreign
 from nexus_ext.runtime.foreign import (
     Accounting,
     Report,
@@ -92,16 +95,51 @@ def test_the_status_of_the_program_comes_back(model: str) -> None:
 
 
 def test_signals_go_to_the_program(model: str) -> None:
-    script = "trap 'echo got it; exit 9' TERM; echo ready; while :; do sleep 0.1; done"
+    # Ends by itself one day: a program that gets no signal must not outlive the tests.
+    script = "trap 'echo got it; exit 9' TERM; echo ready; for i in $(seq 600); do sleep 0.1; done"
     command = [*NEXUS, "--model", model, "--", "/bin/sh", "-c", script]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
     ) as child:
         assert child.stdout is not None
-        assert child.stdout.readline() == b"ready\n"
-        child.send_signal(signal.SIGTERM)
-        assert child.stdout.readline() == b"got it\n"
-    assert child.returncode == 9
+        try:
+            assert child.stdout.readline() == b"ready\n"
+            child.send_signal(signal.SIGTERM)
+            assert child.stdout.readline() == b"got it\n"
+            assert child.wait() == 9
+        finally:
+            child.kill()
+
+
+def test_a_signal_while_the_program_starts_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = subprocess.Popen
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        child = start(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return child
+
+    monkeypatch.setattr(foreign.subprocess, "Popen", interrupted)
+    assert foreign.run_plain(["sleep", "60"]) == 128 + signal.SIGTERM
+
+
+def test_signals_that_are_ignored_stay_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert foreign.run_plain(["/bin/sh", "-c", "kill -HUP $$; exit 7"]) == 7
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_program_that_runs_as_it_is_gets_the_environment_of_the_user(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runtime, "_chosen_here", True)
+    monkeypatch.setenv("GOMP_SPINCOUNT", str(runtime.SPIN_COUNT))
+    assert foreign.run_plain(["/bin/sh", "-c", 'test -z "$GOMP_SPINCOUNT"']) == 0
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert foreign.run_plain(["/bin/sh", "-c", 'test "$GOMP_SPINCOUNT" = 7']) == 0
 
 
 def test_a_program_that_does_not_exist_is_wrong_usage(model: str) -> None:

@@ -74,7 +74,13 @@ def test_a_load_that_is_stopped_gives_everything_back() -> None:
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     for _ in range(3):
         with pytest.raises(NexusError, match="stop"):
-            Llama(find_model(NAME), weights="1500K", policy="direct", progress=lambda *_: True, **SMALL)
+            Llama(
+                find_model(NAME),
+                weights="1500K",
+                policy="direct",
+                progress=lambda *_: True,
+                **SMALL,
+            )
     if before:
         assert len(os.listdir("/proc/self/fd")) <= before
 
@@ -94,7 +100,7 @@ def test_a_file_that_is_truncated_under_us_is_noticed(tmp_path: Path) -> None:
         tokens = prompt(20, llm.n_vocab())
         logits(llm, tokens)
         os.truncate(path, path.stat().st_size // 2)
-        with pytest.raises(ModelChanged, match="model.gguf"):
+        with pytest.raises(ModelChanged, match=r"model\.gguf"):
             logits(llm, tokens)
 
 
@@ -108,7 +114,7 @@ def test_a_file_that_is_overwritten_under_us_is_noticed(tmp_path: Path) -> None:
             file.seek(path.stat().st_size // 2)
             file.write(b"\0" * 4096)
         os.utime(path, ns=(1, 1))  # whatever the granularity of the file system's clock
-        with pytest.raises(ModelChanged, match="model.gguf"):
+        with pytest.raises(ModelChanged, match=r"model\.gguf"):
             logits(llm, tokens)
 
 
@@ -153,14 +159,17 @@ import nexus_ext.runtime
 from nexus_ext import Llama
 from nexus_ext.errors import OutOfMemory
 from nexus_ext.core import Model
-text = "nexus-manifest 1\\nring 68719476736\\nslab 65536\\nscratch 0\\nvirtual 0\\nio direct\\nend 0\\n"
+pool = "ring 68719476736\\nslab 65536\\nscratch 0\\nvirtual 0\\n"
+text = f"nexus-manifest 1\\n{pool}io direct\\nend 0\\n"
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
 try:
     Model(text)
 except OutOfMemory as error:
     print("OutOfMemory:", error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert "OutOfMemory" in done.stdout
     assert "68719476736" in done.stdout
 
@@ -201,6 +210,8 @@ def test_closing_gives_back_memory_and_descriptors() -> None:
     assert sizes[-1][0] - sizes[2][0] < path.stat().st_size, "ten more models, not one more kept"
 
 
+# Python raises KeyboardInterrupt wherever it is, also in a log callback, which can only tell of it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ctrl_c_stops_within_a_token_and_the_model_goes_on(expected: np.ndarray) -> None:
     """SIGINT while native code runs: the prompt ends early, the next call is right."""
     with paged(find_model("tinydense-7M-Q4_K_M.gguf"), "1500K", n_ubatch=64) as llm:
@@ -219,7 +230,7 @@ def test_ctrl_c_stops_within_a_token_and_the_model_goes_on(expected: np.ndarray)
                 pass
             signal.pthread_kill(main, signal.SIGINT)
 
-        watcher = threading.Thread(target=interrupt)
+        watcher = threading.Thread(target=interrupt, daemon=True)
         watcher.start()
         with pytest.raises(KeyboardInterrupt):
             for _ in range(200):

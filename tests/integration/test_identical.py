@@ -49,7 +49,9 @@ def test_logits_equal_stock_at_every_budget_and_prompt_length(name: str) -> None
     assert_identical(find_model(name), (1, 7, 64, 600))
 
 
-@pytest.mark.parametrize("quant", ["Q4_0", "Q4_1", "Q5_0", "Q5_K", "Q6_K", "Q2_K", "IQ4_XS", "BF16"])
+@pytest.mark.parametrize(
+    "quant", ["Q4_0", "Q4_1", "Q5_0", "Q5_K", "Q6_K", "Q2_K", "IQ4_XS", "BF16"]
+)
 def test_logits_equal_stock_for_other_quantizations(quant: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     write_llama(
@@ -63,7 +65,14 @@ def test_logits_equal_stock_for_rows_that_no_power_of_two_divides(tmp_path: Path
     for n_vocab in (601, 602, 603, 604):
         path = tmp_path / f"{n_vocab}.gguf"
         write_llama(
-            path, n_layers=2, n_embd=256, n_ff=512, n_heads=4, n_heads_kv=2, n_vocab=n_vocab, quant="F16"
+            path,
+            n_layers=2,
+            n_embd=256,
+            n_ff=512,
+            n_heads=4,
+            n_heads_kv=2,
+            n_vocab=n_vocab,
+            quant="F16",
         )
         assert_identical(path, (1, 33))
 

@@ -56,9 +56,11 @@ def test_streamed_chat_is_the_same(path: Path) -> None:
 
 def test_a_grammar_is_obeyed(path: Path) -> None:
     def constrained(llm: Any) -> str:
-        grammar = llama_cpp.LlamaGrammar.from_string('root ::= ("yes" | "no") " " [0-9]+', verbose=False)
-        text: str = llm("Answer:", grammar=grammar, max_tokens=8, temperature=0)["choices"][0]["text"]
-        return text
+        grammar = llama_cpp.LlamaGrammar.from_string(
+            'root ::= ("yes" | "no") " " [0-9]+', verbose=False
+        )
+        answer = llm("Answer:", grammar=grammar, max_tokens=8, temperature=0)
+        return str(answer["choices"][0]["text"])
 
     expected, got = both(path, constrained)
     assert got == expected
@@ -126,9 +128,7 @@ def test_two_contexts_of_one_model_decode_in_turn(path: Path) -> None:
     with paged(path, "1500K", logits_all=True) as llm:
         tokens = prompt(40, llm.n_vocab())
         alone = logits(llm, tokens)
-        second = _internals.LlamaContext(
-            model=llm._model, params=llm.context_params, verbose=False
-        )
+        second = _internals.LlamaContext(model=llm._model, params=llm.context_params, verbose=False)
         batch = _internals.LlamaBatch(n_tokens=64, embd=0, n_seq_max=1, verbose=False)
         llm.reset()
         rows = []
@@ -158,7 +158,9 @@ def test_an_eval_callback_sees_the_same_graph_and_changes_nothing(path: Path) ->
         expected = logits(llm, prompt(33, llm.n_vocab()))
     with paged(path, "1500K", logits_all=True) as llm:
         llm.context_params.cb_eval = callback
-        context = _internals.LlamaContext(model=llm._model, params=llm.context_params, verbose=False)
+        context = _internals.LlamaContext(
+            model=llm._model, params=llm.context_params, verbose=False
+        )
         llm._ctx, original = context, llm._ctx
         got = logits(llm, prompt(33, llm.n_vocab()))
         llm._ctx = original

@@ -9,8 +9,11 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from subprocess import Popen
 
 import pytest
 
@@ -36,16 +39,42 @@ def _missing(flags: str, directory: Path) -> str:
     return ""
 
 
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {build: tmp_path_factory.mktemp(build) for build in _SANITIZERS}
+
+
+@pytest.fixture(scope="module")
+def runs(repository: Path, directories: dict[str, Path]) -> Iterator[dict[str, Popen[bytes] | str]]:
+    """Every build, side by side: one alone keeps one processor busy. Or why there is none."""
+    found: dict[str, Popen[bytes] | str] = {}
+    for build, directory in directories.items():
+        found[build] = _missing(_SANITIZERS[build], directory)
+        if found[build]:
+            continue
+        with open(directory / "output", "wb") as output:
+            found[build] = Popen(
+                ["sh", str(repository / "tests" / "native" / "run.sh")],
+                env={**os.environ, "NX_TEST_BUILDS": build, "TMPDIR": str(directory)},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+    yield found
+    for run in found.values():
+        if isinstance(run, Popen) and run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("build", _SANITIZERS)
-def test_native_core_keeps_its_promises(build: str, repository: Path, tmp_path: Path) -> None:
-    reason = _missing(_SANITIZERS[build], tmp_path)
-    if reason:
-        pytest.skip(reason)
-    run = subprocess.run(
-        ["sh", str(repository / "tests" / "native" / "run.sh")],
-        env={**os.environ, "NX_TEST_BUILDS": build, "TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, f"{run.stdout[-2000:]}\n{run.stderr[-6000:]}"
+def test_native_core_keeps_its_promises(
+    build: str, directories: dict[str, Path], runs: dict[str, Popen[bytes] | str]
+) -> None:
+    run = runs[build]
+    if isinstance(run, str):
+        pytest.skip(run)
+    status = run.wait()
+    text = (directories[build] / "output").read_text(encoding="utf-8", errors="replace")
+    assert status == 0, text[-6000:]

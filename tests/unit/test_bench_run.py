@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 
+from nexus_ext import runtime
+from nexus_ext.runtime.bench import worker_environ
 from tests.models_folder import find_model
 
 
@@ -50,3 +53,24 @@ def test_runs_longer_than_the_context_are_refused() -> None:
     done = bench("--ctx", "8", "--weights", "3M")
     assert done.returncode == 2
     assert "more than the context of 8" in done.stderr
+
+
+def test_stock_llama_cpp_waits_as_it_does_without_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr(runtime, "_chosen_here", True)
+    monkeypatch.setenv("GOMP_SPINCOUNT", str(runtime.SPIN_COUNT))
+    assert worker_environ("paged") is None
+    environ = worker_environ("stock")
+    assert environ is not None and environ["GOMP_SPINCOUNT"] == "300000"
+
+
+@pytest.mark.parametrize("variable", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
+def test_what_the_user_said_of_waiting_holds_for_both_sides(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(runtime, "_chosen_here", False)
+    monkeypatch.setenv(variable, "PASSIVE" if variable == "OMP_WAIT_POLICY" else "1000")
+    environ = worker_environ("stock")
+    assert environ is not None and environ == dict(os.environ)

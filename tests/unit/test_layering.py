@@ -23,6 +23,7 @@ LAYERS = {
             ("nexus_ext.formats",),
             ("nexus_ext.hardware",),
             ("nexus_ext.placement",),
+            ("nexus_ext.routing",),
             ("nexus_ext.hookspecs",),
             ("nexus_ext.policies",),
             ("nexus_ext.plugin_registry",),
@@ -35,7 +36,7 @@ LAYERS = {
     )
     for name in names
 }
-PURE = ("nexus_ext.placement", "nexus_ext.policies")
+PURE = ("nexus_ext.placement", "nexus_ext.policies", "nexus_ext.routing")
 IMPURE_IMPORTS = {
     *("asyncio", "datetime", "io", "logging", "multiprocessing", "os", "pathlib", "random"),
     *("secrets", "shutil", "socket", "subprocess", "sys", "tempfile", "threading", "time"),

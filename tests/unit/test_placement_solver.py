@@ -206,7 +206,9 @@ def test_the_hole_is_smaller_than_any_dense_tensor_that_is_streamed(
     left = [t for t in catalog.tensors if plan.tiers[t.name] == NVME and is_dense(t)]
     if left:
         hole = weights - plan.weights_bytes
-        assert hole < min(resident_bytes(tensor, RAM) for tensor in left)
+        # What is left over when every layer's cache of experts gets the same number of slots.
+        uneven = sum(cache.nbytes // cache.slots for cache in plan.expert_caches)
+        assert hole < min(resident_bytes(tensor, RAM) for tensor in left) + uneven
 
 
 @given(st.integers(1, 200), st.data())
