@@ -36,6 +36,8 @@ COMMANDS = {
     "probe": ("nexus_ext.cli.probe:probe", "Measure this machine: memory, GPUs, a disk."),
     "verify": ("nexus_ext.cli.verify:verify", "Compare streamed with resident, bit by bit."),
     "bench": ("nexus_ext.cli.bench:bench", "Measure a model against the physical bound."),
+    "trace": ("nexus_ext.cli.trace:trace", "Record which experts a model uses."),
+    "replay": ("nexus_ext.cli.replay:replay", "Replay such a trace through caches of experts."),
     "doctor": ("nexus_ext.cli.doctor:doctor", "Check that this installation can work."),
     "exec": ("nexus_ext.cli.exec:exec_", "Run another llama.cpp program with paged weights."),
     "plugins": ("nexus_ext.cli.plugins:plugins", "List plugins and what they decide."),

@@ -23,10 +23,10 @@ static double policy_lru(const nx_record_facts *r) { return -(double)r->age; }
 static double policy_lfu(const nx_record_facts *r) { return r->frequency - 1e-9 * (double)r->age; }
 
 /* Frequency, and less of it the longer a record was not used: popular experts stay, those of a topic that
- * has passed go sooner than by their frequency alone. The 4 keeps the order of the last few tokens from
+ * has passed go sooner than by their frequency alone. The 8 keeps the order of the last few tokens from
  * deciding: which expert the last one used says little. tests/bench/cache_policies.py has the comparison. */
 static double policy_lfru(const nx_record_facts *r) {
-    return r->frequency / sqrt((double)r->age + 4.0) - 1e-9 * (double)r->age;
+    return r->frequency / sqrt((double)r->age + 8.0) - 1e-9 * (double)r->age;
 }
 
 /* Experts of the graphs before this one are stale, and among them the ones that lie first in the layer go

@@ -1,0 +1,29 @@
+"""What routers decided, token by token, and what caches of experts would have made of it.
+
+Pure functions of data: a trace is a value with a binary form, a replay is arithmetic on it. No I/O,
+no clock, no model.
+"""
+
+from __future__ import annotations
+
+from nexus_ext.routing.policies import GLOBAL_LRU, NONE, ONLINE, POLICIES
+from nexus_ext.routing.replay import Replay, global_lru, replay
+from nexus_ext.routing.report import Row, default_sizes, report, slots_of, slots_of_share
+from nexus_ext.routing.trace import RoutingTrace, TracedLayer
+
+__all__ = [
+    "GLOBAL_LRU",
+    "NONE",
+    "ONLINE",
+    "POLICIES",
+    "Replay",
+    "RoutingTrace",
+    "Row",
+    "TracedLayer",
+    "default_sizes",
+    "global_lru",
+    "replay",
+    "report",
+    "slots_of",
+    "slots_of_share",
+]

@@ -1,0 +1,119 @@
+"""Which policy for the cache of experts: hits of each, beside Belady's optimum.
+
+    python -m tests.bench.cache_policies [TRACE ...] [--tokens N]
+
+Replays recorded traces (`nexus trace`) and synthetic ones through all policies. Synthetic traces
+have popular experts (Zipf's law with an exponent), reuse from token to token (each expert of the
+last token is kept with a probability), or topics (popularity that is drawn anew every so often,
+all at once: harsher than text). Prints hit rates in percent for sizes above one token's experts,
+and how far the default is from the best other online policy and from LRU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from nexus_ext.routing import ONLINE, RoutingTrace, TracedLayer, replay
+
+RECORD_BYTES = 1 << 20
+DEFAULT, *OTHERS = ONLINE
+SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+SYNTHETIC: tuple[tuple[str, dict[str, float]], ...] = (
+    *((f"zipf {z}", {"zipf": z}) for z in (0.5, 0.8, 1.0, 1.2)),
+    *((f"reuse {r}", {"reuse": r}) for r in (0.2, 0.5, 0.8)),
+    *((f"zipf 0.8, reuse {r}", {"zipf": 0.8, "reuse": r}) for r in (0.2, 0.5, 0.8)),
+    ("topics of 256, zipf 1", {"zipf": 1.0, "topic": 256}),
+    ("topics of 64, zipf 1.2", {"zipf": 1.2, "topic": 64, "reuse": 0.3}),
+)
+EXPERTS = ((32, 4), (64, 6), (128, 8))  # in a layer, and used by a token
+
+
+def synthetic(
+    n_tokens: int,
+    n_experts: int,
+    n_used: int,
+    *,
+    zipf: float = 0.0,
+    reuse: float = 0.0,
+    topic: int = 0,
+    n_layers: int = 3,
+    seed: int = 0,
+) -> RoutingTrace:
+    """Draw a trace; each layer has popular experts of its own."""
+    rng = np.random.default_rng(seed)
+    weights = -zipf * np.log(np.arange(1, n_experts + 1))
+    layers = []
+    for layer in range(n_layers):
+        rows = np.empty((n_tokens, n_used), np.uint8)
+        popular = rng.permutation(weights)
+        for t in range(n_tokens):
+            if topic and t % topic == 0:
+                popular = rng.permutation(weights)
+            # The largest of weights with Gumbel noise are a draw without putting back.
+            keys = popular + rng.gumbel(size=n_experts)
+            if t:
+                keys[rows[t - 1][rng.random(n_used) < reuse]] = np.inf
+            rows[t] = np.argpartition(-keys, n_used - 1)[:n_used]
+        layers.append(
+            TracedLayer(layer, n_experts, n_used, RECORD_BYTES, RECORD_BYTES, rows.tobytes())
+        )
+    return RoutingTrace("synthetic", "synthetic", (1,) * n_tokens, tuple(layers))
+
+
+def first_tokens(trace: RoutingTrace, n: int) -> RoutingTrace:
+    """Return the beginning of a trace, token by token."""
+    n = min(n, trace.n_tokens)
+    layers = tuple(
+        replace(layer, experts=layer.experts[: n * layer.n_used * layer.width])
+        for layer in trace.layers
+    )
+    return replace(trace, passes=(1,) * n, layers=layers)
+
+
+def traces(files: list[str], n_tokens: int) -> Iterator[tuple[str, RoutingTrace]]:
+    for file in files:
+        found = RoutingTrace.from_bytes(Path(file).read_bytes(), source=file)
+        yield Path(file).name, first_tokens(found, n_tokens)
+    for n_experts, n_used in EXPERTS:
+        for name, options in SYNTHETIC:
+            drawn = synthetic(n_tokens, n_experts, n_used, **options)  # type: ignore[arg-type]
+            yield f"{name}, {n_experts}/{n_used}", drawn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", metavar="TRACE")
+    parser.add_argument("--tokens", type=int, default=3000)
+    arguments = parser.parse_args()
+    policies = [*ONLINE, "belady"]
+    titles = " ".join(f"{name:>11}" for name in policies)
+    print(f"{'trace':<34} {'slots':>5} {titles} {'to best':>8} {'to lru':>7} {'to Belady':>10}")
+    worst_best = worst_lru = (-100.0, "")
+    for name, trace in traces(arguments.files, arguments.tokens):
+        layer = trace.layers[0]
+        slots = sorted({int(layer.n_experts * share) for share in SHARES})
+        sizes = [[n] * len(trace.layers) for n in slots if n > layer.n_used]
+        for size, found in zip(sizes, replay(trace, policies, sizes), strict=True):
+            hits = {result.policy: 100 * result.hit_rate for result in found}
+            to_best = max(hits[other] for other in OTHERS) - hits[DEFAULT]
+            to_lru = hits["lru"] - hits[DEFAULT]
+            rates = " ".join(f"{hits[policy]:11.1f}" for policy in policies)
+            print(
+                f"{name:<34} {size[0]:>5} {rates} {to_best:8.1f} {to_lru:7.1f} "
+                f"{hits['belady'] - hits[DEFAULT]:10.1f}",
+                flush=True,
+            )
+            where = f"{name}, {size[0]} slots"
+            worst_best = max(worst_best, (to_best, where))
+            worst_lru = max(worst_lru, (to_lru, where))
+    print(f"\n{DEFAULT} below the best other: at most {worst_best[0]:.1f} ({worst_best[1]})")
+    print(f"{DEFAULT} below LRU: at most {worst_lru[0]:.1f} ({worst_lru[1]})")
+
+
+if __name__ == "__main__":
+    main()
