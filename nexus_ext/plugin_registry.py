@@ -114,7 +114,7 @@ class Registry:
                 for impl in caller.get_hookimpls():
                     if impl.plugin is plugin and (impl.wrapper or impl.hookwrapper):
                         raise PluginError(f"{caller.name!r} is a wrapper: wrappers are not run")
-        except Exception:
+        except Exception:  # raised again: what was half registered must go first
             if self._manager.get_plugin(name) is plugin:
                 self._manager.unregister(name=name)
             raise

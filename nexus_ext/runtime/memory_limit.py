@@ -18,6 +18,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -52,16 +53,16 @@ class LimitedRun:
     how: str
 
 
-class MemoryGroup:
+class MemoryGroup(ABC):
     """A place where commands run under a limit. Made by `memory_group`."""
 
     def __init__(self, limit_bytes: int, how: str) -> None:
         self.limit_bytes = limit_bytes
         self.how = how  # what enforces the limit, in words
 
+    @abstractmethod
     def command(self, command: Sequence[str]) -> list[str]:
         """Return the command line that runs `command` in the group, in the same process."""
-        raise NotImplementedError
 
     def usage(self) -> Usage:
         """Return the peak and the kills so far."""

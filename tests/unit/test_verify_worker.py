@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 import pytest
@@ -22,6 +23,9 @@ class Group(MemoryGroup):
     def __init__(self, oom_kills: int | None) -> None:
         super().__init__(1 << 20, "a test, 1.0 MiB")
         self._usage = Usage(None, oom_kills)
+
+    def command(self, command: Sequence[str]) -> list[str]:
+        return list(command)
 
     def usage(self) -> Usage:
         return self._usage
