@@ -127,11 +127,6 @@ class _Lanes:
 
         self.clock += 1
         used = experts >= 0
-        n_used = used.sum(axis=1)
-        fits = n_used <= self.n_slots
-        if not fits.all():
-            self.misses += np.where(fits, 0, n_used)
-            used &= fits[:, None]
         slot = self.slot_of[self.lanes, experts]
         lane, k = np.nonzero(used & (slot >= 0))
         at = slot[lane, k]
@@ -195,8 +190,8 @@ def replay(
 ) -> list[list[Replay]]:
     """Return for each size (slots of each layer) what each policy does: [size][policy].
 
-    "none" reads every expert that a token uses. A layer with fewer slots than a token uses experts
-    has no cache. `seed` is that of the random policy.
+    "none" reads every expert that a token uses. A layer with fewer slots than its router picks
+    experts for a token has no cache, as in a plan. `seed` is that of the random policy.
     """
     import numpy as np
 
@@ -208,14 +203,16 @@ def replay(
     slots = np.array(sizes, np.int64).reshape(n_sizes * n_layers)
     n_uses = (used >= 0).sum(axis=(0, 2))
     results: list[list[Replay]] = [[] for _ in sizes]
+    [cached] = np.nonzero(slots >= np.array([layer.n_used for layer in trace.layers])[lane_layer])
+    served = lane_layer[cached]
     for policy in policies:
-        if policy == NONE:
-            misses = np.tile(n_uses, (n_sizes, 1))
-        else:
-            lanes = _Lanes(policy, slots, n_experts, seed)
+        misses = n_uses[lane_layer]
+        if policy != NONE and len(cached):
+            lanes = _Lanes(policy, slots[cached], n_experts, seed)
             for at in range(len(used)):
-                lanes.step(used[at][lane_layer], upcoming[at][lane_layer])
-            misses = lanes.misses.reshape(n_sizes, n_layers)
+                lanes.step(used[at][served], upcoming[at][served])
+            misses[cached] = lanes.misses
+        misses = misses.reshape(n_sizes, n_layers)
         for i, size in enumerate(sizes):
             results[i].append(_result(trace, policy, size, n_uses.tolist(), misses[i].tolist()))
     return results

@@ -86,6 +86,12 @@ def test_a_layer_with_too_few_slots_for_a_token_has_no_cache() -> None:
     assert result.misses == (6, 2)
 
 
+def test_a_layer_without_a_cache_holds_nothing_between_tokens_that_would_fit() -> None:
+    # 2 slots for 3 picks: the second token names two experts only, and is read all the same.
+    [found] = replay(trace_of([[0, 0, 3], [0, 1, 2], [0, 0, 3]]), [*POLICIES, NONE], [[2]])
+    assert {result.misses for result in found} == {(7,)}
+
+
 def test_a_popular_expert_outlives_a_scan_and_a_forgotten_one_goes() -> None:
     scan = "00000" + "".join(f"{1 + i % 4}0" for i in range(8))
     assert misses(one_by_one(scan), "lfru", 2) == 1 + 8  # 0 once, the scan each time
@@ -129,8 +135,7 @@ def test_belady_is_the_optimum_that_trying_everything_finds(
     used: list[list[int]], slots: int
 ) -> None:
     sets = [frozenset(token) for token in used[:8]]
-    if max(map(len, sets)) > slots:
-        slots = max(map(len, sets))
+    slots = max(slots, len(used[0]))
 
     @cache
     def fewest(at: int, held: frozenset[int]) -> int:
