@@ -30,6 +30,8 @@ LAYERS = {
             ("nexus_ext.plugins",),
             ("nexus_ext.core",),
             ("nexus_ext.runtime",),
+            ("nexus_ext.multiplexer",),
+            ("nexus_ext.server",),
             ("nexus_ext.integrations",),
             ("nexus_ext.cli",),
         )

@@ -1,0 +1,1 @@
+"""Several models in one memory budget: which are in memory, who computes next, what is evicted."""
