@@ -72,6 +72,7 @@ class GenerateRequest:
     logprobs: int | None = None  # so many of the best alternatives of each token; None: none
     deadline_s: float | None = None  # from now until the first token; Overloaded when it passes
     session: str | None = None  # requests of one conversation: its KV state is worth keeping
+    special: bool = False  # whether control tokens that do not end the answer appear in its text
 
 
 @dataclass(frozen=True, slots=True)
