@@ -7,6 +7,7 @@ numbers and strings, not what they mean.
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import struct
@@ -27,18 +28,24 @@ _U64 = struct.Struct("<Q")
 class BoundedReader:
     """Reads little-endian values one after the other; `offset` is where the next one starts."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, embedded: tuple[bytes, int] | None = None) -> None:
+        """Read the file at `path`, or (first bytes, size) of a file that is kept in another."""
         self.path = path
         self.offset = 0
         self._buffer = bytearray()
+        self._file: io.RawIOBase | None = None
+        if embedded is not None:
+            self._buffer += embedded[0]
+            self.file_nbytes = embedded[1]
+            return
         try:
             # Before open(): opening a pipe would wait for its other end.
             if not stat.S_ISREG(os.stat(path).st_mode):
                 raise FormatError(f"{path}: is not a regular file", hint="Name a model file.")
-            self._file = open(path, "rb", buffering=0)
+            self._file = file = open(path, "rb", buffering=0)
         except OSError as error:
             raise _read_failed(path, 0, error) from error
-        self.file_nbytes = os.fstat(self._file.fileno()).st_size
+        self.file_nbytes = os.fstat(file.fileno()).st_size
 
     def __enter__(self) -> BoundedReader:
         return self
@@ -49,7 +56,8 @@ class BoundedReader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     @property
     def remaining_bytes(self) -> int:
@@ -143,6 +151,8 @@ class BoundedReader:
         """Have the first `end` bytes in the buffer; the caller has checked `end`."""
         while len(self._buffer) < end:
             start = len(self._buffer)
+            if self._file is None:
+                raise self.error(f"the embedded header has {start} bytes, {end} are needed")
             wanted = min(max(end, start + _CHUNK_BYTES), self.file_nbytes) - start
             try:
                 piece = os.pread(self._file.fileno(), wanted, start)

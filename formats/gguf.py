@@ -29,7 +29,11 @@ def open_gguf(path: str | os.PathLike[str]) -> Catalog:
     Raises FormatError for a file that breaks the format or that llama.cpp would refuse,
     ReadFailed for one that cannot be read.
     """
-    headers = _read_parts(os.fspath(path))
+    return catalog_of(read_parts(os.fspath(path)))
+
+
+def catalog_of(headers: list[Header]) -> Catalog:
+    """Return the catalog of the model whose parts have these headers, in order."""
     raw = [(index, tensor) for index, header in enumerate(headers) for tensor in header.tensors]
     _check_unique(headers, raw)
     tied = not any(tensor.name == "output.weight" for _, tensor in raw)
@@ -76,7 +80,8 @@ def _fingerprint(headers: list[Header]) -> str:
     return digest.hexdigest()
 
 
-def _read_parts(path: str) -> list[Header]:
+def read_parts(path: str) -> list[Header]:
+    """Read the headers of all parts of the model of which `path` is one, in their order."""
     given = read_header(path)
     count = _split_number(given, "split.count", 1)
     if count <= 1:

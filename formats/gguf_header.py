@@ -115,24 +115,37 @@ def read_header(path: str) -> Header:
     be read.
     """
     with BoundedReader(path) as reader:
-        n_tensors, n_pairs = _read_preamble(reader)
-        metadata, spans = _read_pairs(reader, n_pairs)
-        alignment = _alignment(reader, metadata)
-        infos = [_read_info(reader) for _ in range(n_tensors)]
-        end = reader.offset
-        if n_tensors:
-            reader.skip(padded(end, alignment) - end, f"the padding to {alignment} bytes")
-        encoded = reader.header(reader.offset)
-        tensors = _place(reader, infos, alignment)
-        return Header(
-            path=path,
-            file_nbytes=reader.file_nbytes,
-            alignment=alignment,
-            metadata=metadata,
-            pairs={key: encoded[start:stop] for key, (start, stop) in spans.items()},
-            tensors=tensors,
-            encoded=encoded,
-        )
+        return _read(reader)
+
+
+def parse_header(name: str, encoded: bytes, file_nbytes: int) -> Header:
+    """Read and check a header that is kept apart from its file of `file_nbytes`.
+
+    `name` stands for the file in messages. Raises FormatError, also where `encoded` is too short.
+    """
+    with BoundedReader(name, (encoded, file_nbytes)) as reader:
+        return _read(reader)
+
+
+def _read(reader: BoundedReader) -> Header:
+    n_tensors, n_pairs = _read_preamble(reader)
+    metadata, spans = _read_pairs(reader, n_pairs)
+    alignment = _alignment(reader, metadata)
+    infos = [_read_info(reader) for _ in range(n_tensors)]
+    end = reader.offset
+    if n_tensors:
+        reader.skip(padded(end, alignment) - end, f"the padding to {alignment} bytes")
+    encoded = reader.header(reader.offset)
+    tensors = _place(reader, infos, alignment)
+    return Header(
+        path=reader.path,
+        file_nbytes=reader.file_nbytes,
+        alignment=alignment,
+        metadata=metadata,
+        pairs={key: encoded[start:stop] for key, (start, stop) in spans.items()},
+        tensors=tensors,
+        encoded=encoded,
+    )
 
 
 def _read_preamble(reader: BoundedReader) -> tuple[int, int]:

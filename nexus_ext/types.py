@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal, Protocol
 
 
 class Role(str, Enum):
@@ -84,8 +85,60 @@ class ModelShape:
 
 
 @dataclass(frozen=True, slots=True)
+class Chunk:
+    """A part of a tensor that is stored, checked and decoded by itself."""
+
+    file: int  # index into Catalog.files
+    offset: int  # bytes from the start of that file
+    stored_nbytes: int
+    raw_nbytes: int  # decoded
+    codec: str  # "raw", "ans", "zstd", or of a plugin
+    hash: int  # xxh3-64 of the stored bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TensorChunks:
+    """How one tensor is cut: byte `i` of matrix `m` is in chunk `m * per_matrix + i // nbytes`."""
+
+    n_matrices: int  # the experts of a tensor that is stored by expert, else 1
+    matrix_nbytes: int
+    chunk_nbytes: int  # decoded, of every chunk but the last of each matrix
+    chunks: tuple[Chunk, ...]  # by matrix, then by place in it
+
+    @property
+    def per_matrix(self) -> int:
+        return len(self.chunks) // self.n_matrices
+
+    def of_matrix(self, matrix: int) -> tuple[Chunk, ...]:
+        """Return the chunks of one matrix: of one expert."""
+        return self.chunks[matrix * self.per_matrix : (matrix + 1) * self.per_matrix]
+
+    def span(self) -> tuple[int, int, int] | None:
+        """Return (file, offset, bytes) if the tensor lies there as it is, else None."""
+        first = self.chunks[0]
+        end = first.offset
+        for chunk in self.chunks:
+            if chunk.codec != "raw" or chunk.file != first.file or chunk.offset != end:
+                return None
+            end += chunk.stored_nbytes
+        return first.file, first.offset, end - first.offset
+
+
+class ChunkTable(Protocol):
+    """Where the bytes of the tensors of a container with chunks are."""
+
+    def chunks_of(self, tensor: str) -> TensorChunks:
+        """Return the chunks of a tensor of the catalog; KeyError for another name."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class Catalog:
-    """Everything that a model's header says, and nothing of its weights."""
+    """Everything that a model's header says, and nothing of its weights.
+
+    In a container with chunks ("nxf"), `file` and `offset` of a tensor are those of its first
+    chunk; where all of its bytes are, and how they are encoded, `chunks` alone says.
+    """
 
     files: tuple[FileInfo, ...]
     shape: ModelShape
@@ -97,6 +150,8 @@ class Catalog:
     header: bytes
     virtual_offsets: tuple[int, ...]
     virtual_nbytes: int
+    container: Literal["gguf", "nxf"] = "gguf"
+    chunks: ChunkTable | None = None  # None where tensors lie in the files as they are
 
     @property
     def nbytes(self) -> int:
