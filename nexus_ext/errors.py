@@ -63,6 +63,17 @@ class ReadFailed(NexusError, OSError):
         self.errno = errno
 
 
+class WriteFailed(NexusError, OSError):
+    """A file could not be written, for lack of space for instance: `path` and `errno` say why."""
+
+    code = "write_failed"
+
+    def __init__(self, message: str, *, hint: str = "", path: str = "", errno: int = 0) -> None:
+        super().__init__(message, hint=hint)
+        self.path = path
+        self.errno = errno
+
+
 class ModelChanged(ReadFailed):
     """The model file was truncated or overwritten while it was in use."""
 

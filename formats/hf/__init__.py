@@ -1,0 +1,1 @@
+"""Models of the Hugging Face hub: a folder of safetensors, a configuration and a tokenizer."""
