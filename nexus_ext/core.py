@@ -279,6 +279,35 @@ class Model:
             at += n_tokens * n_used
         return entries
 
+    def attach_residual(self, tensor: str, codes: Any, scales: Any, k: int) -> None:
+        """Correct the products of `tensor` with a single column in its `k` largest input channels.
+
+        codes, scales: contiguous buffers of uint8 and float32, as `kernels.Residual` has them; they
+        are copied. Changes what the model says. UsageError when they do not fit the tensor or it
+        has a residual already.
+        """
+        error = ffi.new("nx_error *")
+        nibbles, factors = ffi.from_buffer(codes), ffi.from_buffer("float[]", scales)
+        status = lib.nx_model_attach_residual(
+            self.pointer, tensor.encode(), nibbles, len(nibbles), factors, len(factors), k, error
+        )
+        if status in (lib.NX_E_INVALID, lib.NX_E_BUSY):
+            raise UsageError(_text(error.text), hint="encode it from this tensor, attach it once")
+        if status != lib.NX_OK:
+            raise error_of(error, "attaching a residual")
+
+    def set_residual_k(self, tensor: str, k: int) -> None:
+        """Correct `k` input channels of `tensor` from the next graph on; 0: none.
+
+        UsageError when the tensor has no residual.
+        """
+        if lib.nx_model_set_residual_k(self.pointer, tensor.encode(), k) != lib.NX_OK:
+            raise UsageError(f"tensor {tensor} has no residual", hint="attach one first")
+
+    def attached_bytes(self) -> int:
+        """Return the memory that what was attached takes."""
+        return int(lib.nx_model_attached_bytes(self.pointer))
+
     def inject(self, kind: str, begin: int = 0, end: int = 2**63, count: int = -1) -> None:
         """For tests: let reads of [begin, end) fail as `kind` ("eio", "short", "eof") says."""
         fault = ffi.new("nx_fault *")

@@ -10,6 +10,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "attach_internal.h"
 #include "cache.h"
 #include "manifest.h"
 
@@ -216,6 +217,7 @@ static void model_free(nx_model *m) {
     nx_io_destroy(m->load_io); /* waits for reads in flight: they write into our memory */
     nx_pager_free(m);
     nx_cache_free(m); /* after the engine: its reads wrote here */
+    nx_attachments_free(m);
     nx_memory_unmap(m->pinned, m->pinned_bytes);
     for (uint32_t i = 0; i < m->n_files; i++) {
         if (m->files[i].file) nx_file_close(m->files[i].file);

@@ -9,7 +9,7 @@ native=$here/../../nexus_ext/native
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 cc=${CC:-cc}
-warnings="-std=c11 -Wall -Wextra -Werror"
+warnings="-std=c11 -ffp-contract=off -Wall -Wextra -Werror"
 sanitize="-O1 -g -fno-omit-frame-pointer"
 include="-I$native/include -I$native -I$here"
 case $(uname -s) in

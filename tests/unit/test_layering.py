@@ -29,6 +29,7 @@ LAYERS = {
             ("nexus_ext.plugin_registry",),
             ("nexus_ext.plugins",),
             ("nexus_ext.core",),
+            ("nexus_ext.kernels",),
             ("nexus_ext.runtime",),
             ("nexus_ext.multiplexer",),
             ("nexus_ext.server",),

@@ -59,6 +59,7 @@ bool gx_resolve(const void *inside_host, char *why, size_t why_size) {
     gx.op_view = by_name(gx.op_name, "VIEW", 64);
     gx.op_permute = by_name(gx.op_name, "PERMUTE", 64);
     gx.op_transpose = by_name(gx.op_name, "TRANSPOSE", 64);
+    gx.op_custom = by_name(gx.op_name, "CUSTOM", 128);
     gx.type_f32 = by_name(gx.type_name, "f32", 40);
     gx.type_i32 = by_name(gx.type_name, "i32", 40);
     if (gx.op_none < 0 || gx.op_mul_mat < 0 || gx.op_mul_mat_id < 0 || gx.op_get_rows < 0 ||

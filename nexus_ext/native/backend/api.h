@@ -73,6 +73,9 @@ typedef struct gx_api {
     int32_t op_reshape, op_view, op_permute, op_transpose;
     int32_t type_f32, type_i32;
     int32_t flag_compute; /* set on nodes that must be computed; 0 if this version has no such flag */
+    /* For operations of our own in the middle of a graph; -1 and 0 where this version cannot have them. */
+    int32_t op_custom;
+    size_t view_n_nodes, view_nodes; /* where a graph keeps how many nodes it has, and which */
     void *host;           /* the library that called us */
 } gx_api;
 

@@ -22,6 +22,7 @@ typedef struct nxb_backend {
     gx_graph *graph; /* for operations that we put together ourselves */
     struct nxb_use *uses;
     size_t uses_capacity;
+    struct nxb_ours *ours; /* operations of our own, see ours.c */
 } nxb_backend;
 
 /* Functions of the CPU backend that are not part of ggml's public interface. */

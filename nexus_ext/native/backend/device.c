@@ -16,7 +16,7 @@
 #include <strings.h>
 #include <sys/mman.h>
 
-#include "backend.h"
+#include "walk.h"
 
 #define PAGE 4096u
 #define THREADPOOL_PARAMS_BYTES 4096 /* more than ggml_threadpool_params has in any version */
@@ -288,6 +288,7 @@ static void backend_free(gx_backend *b) {
     gx.backend_free(own->cpu);
     gx.free(own->ctx);
     free(own->uses);
+    nxb_ours_free(own);
     free(own);
 }
 

@@ -77,6 +77,9 @@ static int find_uses(run *r, size_t *n_uses) {
             if (!e) continue;
             nxb_mark_computing(weight);
             int status = add_model(r, e->model);
+            const nx_attachment *attached = nx_extent_attached(e);
+            if (attached && s == 0 && node->src[0] == weight && status == GX_SUCCESS)
+                status = nxb_ours_note(r->own, i, attached);
             if (status == GX_SUCCESS && e->tier == NX_TIER_NVME)
                 status = add_use(r->own, n_uses,
                                  (nxb_use){.node = i, .kind = kind_of(node, s, weight), .extent = e, .weight = weight});
@@ -134,7 +137,8 @@ int nxb_flush(run *r, int end) {
     for (int i = r->begin; i < end && !any; i++) any = is_computed(r->nodes[i]);
     if (any) {
         gx_graph_value view = gx.graph_view(r->graph, r->begin, end);
-        status = compute(r, (gx_graph *)&view, r->begin);
+        status = nxb_ours_insert(r, &view, r->begin, end);
+        if (status == GX_SUCCESS) status = compute(r, (gx_graph *)&view, r->begin);
     }
     r->begin = end;
     release_held(r);
@@ -187,7 +191,7 @@ static int run_slabs(run *r, const nxb_use *use) {
         done += (uint32_t)n;
     }
     r->begin = use->node + 1;
-    return status;
+    return status == GX_SUCCESS ? nxb_ours_after(r, use->node) : status;
 }
 
 /* A matrix that is one slab: put in place, computed with the segment. */
@@ -347,6 +351,7 @@ int nxb_graph_compute(gx_backend *backend, gx_graph *graph) {
     nxb_backend *own = backend->context;
     run r = {.own = own, .graph = graph, .nodes = gx.graph_nodes(graph)};
     size_t n_uses = 0, begun = 0;
+    nxb_ours_clear(own);
     int status = find_uses(&r, &n_uses);
     if (status == GX_SUCCESS && r.n_models == 0) return gx.backend_graph_compute_async(own->cpu, graph);
     const uint64_t begin = nx_now_ns();

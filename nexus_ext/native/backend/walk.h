@@ -3,6 +3,7 @@
 #define NEXUS_WALK_H
 
 #include "backend.h"
+#include "nexus_attach.h"
 
 #define NXB_MAX_MODELS 4 /* in one graph: a draft head that borrows the target's embedding makes two */
 
@@ -38,6 +39,16 @@ typedef struct nxb_run {
     size_t n_placed;
     nxb_decision decision;
 } nxb_run;
+
+/* Our own operations, see ours.c. Note that `node` multiplies by a weight with an attachment; all of them
+ * are noted in order, before the walk begins. */
+int nxb_ours_note(nxb_backend *, int node, const nx_attachment *);
+void nxb_ours_clear(nxb_backend *);
+void nxb_ours_free(nxb_backend *);
+/* Put into `view` (the nodes from `begin` to `end`) what we compute ourselves. */
+int nxb_ours_insert(nxb_run *, gx_graph_value *view, int begin, int end);
+/* `node` was computed apart from the graph: compute what comes after it. */
+int nxb_ours_after(nxb_run *, int node);
 
 int nxb_status(nx_status);
 /* Compute the nodes up to, not including, `end`, and release the slabs that they used. */

@@ -1,4 +1,4 @@
-/* Written by build.py with cffi 2.1.1 from 10f15621be81e2aa8169b1e7cc41b757fe42b09dfa4e8a4edbe3d559348fec04. */
+/* Written by build.py with cffi 2.1.1 from 0abfffaf3a0b1bda2ec0b0c7cb985ecc2abb5373bd75ee8e633b34df5de19d8d. */
 #define _CFFI_
 
 /* We try to define Py_LIMITED_API before including Python.h.
@@ -584,139 +584,221 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 #include "nexus_io.h"
 #include "nexus_core.h"
 #include "nexus_membench.h"
+#include "nexus_kernels.h"
+#include "nexus_attach.h"
+#include "nexus_residual.h"
 
 
 /************************************************************/
 
 static void *_cffi_types[] = {
-/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 76), // FILE *()(nx_model *, int *)
-/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 123), // nx_model *
-/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 90), // int *
+/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 129), // FILE *()(nx_model *, int *)
+/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 199), // nx_model *
+/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 149), // int *
 /*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 103), // _Bool()(void *)
-/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 127), // void *
+/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 179), // _Bool()(void *)
+/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 206), // void *
 /*  6 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  7 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // char const *()(nx_model const *)
-/*  8 */ _CFFI_OP(_CFFI_OP_POINTER, 123), // nx_model const *
+/*  7 */ _CFFI_OP(_CFFI_OP_FUNCTION, 31), // char const *()(nx_isa)
+/*  8 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_isa
 /*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // char const *()(nx_status)
-/* 11 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_status
+/* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION, 31), // char const *()(nx_model const *)
+/* 11 */ _CFFI_OP(_CFFI_OP_POINTER, 199), // nx_model const *
 /* 12 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // char const *()(void)
-/* 14 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 15 */ _CFFI_OP(_CFFI_OP_FUNCTION, 90), // int()(void *, uint64_t, uint64_t)
-/* 16 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 17 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
-/* 18 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 19 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION, 90), // int()(void)
-/* 21 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 22 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(char const *, nx_io_mode, nx_file * *)
-/* 23 */ _CFFI_OP(_CFFI_OP_POINTER, 104), // char const *
-/* 24 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // nx_io_mode
-/* 25 */ _CFFI_OP(_CFFI_OP_POINTER, 79), // nx_file * *
-/* 26 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 27 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(char const *, nx_probe_options const *, nx_probe_result *)
-/* 28 */ _CFFI_OP(_CFFI_OP_NOOP, 23),
-/* 29 */ _CFFI_OP(_CFFI_OP_POINTER, 124), // nx_probe_options const *
-/* 30 */ _CFFI_OP(_CFFI_OP_POINTER, 125), // nx_probe_result *
-/* 31 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 32 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(char const *, size_t, void const *, size_t, nx_model * *, nx_error *)
-/* 33 */ _CFFI_OP(_CFFI_OP_NOOP, 23),
-/* 34 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
-/* 35 */ _CFFI_OP(_CFFI_OP_POINTER, 127), // void const *
-/* 36 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 37 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // nx_model * *
-/* 38 */ _CFFI_OP(_CFFI_OP_POINTER, 116), // nx_error *
+/* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION, 31), // char const *()(nx_status)
+/* 14 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // nx_status
+/* 15 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 31), // char const *()(void)
+/* 17 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION, 149), // int()(nx_isa)
+/* 19 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
+/* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 21 */ _CFFI_OP(_CFFI_OP_FUNCTION, 149), // int()(void *, uint64_t, uint64_t)
+/* 22 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 23 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
+/* 24 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 25 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 26 */ _CFFI_OP(_CFFI_OP_FUNCTION, 149), // int()(void)
+/* 27 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 28 */ _CFFI_OP(_CFFI_OP_FUNCTION, 8), // nx_isa()(void)
+/* 29 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 30 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_io_mode, nx_file * *)
+/* 31 */ _CFFI_OP(_CFFI_OP_POINTER, 180), // char const *
+/* 32 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // nx_io_mode
+/* 33 */ _CFFI_OP(_CFFI_OP_POINTER, 138), // nx_file * *
+/* 34 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 35 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_probe_options const *, nx_probe_result *)
+/* 36 */ _CFFI_OP(_CFFI_OP_NOOP, 31),
+/* 37 */ _CFFI_OP(_CFFI_OP_POINTER, 200), // nx_probe_options const *
+/* 38 */ _CFFI_OP(_CFFI_OP_POINTER, 201), // nx_probe_result *
 /* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(nx_membench_options const *, nx_membench_result *)
-/* 41 */ _CFFI_OP(_CFFI_OP_POINTER, 121), // nx_membench_options const *
-/* 42 */ _CFFI_OP(_CFFI_OP_POINTER, 122), // nx_membench_result *
-/* 43 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 44 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(nx_model *, char const *)
-/* 45 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 46 */ _CFFI_OP(_CFFI_OP_NOOP, 23),
+/* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, size_t, void const *, size_t, nx_model * *, nx_error *)
+/* 41 */ _CFFI_OP(_CFFI_OP_NOOP, 31),
+/* 42 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
+/* 43 */ _CFFI_OP(_CFFI_OP_POINTER, 206), // void const *
+/* 44 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 45 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // nx_model * *
+/* 46 */ _CFFI_OP(_CFFI_OP_POINTER, 192), // nx_error *
 /* 47 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 48 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(nx_model *, int(*)(void *, uint64_t, uint64_t), void *)
-/* 49 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 50 */ _CFFI_OP(_CFFI_OP_POINTER, 15), // int(*)(void *, uint64_t, uint64_t)
-/* 51 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 52 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 53 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(nx_model *, nx_fault const *)
-/* 54 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 55 */ _CFFI_OP(_CFFI_OP_POINTER, 118), // nx_fault const *
-/* 56 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 57 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
-/* 58 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
-/* 59 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
-/* 60 */ _CFFI_OP(_CFFI_OP_POINTER, 120), // nx_file_info *
-/* 61 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 62 */ _CFFI_OP(_CFFI_OP_FUNCTION, 34), // size_t()(nx_model *, int32_t *, size_t)
-/* 63 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 64 */ _CFFI_OP(_CFFI_OP_POINTER, 114), // int32_t *
-/* 65 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 67 */ _CFFI_OP(_CFFI_OP_FUNCTION, 34), // size_t()(nx_model *, nx_event *, size_t)
-/* 68 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 69 */ _CFFI_OP(_CFFI_OP_POINTER, 117), // nx_event *
-/* 70 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 71 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 72 */ _CFFI_OP(_CFFI_OP_FUNCTION, 17), // uint64_t()(nx_model const *)
-/* 73 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
-/* 74 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 75 */ _CFFI_OP(_CFFI_OP_FUNCTION, 127), // void()(FILE *)
-/* 76 */ _CFFI_OP(_CFFI_OP_POINTER, 102), // FILE *
-/* 77 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 78 */ _CFFI_OP(_CFFI_OP_FUNCTION, 127), // void()(nx_file *)
-/* 79 */ _CFFI_OP(_CFFI_OP_POINTER, 119), // nx_file *
-/* 80 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 81 */ _CFFI_OP(_CFFI_OP_FUNCTION, 127), // void()(nx_file const *, nx_file_info *)
-/* 82 */ _CFFI_OP(_CFFI_OP_POINTER, 119), // nx_file const *
-/* 83 */ _CFFI_OP(_CFFI_OP_NOOP, 60),
-/* 84 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 85 */ _CFFI_OP(_CFFI_OP_FUNCTION, 127), // void()(nx_model *)
-/* 86 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 87 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION, 127), // void()(nx_model *, int)
-/* 89 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 90 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
-/* 91 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 92 */ _CFFI_OP(_CFFI_OP_FUNCTION, 127), // void()(nx_model *, nx_error *)
-/* 93 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 94 */ _CFFI_OP(_CFFI_OP_NOOP, 38),
-/* 95 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 96 */ _CFFI_OP(_CFFI_OP_FUNCTION, 127), // void()(nx_model *, nx_stats *)
-/* 97 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 98 */ _CFFI_OP(_CFFI_OP_POINTER, 126), // nx_stats *
-/* 99 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 100 */ _CFFI_OP(_CFFI_OP_FUNCTION, 127), // void()(void)
-/* 101 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 102 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // FILE
-/* 103 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
-/* 104 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
-/* 105 */ _CFFI_OP(_CFFI_OP_ARRAY, 104), // char[128]
-/* 106 */ (_cffi_opcode_t)(128),
-/* 107 */ _CFFI_OP(_CFFI_OP_ARRAY, 104), // char[256]
-/* 108 */ (_cffi_opcode_t)(256),
-/* 109 */ _CFFI_OP(_CFFI_OP_ARRAY, 104), // char[512]
-/* 110 */ (_cffi_opcode_t)(512),
-/* 111 */ _CFFI_OP(_CFFI_OP_ARRAY, 104), // char[96]
-/* 112 */ (_cffi_opcode_t)(96),
-/* 113 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
-/* 114 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
-/* 115 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
-/* 116 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_error
-/* 117 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_event
-/* 118 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_fault
-/* 119 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_file
-/* 120 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_file_info
-/* 121 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_membench_options
-/* 122 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_result
-/* 123 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // nx_model
-/* 124 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_probe_options
-/* 125 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_probe_result
-/* 126 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_stats
-/* 127 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
+/* 48 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(float const *, size_t, uint32_t, uint32_t, uint32_t, uint32_t, uint8_t *, float *)
+/* 49 */ _CFFI_OP(_CFFI_OP_POINTER, 102), // float const *
+/* 50 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 51 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
+/* 52 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 53 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 54 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 55 */ _CFFI_OP(_CFFI_OP_POINTER, 205), // uint8_t *
+/* 56 */ _CFFI_OP(_CFFI_OP_POINTER, 102), // float *
+/* 57 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 58 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_isa)
+/* 59 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
+/* 60 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 61 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_membench_options const *, nx_membench_result *)
+/* 62 */ _CFFI_OP(_CFFI_OP_POINTER, 197), // nx_membench_options const *
+/* 63 */ _CFFI_OP(_CFFI_OP_POINTER, 198), // nx_membench_result *
+/* 64 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 65 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *)
+/* 66 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 67 */ _CFFI_OP(_CFFI_OP_NOOP, 31),
+/* 68 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 69 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, uint32_t)
+/* 70 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 71 */ _CFFI_OP(_CFFI_OP_NOOP, 31),
+/* 72 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 73 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 74 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, void const *, uint64_t, float const *, uint64_t, uint32_t, nx_error *)
+/* 75 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 76 */ _CFFI_OP(_CFFI_OP_NOOP, 31),
+/* 77 */ _CFFI_OP(_CFFI_OP_NOOP, 43),
+/* 78 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 79 */ _CFFI_OP(_CFFI_OP_NOOP, 49),
+/* 80 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 81 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 82 */ _CFFI_OP(_CFFI_OP_NOOP, 46),
+/* 83 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 84 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, int(*)(void *, uint64_t, uint64_t), void *)
+/* 85 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 86 */ _CFFI_OP(_CFFI_OP_POINTER, 21), // int(*)(void *, uint64_t, uint64_t)
+/* 87 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 89 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nx_fault const *)
+/* 90 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 91 */ _CFFI_OP(_CFFI_OP_POINTER, 194), // nx_fault const *
+/* 92 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 93 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
+/* 94 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 95 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 96 */ _CFFI_OP(_CFFI_OP_POINTER, 196), // nx_file_info *
+/* 97 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 98 */ _CFFI_OP(_CFFI_OP_FUNCTION, 42), // size_t()(float const *, uint32_t, uint32_t, float, float, uint32_t *)
+/* 99 */ _CFFI_OP(_CFFI_OP_NOOP, 49),
+/* 100 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 101 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 102 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13), // float
+/* 103 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13),
+/* 104 */ _CFFI_OP(_CFFI_OP_POINTER, 51), // uint32_t *
+/* 105 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 106 */ _CFFI_OP(_CFFI_OP_FUNCTION, 42), // size_t()(float const *, uint32_t, uint32_t, uint32_t *)
+/* 107 */ _CFFI_OP(_CFFI_OP_NOOP, 49),
+/* 108 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 109 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 110 */ _CFFI_OP(_CFFI_OP_NOOP, 104),
+/* 111 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 112 */ _CFFI_OP(_CFFI_OP_FUNCTION, 42), // size_t()(nx_model *, int32_t *, size_t)
+/* 113 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 114 */ _CFFI_OP(_CFFI_OP_POINTER, 190), // int32_t *
+/* 115 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 116 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 117 */ _CFFI_OP(_CFFI_OP_FUNCTION, 42), // size_t()(nx_model *, nx_event *, size_t)
+/* 118 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 119 */ _CFFI_OP(_CFFI_OP_POINTER, 193), // nx_event *
+/* 120 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 121 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 122 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *)
+/* 123 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 124 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 125 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(uint32_t)
+/* 126 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 127 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 128 */ _CFFI_OP(_CFFI_OP_FUNCTION, 206), // void()(FILE *)
+/* 129 */ _CFFI_OP(_CFFI_OP_POINTER, 178), // FILE *
+/* 130 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 131 */ _CFFI_OP(_CFFI_OP_FUNCTION, 206), // void()(float const *, uint32_t const *, size_t, float *)
+/* 132 */ _CFFI_OP(_CFFI_OP_NOOP, 49),
+/* 133 */ _CFFI_OP(_CFFI_OP_POINTER, 51), // uint32_t const *
+/* 134 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 135 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
+/* 136 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 137 */ _CFFI_OP(_CFFI_OP_FUNCTION, 206), // void()(nx_file *)
+/* 138 */ _CFFI_OP(_CFFI_OP_POINTER, 195), // nx_file *
+/* 139 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 140 */ _CFFI_OP(_CFFI_OP_FUNCTION, 206), // void()(nx_file const *, nx_file_info *)
+/* 141 */ _CFFI_OP(_CFFI_OP_POINTER, 195), // nx_file const *
+/* 142 */ _CFFI_OP(_CFFI_OP_NOOP, 96),
+/* 143 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 144 */ _CFFI_OP(_CFFI_OP_FUNCTION, 206), // void()(nx_model *)
+/* 145 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 146 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 147 */ _CFFI_OP(_CFFI_OP_FUNCTION, 206), // void()(nx_model *, int)
+/* 148 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 149 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
+/* 150 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 151 */ _CFFI_OP(_CFFI_OP_FUNCTION, 206), // void()(nx_model *, nx_error *)
+/* 152 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 153 */ _CFFI_OP(_CFFI_OP_NOOP, 46),
+/* 154 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 155 */ _CFFI_OP(_CFFI_OP_FUNCTION, 206), // void()(nx_model *, nx_stats *)
+/* 156 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 157 */ _CFFI_OP(_CFFI_OP_POINTER, 203), // nx_stats *
+/* 158 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 159 */ _CFFI_OP(_CFFI_OP_FUNCTION, 206), // void()(nx_residual_matrix const *, uint32_t const *, float const *, size_t, uint32_t, uint32_t, float *, float *)
+/* 160 */ _CFFI_OP(_CFFI_OP_POINTER, 202), // nx_residual_matrix const *
+/* 161 */ _CFFI_OP(_CFFI_OP_NOOP, 133),
+/* 162 */ _CFFI_OP(_CFFI_OP_NOOP, 49),
+/* 163 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 164 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 165 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 166 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
+/* 167 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
+/* 168 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 169 */ _CFFI_OP(_CFFI_OP_FUNCTION, 206), // void()(nx_residual_matrix const *, uint32_t, uint32_t, float *, size_t)
+/* 170 */ _CFFI_OP(_CFFI_OP_NOOP, 160),
+/* 171 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 172 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 173 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
+/* 174 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 175 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 176 */ _CFFI_OP(_CFFI_OP_FUNCTION, 206), // void()(void)
+/* 177 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 178 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // FILE
+/* 179 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
+/* 180 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/* 181 */ _CFFI_OP(_CFFI_OP_ARRAY, 180), // char[128]
+/* 182 */ (_cffi_opcode_t)(128),
+/* 183 */ _CFFI_OP(_CFFI_OP_ARRAY, 180), // char[256]
+/* 184 */ (_cffi_opcode_t)(256),
+/* 185 */ _CFFI_OP(_CFFI_OP_ARRAY, 180), // char[512]
+/* 186 */ (_cffi_opcode_t)(512),
+/* 187 */ _CFFI_OP(_CFFI_OP_ARRAY, 180), // char[96]
+/* 188 */ (_cffi_opcode_t)(96),
+/* 189 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
+/* 190 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
+/* 191 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
+/* 192 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_error
+/* 193 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_event
+/* 194 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_fault
+/* 195 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // nx_file
+/* 196 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_file_info
+/* 197 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_membench_options
+/* 198 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_result
+/* 199 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // nx_model
+/* 200 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_probe_options
+/* 201 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_probe_result
+/* 202 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_residual_matrix
+/* 203 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // nx_stats
+/* 204 */ _CFFI_OP(_CFFI_OP_POINTER, 205), // uint8_t const *
+/* 205 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
+/* 206 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
 
 _CFFI_UNUSED_FN
@@ -789,6 +871,41 @@ static int _cffi_const_NX_IO_BUFFERED(unsigned long long *o)
   return n;
 }
 
+static int _cffi_const_NX_ISA_REF(unsigned long long *o)
+{
+  int n = (NX_ISA_REF) <= 0;
+  *o = (unsigned long long)((NX_ISA_REF) | 0);  /* check that NX_ISA_REF is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_ISA_AVX2(unsigned long long *o)
+{
+  int n = (NX_ISA_AVX2) <= 0;
+  *o = (unsigned long long)((NX_ISA_AVX2) | 0);  /* check that NX_ISA_AVX2 is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_ISA_AVX512(unsigned long long *o)
+{
+  int n = (NX_ISA_AVX512) <= 0;
+  *o = (unsigned long long)((NX_ISA_AVX512) | 0);  /* check that NX_ISA_AVX512 is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_ISA_NEON(unsigned long long *o)
+{
+  int n = (NX_ISA_NEON) <= 0;
+  *o = (unsigned long long)((NX_ISA_NEON) | 0);  /* check that NX_ISA_NEON is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_ISA_COUNT(unsigned long long *o)
+{
+  int n = (NX_ISA_COUNT) <= 0;
+  *o = (unsigned long long)((NX_ISA_COUNT) | 0);  /* check that NX_ISA_COUNT is an integer */
+  return n;
+}
+
 _CFFI_UNUSED_FN
 static void _cffi_checkfld_typedef_nx_membench_options(nx_membench_options *p)
 {
@@ -843,6 +960,18 @@ static void _cffi_checkfld_typedef_nx_probe_result(nx_probe_result *p)
   (void)((p->sys_errno) | 0);  /* check that 'nx_probe_result.sys_errno' is an integer */
 }
 struct _cffi_align_typedef_nx_probe_result { char x; nx_probe_result y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_nx_residual_matrix(nx_residual_matrix *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->n_in) | 0);  /* check that 'nx_residual_matrix.n_in' is an integer */
+  (void)((p->n_out) | 0);  /* check that 'nx_residual_matrix.n_out' is an integer */
+  { uint8_t const * *tmp = &p->codes; (void)tmp; }
+  { float const * *tmp = &p->scales; (void)tmp; }
+}
+struct _cffi_align_typedef_nx_residual_matrix { char x; nx_residual_matrix y; };
 
 _CFFI_UNUSED_FN
 static void _cffi_checkfld_typedef_nx_stats(nx_stats *p)
@@ -998,10 +1127,10 @@ _cffi_f_nx_cache_set_policy(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(23), arg1, (char **)&x1);
+      _cffi_type(31), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(23), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(31), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1013,7 +1142,7 @@ _cffi_f_nx_cache_set_policy(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(11));
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -1034,10 +1163,10 @@ _cffi_f_nx_file_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(79), arg0, (char **)&x0);
+      _cffi_type(138), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(79), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(138), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1076,19 +1205,19 @@ _cffi_f_nx_file_get_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(82), arg0, (char **)&x0);
+      _cffi_type(141), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(82), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(141), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(60), arg1, (char **)&x1);
+      _cffi_type(96), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_file_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(60), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(96), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1131,22 +1260,22 @@ _cffi_f_nx_file_open(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(23), arg0, (char **)&x0);
+      _cffi_type(31), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(23), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(31), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
-  if (_cffi_to_c((char *)&x1, _cffi_type(24), arg1) < 0)
+  if (_cffi_to_c((char *)&x1, _cffi_type(32), arg1) < 0)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(25), arg2, (char **)&x2);
+      _cffi_type(33), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_file * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(25), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(33), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1158,7 +1287,7 @@ _cffi_f_nx_file_open(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(11));
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -1325,28 +1454,28 @@ _cffi_f_nx_io_probe(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(23), arg0, (char **)&x0);
+      _cffi_type(31), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(23), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(31), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(29), arg1, (char **)&x1);
+      _cffi_type(37), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_probe_options const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(29), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(37), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(30), arg2, (char **)&x2);
+      _cffi_type(38), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_probe_result *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(30), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(38), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1358,12 +1487,151 @@ _cffi_f_nx_io_probe(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(11));
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
 #else
 #  define _cffi_f_nx_io_probe _cffi_d_nx_io_probe
+#endif
+
+static nx_isa _cffi_d_nx_kernels_isa(void)
+{
+  return nx_kernels_isa();
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_kernels_isa(PyObject *self, PyObject *noarg)
+{
+  nx_isa result;
+  PyObject *pyresult;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_kernels_isa(); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  (void)noarg; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(8));
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_kernels_isa _cffi_d_nx_kernels_isa
+#endif
+
+static char const * _cffi_d_nx_kernels_isa_name(nx_isa x0)
+{
+  return nx_kernels_isa_name(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_kernels_isa_name(PyObject *self, PyObject *arg0)
+{
+  nx_isa x0;
+  char const * result;
+  PyObject *pyresult;
+
+  if (_cffi_to_c((char *)&x0, _cffi_type(8), arg0) < 0)
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_kernels_isa_name(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(31));
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_kernels_isa_name _cffi_d_nx_kernels_isa_name
+#endif
+
+static int _cffi_d_nx_kernels_isa_usable(nx_isa x0)
+{
+  return nx_kernels_isa_usable(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_kernels_isa_usable(PyObject *self, PyObject *arg0)
+{
+  nx_isa x0;
+  int result;
+  PyObject *pyresult;
+
+  if (_cffi_to_c((char *)&x0, _cffi_type(8), arg0) < 0)
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_kernels_isa_usable(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_kernels_isa_usable _cffi_d_nx_kernels_isa_usable
+#endif
+
+static nx_status _cffi_d_nx_kernels_use_isa(nx_isa x0)
+{
+  return nx_kernels_use_isa(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_kernels_use_isa(PyObject *self, PyObject *arg0)
+{
+  nx_isa x0;
+  nx_status result;
+  PyObject *pyresult;
+
+  if (_cffi_to_c((char *)&x0, _cffi_type(8), arg0) < 0)
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_kernels_use_isa(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_kernels_use_isa _cffi_d_nx_kernels_use_isa
+#endif
+
+static char const * _cffi_d_nx_kernels_why(void)
+{
+  return nx_kernels_why();
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_kernels_why(PyObject *self, PyObject *noarg)
+{
+  char const * result;
+  PyObject *pyresult;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_kernels_why(); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  (void)noarg; /* unused */
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(31));
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_kernels_why _cffi_d_nx_kernels_why
 #endif
 
 static void _cffi_d_nx_loading_set(nx_model * x0)
@@ -1423,19 +1691,19 @@ _cffi_f_nx_membench_read(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(41), arg0, (char **)&x0);
+      _cffi_type(62), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_membench_options const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(41), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(62), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(42), arg1, (char **)&x1);
+      _cffi_type(63), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_membench_result *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(42), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(63), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1447,12 +1715,154 @@ _cffi_f_nx_membench_read(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(11));
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
 #else
 #  define _cffi_f_nx_membench_read _cffi_d_nx_membench_read
+#endif
+
+static nx_status _cffi_d_nx_model_attach_residual(nx_model * x0, char const * x1, void const * x2, uint64_t x3, float const * x4, uint64_t x5, uint32_t x6, nx_error * x7)
+{
+  return nx_model_attach_residual(x0, x1, x2, x3, x4, x5, x6, x7);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_attach_residual(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  char const * x1;
+  void const * x2;
+  uint64_t x3;
+  float const * x4;
+  uint64_t x5;
+  uint32_t x6;
+  nx_error * x7;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+  PyObject *arg4;
+  PyObject *arg5;
+  PyObject *arg6;
+  PyObject *arg7;
+
+  if (!PyArg_UnpackTuple(args, "nx_model_attach_residual", 8, 8, &arg0, &arg1, &arg2, &arg3, &arg4, &arg5, &arg6, &arg7))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(31), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(31), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(43), arg2, (char **)&x2);
+  if (datasize != 0) {
+    x2 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(43), arg2, (char **)&x2,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x3 = _cffi_to_c_int(arg3, uint64_t);
+  if (x3 == (uint64_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(49), arg4, (char **)&x4);
+  if (datasize != 0) {
+    x4 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(49), arg4, (char **)&x4,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x5 = _cffi_to_c_int(arg5, uint64_t);
+  if (x5 == (uint64_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x6 = _cffi_to_c_int(arg6, uint32_t);
+  if (x6 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(46), arg7, (char **)&x7);
+  if (datasize != 0) {
+    x7 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(46), arg7, (char **)&x7,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_model_attach_residual(x0, x1, x2, x3, x4, x5, x6, x7); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_model_attach_residual _cffi_d_nx_model_attach_residual
+#endif
+
+static uint64_t _cffi_d_nx_model_attached_bytes(nx_model const * x0)
+{
+  return nx_model_attached_bytes(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_attached_bytes(PyObject *self, PyObject *arg0)
+{
+  nx_model const * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  uint64_t result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(11), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(11), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_model_attached_bytes(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, uint64_t);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_model_attached_bytes _cffi_d_nx_model_attached_bytes
 #endif
 
 static void _cffi_d_nx_model_clear_error(nx_model * x0)
@@ -1592,10 +2002,10 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(23), arg0, (char **)&x0);
+      _cffi_type(31), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(23), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(31), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1605,10 +2015,10 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(35), arg2, (char **)&x2);
+      _cffi_type(43), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(35), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(43), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1618,19 +2028,19 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(37), arg4, (char **)&x4);
+      _cffi_type(45), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (nx_model * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(37), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(45), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(38), arg5, (char **)&x5);
+      _cffi_type(46), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(38), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(46), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1642,7 +2052,7 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(11));
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -1682,10 +2092,10 @@ _cffi_f_nx_model_events(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(69), arg1, (char **)&x1);
+      _cffi_type(119), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_event *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(69), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(119), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1732,10 +2142,10 @@ _cffi_f_nx_model_file_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(8), arg0, (char **)&x0);
+      _cffi_type(11), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_model const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(8), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(11), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1745,10 +2155,10 @@ _cffi_f_nx_model_file_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(60), arg2, (char **)&x2);
+      _cffi_type(96), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_file_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(60), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(96), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1760,7 +2170,7 @@ _cffi_f_nx_model_file_info(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(11));
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -1799,7 +2209,7 @@ _cffi_f_nx_model_finish_load(PyObject *self, PyObject *args)
       return NULL;
   }
 
-  x1 = (int(*)(void *, uint64_t, uint64_t))_cffi_to_c_pointer(arg1, _cffi_type(50));
+  x1 = (int(*)(void *, uint64_t, uint64_t))_cffi_to_c_pointer(arg1, _cffi_type(86));
   if (x1 == (int(*)(void *, uint64_t, uint64_t))NULL && PyErr_Occurred())
     return NULL;
 
@@ -1819,7 +2229,7 @@ _cffi_f_nx_model_finish_load(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(11));
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -1855,10 +2265,10 @@ _cffi_f_nx_model_get_stats(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(98), arg1, (char **)&x1);
+      _cffi_type(157), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_stats *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(98), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(157), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1908,10 +2318,10 @@ _cffi_f_nx_model_inject(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(55), arg1, (char **)&x1);
+      _cffi_type(91), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_fault const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(55), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(91), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1923,7 +2333,7 @@ _cffi_f_nx_model_inject(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(11));
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -1946,10 +2356,10 @@ _cffi_f_nx_model_io_engine(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(8), arg0, (char **)&x0);
+      _cffi_type(11), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_model const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(8), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(11), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1961,7 +2371,7 @@ _cffi_f_nx_model_io_engine(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(23));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(31));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -1997,10 +2407,10 @@ _cffi_f_nx_model_last_error(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(38), arg1, (char **)&x1);
+      _cffi_type(46), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(38), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(46), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2092,6 +2502,65 @@ _cffi_f_nx_model_reset_stats(PyObject *self, PyObject *arg0)
 #  define _cffi_f_nx_model_reset_stats _cffi_d_nx_model_reset_stats
 #endif
 
+static nx_status _cffi_d_nx_model_set_residual_k(nx_model * x0, char const * x1, uint32_t x2)
+{
+  return nx_model_set_residual_k(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_set_residual_k(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  char const * x1;
+  uint32_t x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "nx_model_set_residual_k", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(31), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(31), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, uint32_t);
+  if (x2 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_model_set_residual_k(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_model_set_residual_k _cffi_d_nx_model_set_residual_k
+#endif
+
 static FILE * _cffi_d_nx_model_stream(nx_model * x0, int * x1)
 {
   return nx_model_stream(x0, x1);
@@ -2137,7 +2606,7 @@ _cffi_f_nx_model_stream(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(76));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(129));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -2158,10 +2627,10 @@ _cffi_f_nx_model_stream_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(76), arg0, (char **)&x0);
+      _cffi_type(129), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (FILE *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(76), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(129), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2227,6 +2696,511 @@ _cffi_f_nx_model_trace(PyObject *self, PyObject *args)
 #  define _cffi_f_nx_model_trace _cffi_d_nx_model_trace
 #endif
 
+static void _cffi_d_nx_residual_add(nx_residual_matrix const * x0, uint32_t const * x1, float const * x2, size_t x3, uint32_t x4, uint32_t x5, float * x6, float * x7)
+{
+  nx_residual_add(x0, x1, x2, x3, x4, x5, x6, x7);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_residual_add(PyObject *self, PyObject *args)
+{
+  nx_residual_matrix const * x0;
+  uint32_t const * x1;
+  float const * x2;
+  size_t x3;
+  uint32_t x4;
+  uint32_t x5;
+  float * x6;
+  float * x7;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+  PyObject *arg4;
+  PyObject *arg5;
+  PyObject *arg6;
+  PyObject *arg7;
+
+  if (!PyArg_UnpackTuple(args, "nx_residual_add", 8, 8, &arg0, &arg1, &arg2, &arg3, &arg4, &arg5, &arg6, &arg7))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(160), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_residual_matrix const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(160), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(133), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(133), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(49), arg2, (char **)&x2);
+  if (datasize != 0) {
+    x2 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(49), arg2, (char **)&x2,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x3 = _cffi_to_c_int(arg3, size_t);
+  if (x3 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x4 = _cffi_to_c_int(arg4, uint32_t);
+  if (x4 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x5 = _cffi_to_c_int(arg5, uint32_t);
+  if (x5 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(56), arg6, (char **)&x6);
+  if (datasize != 0) {
+    x6 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(56), arg6, (char **)&x6,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(56), arg7, (char **)&x7);
+  if (datasize != 0) {
+    x7 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(56), arg7, (char **)&x7,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_residual_add(x0, x1, x2, x3, x4, x5, x6, x7); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_residual_add _cffi_d_nx_residual_add
+#endif
+
+static void _cffi_d_nx_residual_decode(nx_residual_matrix const * x0, uint32_t x1, uint32_t x2, float * x3, size_t x4)
+{
+  nx_residual_decode(x0, x1, x2, x3, x4);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_residual_decode(PyObject *self, PyObject *args)
+{
+  nx_residual_matrix const * x0;
+  uint32_t x1;
+  uint32_t x2;
+  float * x3;
+  size_t x4;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+  PyObject *arg4;
+
+  if (!PyArg_UnpackTuple(args, "nx_residual_decode", 5, 5, &arg0, &arg1, &arg2, &arg3, &arg4))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(160), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_residual_matrix const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(160), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, uint32_t);
+  if (x1 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x2 = _cffi_to_c_int(arg2, uint32_t);
+  if (x2 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(56), arg3, (char **)&x3);
+  if (datasize != 0) {
+    x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(56), arg3, (char **)&x3,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x4 = _cffi_to_c_int(arg4, size_t);
+  if (x4 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_residual_decode(x0, x1, x2, x3, x4); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_residual_decode _cffi_d_nx_residual_decode
+#endif
+
+static nx_status _cffi_d_nx_residual_encode(float const * x0, size_t x1, uint32_t x2, uint32_t x3, uint32_t x4, uint32_t x5, uint8_t * x6, float * x7)
+{
+  return nx_residual_encode(x0, x1, x2, x3, x4, x5, x6, x7);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_residual_encode(PyObject *self, PyObject *args)
+{
+  float const * x0;
+  size_t x1;
+  uint32_t x2;
+  uint32_t x3;
+  uint32_t x4;
+  uint32_t x5;
+  uint8_t * x6;
+  float * x7;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+  PyObject *arg4;
+  PyObject *arg5;
+  PyObject *arg6;
+  PyObject *arg7;
+
+  if (!PyArg_UnpackTuple(args, "nx_residual_encode", 8, 8, &arg0, &arg1, &arg2, &arg3, &arg4, &arg5, &arg6, &arg7))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(49), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(49), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, size_t);
+  if (x1 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x2 = _cffi_to_c_int(arg2, uint32_t);
+  if (x2 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x3 = _cffi_to_c_int(arg3, uint32_t);
+  if (x3 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x4 = _cffi_to_c_int(arg4, uint32_t);
+  if (x4 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x5 = _cffi_to_c_int(arg5, uint32_t);
+  if (x5 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(55), arg6, (char **)&x6);
+  if (datasize != 0) {
+    x6 = ((size_t)datasize) <= 640 ? (uint8_t *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(55), arg6, (char **)&x6,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(56), arg7, (char **)&x7);
+  if (datasize != 0) {
+    x7 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(56), arg7, (char **)&x7,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_residual_encode(x0, x1, x2, x3, x4, x5, x6, x7); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_residual_encode _cffi_d_nx_residual_encode
+#endif
+
+static void _cffi_d_nx_residual_products(float const * x0, uint32_t const * x1, size_t x2, float * x3)
+{
+  nx_residual_products(x0, x1, x2, x3);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_residual_products(PyObject *self, PyObject *args)
+{
+  float const * x0;
+  uint32_t const * x1;
+  size_t x2;
+  float * x3;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+
+  if (!PyArg_UnpackTuple(args, "nx_residual_products", 4, 4, &arg0, &arg1, &arg2, &arg3))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(49), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(49), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(133), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(133), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, size_t);
+  if (x2 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(56), arg3, (char **)&x3);
+  if (datasize != 0) {
+    x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(56), arg3, (char **)&x3,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_residual_products(x0, x1, x2, x3); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_residual_products _cffi_d_nx_residual_products
+#endif
+
+static uint64_t _cffi_d_nx_residual_row_bytes(uint32_t x0)
+{
+  return nx_residual_row_bytes(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_residual_row_bytes(PyObject *self, PyObject *arg0)
+{
+  uint32_t x0;
+  uint64_t result;
+  PyObject *pyresult;
+
+  x0 = _cffi_to_c_int(arg0, uint32_t);
+  if (x0 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_residual_row_bytes(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, uint64_t);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_residual_row_bytes _cffi_d_nx_residual_row_bytes
+#endif
+
+static size_t _cffi_d_nx_residual_select(float const * x0, uint32_t x1, uint32_t x2, uint32_t * x3)
+{
+  return nx_residual_select(x0, x1, x2, x3);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_residual_select(PyObject *self, PyObject *args)
+{
+  float const * x0;
+  uint32_t x1;
+  uint32_t x2;
+  uint32_t * x3;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  size_t result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+
+  if (!PyArg_UnpackTuple(args, "nx_residual_select", 4, 4, &arg0, &arg1, &arg2, &arg3))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(49), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(49), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, uint32_t);
+  if (x1 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x2 = _cffi_to_c_int(arg2, uint32_t);
+  if (x2 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(104), arg3, (char **)&x3);
+  if (datasize != 0) {
+    x3 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(104), arg3, (char **)&x3,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_residual_select(x0, x1, x2, x3); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, size_t);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_residual_select _cffi_d_nx_residual_select
+#endif
+
+static size_t _cffi_d_nx_residual_select_buckets(float const * x0, uint32_t x1, uint32_t x2, float x3, float x4, uint32_t * x5)
+{
+  return nx_residual_select_buckets(x0, x1, x2, x3, x4, x5);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_residual_select_buckets(PyObject *self, PyObject *args)
+{
+  float const * x0;
+  uint32_t x1;
+  uint32_t x2;
+  float x3;
+  float x4;
+  uint32_t * x5;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  size_t result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+  PyObject *arg4;
+  PyObject *arg5;
+
+  if (!PyArg_UnpackTuple(args, "nx_residual_select_buckets", 6, 6, &arg0, &arg1, &arg2, &arg3, &arg4, &arg5))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(49), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(49), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, uint32_t);
+  if (x1 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x2 = _cffi_to_c_int(arg2, uint32_t);
+  if (x2 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x3 = (float)_cffi_to_c_float(arg3);
+  if (x3 == (float)-1 && PyErr_Occurred())
+    return NULL;
+
+  x4 = (float)_cffi_to_c_float(arg4);
+  if (x4 == (float)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(104), arg5, (char **)&x5);
+  if (datasize != 0) {
+    x5 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(104), arg5, (char **)&x5,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_residual_select_buckets(x0, x1, x2, x3, x4, x5); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, size_t);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_residual_select_buckets _cffi_d_nx_residual_select_buckets
+#endif
+
 static uint64_t _cffi_d_nx_routing_lost(nx_model const * x0)
 {
   return nx_routing_lost(x0);
@@ -2242,10 +3216,10 @@ _cffi_f_nx_routing_lost(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(8), arg0, (char **)&x0);
+      _cffi_type(11), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_model const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(8), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(11), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2343,10 +3317,10 @@ _cffi_f_nx_routing_take(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(64), arg1, (char **)&x1);
+      _cffi_type(114), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (int32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(64), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(114), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2382,7 +3356,7 @@ _cffi_f_nx_status_text(PyObject *self, PyObject *arg0)
   char const * result;
   PyObject *pyresult;
 
-  if (_cffi_to_c((char *)&x0, _cffi_type(11), arg0) < 0)
+  if (_cffi_to_c((char *)&x0, _cffi_type(14), arg0) < 0)
     return NULL;
 
   Py_BEGIN_ALLOW_THREADS
@@ -2392,7 +3366,7 @@ _cffi_f_nx_status_text(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(23));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(31));
   return pyresult;
 }
 #else
@@ -2418,7 +3392,7 @@ _cffi_f_nx_version(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(23));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(31));
   return pyresult;
 }
 #else
@@ -2516,6 +3490,13 @@ static int _cffi_const_NX_IO_ENGINE_URING(unsigned long long *o)
   return n;
 }
 
+static int _cffi_const_NX_RESIDUAL_LINE(unsigned long long *o)
+{
+  int n = (NX_RESIDUAL_LINE) <= 0;
+  *o = (unsigned long long)((NX_RESIDUAL_LINE) | 0);  /* check that NX_RESIDUAL_LINE is an integer */
+  return n;
+}
+
 static const struct _cffi_global_s _cffi_globals[] = {
   { "NX_EVENT_COMPUTE", (void *)_cffi_const_NX_EVENT_COMPUTE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "NX_EVENT_DEMAND", (void *)_cffi_const_NX_EVENT_DEMAND, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
@@ -2542,312 +3523,351 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "NX_IO_BUFFERED", (void *)_cffi_const_NX_IO_BUFFERED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_IO_DIRECT", (void *)_cffi_const_NX_IO_DIRECT, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_IO_ENGINE_URING", (void *)_cffi_const_NX_IO_ENGINE_URING, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "NX_ISA_AVX2", (void *)_cffi_const_NX_ISA_AVX2, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "NX_ISA_AVX512", (void *)_cffi_const_NX_ISA_AVX512, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "NX_ISA_COUNT", (void *)_cffi_const_NX_ISA_COUNT, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "NX_ISA_NEON", (void *)_cffi_const_NX_ISA_NEON, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "NX_ISA_REF", (void *)_cffi_const_NX_ISA_REF, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_OK", (void *)_cffi_const_NX_OK, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
-  { "nx_cache_set_policy", (void *)_cffi_f_nx_cache_set_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 44), (void *)_cffi_d_nx_cache_set_policy },
-  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 78), (void *)_cffi_d_nx_file_close },
-  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 81), (void *)_cffi_d_nx_file_get_info },
-  { "nx_file_open", (void *)_cffi_f_nx_file_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 22), (void *)_cffi_d_nx_file_open },
-  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 100), (void *)_cffi_d_nx_interrupt_arm },
-  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 100), (void *)_cffi_d_nx_interrupt_disarm },
-  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 100), (void *)_cffi_d_nx_interrupt_request },
-  { "nx_interrupted", (void *)_cffi_f_nx_interrupted, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 20), (void *)_cffi_d_nx_interrupted },
+  { "NX_RESIDUAL_LINE", (void *)_cffi_const_NX_RESIDUAL_LINE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "nx_cache_set_policy", (void *)_cffi_f_nx_cache_set_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 65), (void *)_cffi_d_nx_cache_set_policy },
+  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 137), (void *)_cffi_d_nx_file_close },
+  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 140), (void *)_cffi_d_nx_file_get_info },
+  { "nx_file_open", (void *)_cffi_f_nx_file_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 30), (void *)_cffi_d_nx_file_open },
+  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 176), (void *)_cffi_d_nx_interrupt_arm },
+  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 176), (void *)_cffi_d_nx_interrupt_disarm },
+  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 176), (void *)_cffi_d_nx_interrupt_request },
+  { "nx_interrupted", (void *)_cffi_f_nx_interrupted, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 26), (void *)_cffi_d_nx_interrupted },
   { "nx_interrupted_callback", (void *)_cffi_f_nx_interrupted_callback, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 4), (void *)_cffi_d_nx_interrupted_callback },
-  { "nx_io_probe", (void *)_cffi_f_nx_io_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 27), (void *)_cffi_d_nx_io_probe },
-  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 85), (void *)_cffi_d_nx_loading_set },
-  { "nx_membench_read", (void *)_cffi_f_nx_membench_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 40), (void *)_cffi_d_nx_membench_read },
-  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 85), (void *)_cffi_d_nx_model_clear_error },
-  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 85), (void *)_cffi_d_nx_model_clear_faults },
-  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 85), (void *)_cffi_d_nx_model_close },
-  { "nx_model_create", (void *)_cffi_f_nx_model_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 32), (void *)_cffi_d_nx_model_create },
-  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 67), (void *)_cffi_d_nx_model_events },
-  { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 57), (void *)_cffi_d_nx_model_file_info },
-  { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 48), (void *)_cffi_d_nx_model_finish_load },
-  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 96), (void *)_cffi_d_nx_model_get_stats },
-  { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 53), (void *)_cffi_d_nx_model_inject },
-  { "nx_model_io_engine", (void *)_cffi_f_nx_model_io_engine, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 7), (void *)_cffi_d_nx_model_io_engine },
-  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 92), (void *)_cffi_d_nx_model_last_error },
-  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 85), (void *)_cffi_d_nx_model_release },
-  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 85), (void *)_cffi_d_nx_model_reset_stats },
+  { "nx_io_probe", (void *)_cffi_f_nx_io_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 35), (void *)_cffi_d_nx_io_probe },
+  { "nx_kernels_isa", (void *)_cffi_f_nx_kernels_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 28), (void *)_cffi_d_nx_kernels_isa },
+  { "nx_kernels_isa_name", (void *)_cffi_f_nx_kernels_isa_name, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 7), (void *)_cffi_d_nx_kernels_isa_name },
+  { "nx_kernels_isa_usable", (void *)_cffi_f_nx_kernels_isa_usable, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 18), (void *)_cffi_d_nx_kernels_isa_usable },
+  { "nx_kernels_use_isa", (void *)_cffi_f_nx_kernels_use_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 58), (void *)_cffi_d_nx_kernels_use_isa },
+  { "nx_kernels_why", (void *)_cffi_f_nx_kernels_why, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_kernels_why },
+  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 144), (void *)_cffi_d_nx_loading_set },
+  { "nx_membench_read", (void *)_cffi_f_nx_membench_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 61), (void *)_cffi_d_nx_membench_read },
+  { "nx_model_attach_residual", (void *)_cffi_f_nx_model_attach_residual, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 74), (void *)_cffi_d_nx_model_attach_residual },
+  { "nx_model_attached_bytes", (void *)_cffi_f_nx_model_attached_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 122), (void *)_cffi_d_nx_model_attached_bytes },
+  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 144), (void *)_cffi_d_nx_model_clear_error },
+  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 144), (void *)_cffi_d_nx_model_clear_faults },
+  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 144), (void *)_cffi_d_nx_model_close },
+  { "nx_model_create", (void *)_cffi_f_nx_model_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 40), (void *)_cffi_d_nx_model_create },
+  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 117), (void *)_cffi_d_nx_model_events },
+  { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 93), (void *)_cffi_d_nx_model_file_info },
+  { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 84), (void *)_cffi_d_nx_model_finish_load },
+  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 155), (void *)_cffi_d_nx_model_get_stats },
+  { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 89), (void *)_cffi_d_nx_model_inject },
+  { "nx_model_io_engine", (void *)_cffi_f_nx_model_io_engine, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 10), (void *)_cffi_d_nx_model_io_engine },
+  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 151), (void *)_cffi_d_nx_model_last_error },
+  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 144), (void *)_cffi_d_nx_model_release },
+  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 144), (void *)_cffi_d_nx_model_reset_stats },
+  { "nx_model_set_residual_k", (void *)_cffi_f_nx_model_set_residual_k, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 69), (void *)_cffi_d_nx_model_set_residual_k },
   { "nx_model_stream", (void *)_cffi_f_nx_model_stream, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 0), (void *)_cffi_d_nx_model_stream },
-  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 75), (void *)_cffi_d_nx_model_stream_close },
-  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 88), (void *)_cffi_d_nx_model_trace },
-  { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 50), (void *)nx_python_progress },
-  { "nx_routing_lost", (void *)_cffi_f_nx_routing_lost, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 72), (void *)_cffi_d_nx_routing_lost },
-  { "nx_routing_record", (void *)_cffi_f_nx_routing_record, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 88), (void *)_cffi_d_nx_routing_record },
-  { "nx_routing_take", (void *)_cffi_f_nx_routing_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 62), (void *)_cffi_d_nx_routing_take },
-  { "nx_status_text", (void *)_cffi_f_nx_status_text, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 10), (void *)_cffi_d_nx_status_text },
-  { "nx_version", (void *)_cffi_f_nx_version, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 13), (void *)_cffi_d_nx_version },
+  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 128), (void *)_cffi_d_nx_model_stream_close },
+  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 147), (void *)_cffi_d_nx_model_trace },
+  { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 86), (void *)nx_python_progress },
+  { "nx_residual_add", (void *)_cffi_f_nx_residual_add, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 159), (void *)_cffi_d_nx_residual_add },
+  { "nx_residual_decode", (void *)_cffi_f_nx_residual_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 169), (void *)_cffi_d_nx_residual_decode },
+  { "nx_residual_encode", (void *)_cffi_f_nx_residual_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 48), (void *)_cffi_d_nx_residual_encode },
+  { "nx_residual_products", (void *)_cffi_f_nx_residual_products, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 131), (void *)_cffi_d_nx_residual_products },
+  { "nx_residual_row_bytes", (void *)_cffi_f_nx_residual_row_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 125), (void *)_cffi_d_nx_residual_row_bytes },
+  { "nx_residual_select", (void *)_cffi_f_nx_residual_select, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 106), (void *)_cffi_d_nx_residual_select },
+  { "nx_residual_select_buckets", (void *)_cffi_f_nx_residual_select_buckets, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 98), (void *)_cffi_d_nx_residual_select_buckets },
+  { "nx_routing_lost", (void *)_cffi_f_nx_routing_lost, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 122), (void *)_cffi_d_nx_routing_lost },
+  { "nx_routing_record", (void *)_cffi_f_nx_routing_record, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 147), (void *)_cffi_d_nx_routing_record },
+  { "nx_routing_take", (void *)_cffi_f_nx_routing_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 112), (void *)_cffi_d_nx_routing_take },
+  { "nx_status_text", (void *)_cffi_f_nx_status_text, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 13), (void *)_cffi_d_nx_status_text },
+  { "nx_version", (void *)_cffi_f_nx_version, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_version },
 };
 
 static const struct _cffi_field_s _cffi_fields[] = {
   { "status", offsetof(nx_error, status),
               sizeof(((nx_error *)0)->status),
-              _CFFI_OP(_CFFI_OP_NOOP, 11) },
+              _CFFI_OP(_CFFI_OP_NOOP, 14) },
   { "sys_errno", offsetof(nx_error, sys_errno),
                  sizeof(((nx_error *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 90) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 149) },
   { "offset", offsetof(nx_error, offset),
               sizeof(((nx_error *)0)->offset),
-              _CFFI_OP(_CFFI_OP_NOOP, 17) },
+              _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "nbytes", offsetof(nx_error, nbytes),
               sizeof(((nx_error *)0)->nbytes),
-              _CFFI_OP(_CFFI_OP_NOOP, 17) },
+              _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "path", offsetof(nx_error, path),
             sizeof(((nx_error *)0)->path),
-            _CFFI_OP(_CFFI_OP_NOOP, 109) },
+            _CFFI_OP(_CFFI_OP_NOOP, 185) },
   { "tensor", offsetof(nx_error, tensor),
               sizeof(((nx_error *)0)->tensor),
-              _CFFI_OP(_CFFI_OP_NOOP, 105) },
+              _CFFI_OP(_CFFI_OP_NOOP, 181) },
   { "text", offsetof(nx_error, text),
             sizeof(((nx_error *)0)->text),
-            _CFFI_OP(_CFFI_OP_NOOP, 107) },
+            _CFFI_OP(_CFFI_OP_NOOP, 183) },
   { "t_ns", offsetof(nx_event, t_ns),
             sizeof(((nx_event *)0)->t_ns),
-            _CFFI_OP(_CFFI_OP_NOOP, 17) },
+            _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "kind", offsetof(nx_event, kind),
             sizeof(((nx_event *)0)->kind),
-            _CFFI_OP(_CFFI_OP_NOOP, 59) },
+            _CFFI_OP(_CFFI_OP_NOOP, 51) },
   { "a", offsetof(nx_event, a),
          sizeof(((nx_event *)0)->a),
-         _CFFI_OP(_CFFI_OP_NOOP, 59) },
+         _CFFI_OP(_CFFI_OP_NOOP, 51) },
   { "b", offsetof(nx_event, b),
          sizeof(((nx_event *)0)->b),
-         _CFFI_OP(_CFFI_OP_NOOP, 17) },
+         _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "offset_begin", offsetof(nx_fault, offset_begin),
                     sizeof(((nx_fault *)0)->offset_begin),
-                    _CFFI_OP(_CFFI_OP_NOOP, 17) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "offset_end", offsetof(nx_fault, offset_end),
                   sizeof(((nx_fault *)0)->offset_end),
-                  _CFFI_OP(_CFFI_OP_NOOP, 17) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "kind", offsetof(nx_fault, kind),
             sizeof(((nx_fault *)0)->kind),
-            _CFFI_OP(_CFFI_OP_NOOP, 90) },
+            _CFFI_OP(_CFFI_OP_NOOP, 149) },
   { "count", offsetof(nx_fault, count),
              sizeof(((nx_fault *)0)->count),
-             _CFFI_OP(_CFFI_OP_NOOP, 114) },
+             _CFFI_OP(_CFFI_OP_NOOP, 190) },
   { "nbytes", offsetof(nx_file_info, nbytes),
               sizeof(((nx_file_info *)0)->nbytes),
-              _CFFI_OP(_CFFI_OP_NOOP, 17) },
+              _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "device", offsetof(nx_file_info, device),
               sizeof(((nx_file_info *)0)->device),
-              _CFFI_OP(_CFFI_OP_NOOP, 17) },
+              _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "inode", offsetof(nx_file_info, inode),
              sizeof(((nx_file_info *)0)->inode),
-             _CFFI_OP(_CFFI_OP_NOOP, 17) },
+             _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "mtime_ns", offsetof(nx_file_info, mtime_ns),
                 sizeof(((nx_file_info *)0)->mtime_ns),
-                _CFFI_OP(_CFFI_OP_NOOP, 115) },
+                _CFFI_OP(_CFFI_OP_NOOP, 191) },
   { "offset_align", offsetof(nx_file_info, offset_align),
                     sizeof(((nx_file_info *)0)->offset_align),
-                    _CFFI_OP(_CFFI_OP_NOOP, 59) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 51) },
   { "mem_align", offsetof(nx_file_info, mem_align),
                  sizeof(((nx_file_info *)0)->mem_align),
-                 _CFFI_OP(_CFFI_OP_NOOP, 59) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 51) },
   { "direct", offsetof(nx_file_info, direct),
               sizeof(((nx_file_info *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 90) },
+              _CFFI_OP(_CFFI_OP_NOOP, 149) },
   { "reason", offsetof(nx_file_info, reason),
               sizeof(((nx_file_info *)0)->reason),
-              _CFFI_OP(_CFFI_OP_NOOP, 111) },
+              _CFFI_OP(_CFFI_OP_NOOP, 187) },
   { "sys_errno", offsetof(nx_file_info, sys_errno),
                  sizeof(((nx_file_info *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 90) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 149) },
   { "n_threads", offsetof(nx_membench_options, n_threads),
                  sizeof(((nx_membench_options *)0)->n_threads),
-                 _CFFI_OP(_CFFI_OP_NOOP, 59) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 51) },
   { "buffer_bytes", offsetof(nx_membench_options, buffer_bytes),
                     sizeof(((nx_membench_options *)0)->buffer_bytes),
-                    _CFFI_OP(_CFFI_OP_NOOP, 17) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "max_ns", offsetof(nx_membench_options, max_ns),
               sizeof(((nx_membench_options *)0)->max_ns),
-              _CFFI_OP(_CFFI_OP_NOOP, 17) },
+              _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "bytes_s", offsetof(nx_membench_result, bytes_s),
                sizeof(((nx_membench_result *)0)->bytes_s),
-               _CFFI_OP(_CFFI_OP_NOOP, 113) },
+               _CFFI_OP(_CFFI_OP_NOOP, 189) },
   { "bytes", offsetof(nx_membench_result, bytes),
              sizeof(((nx_membench_result *)0)->bytes),
-             _CFFI_OP(_CFFI_OP_NOOP, 17) },
+             _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "ns", offsetof(nx_membench_result, ns),
           sizeof(((nx_membench_result *)0)->ns),
-          _CFFI_OP(_CFFI_OP_NOOP, 17) },
+          _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "buffer_bytes", offsetof(nx_membench_result, buffer_bytes),
                     sizeof(((nx_membench_result *)0)->buffer_bytes),
-                    _CFFI_OP(_CFFI_OP_NOOP, 17) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "n_threads", offsetof(nx_membench_result, n_threads),
                  sizeof(((nx_membench_result *)0)->n_threads),
-                 _CFFI_OP(_CFFI_OP_NOOP, 59) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 51) },
   { "n_passes", offsetof(nx_membench_result, n_passes),
                 sizeof(((nx_membench_result *)0)->n_passes),
-                _CFFI_OP(_CFFI_OP_NOOP, 59) },
+                _CFFI_OP(_CFFI_OP_NOOP, 51) },
   { "checksum", offsetof(nx_membench_result, checksum),
                 sizeof(((nx_membench_result *)0)->checksum),
-                _CFFI_OP(_CFFI_OP_NOOP, 17) },
+                _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "block_bytes", offsetof(nx_probe_options, block_bytes),
                    sizeof(((nx_probe_options *)0)->block_bytes),
-                   _CFFI_OP(_CFFI_OP_NOOP, 59) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 51) },
   { "depth", offsetof(nx_probe_options, depth),
              sizeof(((nx_probe_options *)0)->depth),
-             _CFFI_OP(_CFFI_OP_NOOP, 59) },
+             _CFFI_OP(_CFFI_OP_NOOP, 51) },
   { "random", offsetof(nx_probe_options, random),
               sizeof(((nx_probe_options *)0)->random),
-              _CFFI_OP(_CFFI_OP_NOOP, 90) },
+              _CFFI_OP(_CFFI_OP_NOOP, 149) },
   { "max_bytes", offsetof(nx_probe_options, max_bytes),
                  sizeof(((nx_probe_options *)0)->max_bytes),
-                 _CFFI_OP(_CFFI_OP_NOOP, 17) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "max_ns", offsetof(nx_probe_options, max_ns),
               sizeof(((nx_probe_options *)0)->max_ns),
-              _CFFI_OP(_CFFI_OP_NOOP, 17) },
+              _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "engine", offsetof(nx_probe_options, engine),
               sizeof(((nx_probe_options *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 90) },
+              _CFFI_OP(_CFFI_OP_NOOP, 149) },
   { "seed", offsetof(nx_probe_options, seed),
             sizeof(((nx_probe_options *)0)->seed),
-            _CFFI_OP(_CFFI_OP_NOOP, 17) },
+            _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "bytes", offsetof(nx_probe_result, bytes),
              sizeof(((nx_probe_result *)0)->bytes),
-             _CFFI_OP(_CFFI_OP_NOOP, 17) },
+             _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "ns", offsetof(nx_probe_result, ns),
           sizeof(((nx_probe_result *)0)->ns),
-          _CFFI_OP(_CFFI_OP_NOOP, 17) },
+          _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "direct", offsetof(nx_probe_result, direct),
               sizeof(((nx_probe_result *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 90) },
+              _CFFI_OP(_CFFI_OP_NOOP, 149) },
   { "engine", offsetof(nx_probe_result, engine),
               sizeof(((nx_probe_result *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 90) },
+              _CFFI_OP(_CFFI_OP_NOOP, 149) },
   { "how_cold", offsetof(nx_probe_result, how_cold),
                 sizeof(((nx_probe_result *)0)->how_cold),
-                _CFFI_OP(_CFFI_OP_NOOP, 111) },
+                _CFFI_OP(_CFFI_OP_NOOP, 187) },
   { "sys_errno", offsetof(nx_probe_result, sys_errno),
                  sizeof(((nx_probe_result *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 90) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 149) },
+  { "n_in", offsetof(nx_residual_matrix, n_in),
+            sizeof(((nx_residual_matrix *)0)->n_in),
+            _CFFI_OP(_CFFI_OP_NOOP, 51) },
+  { "n_out", offsetof(nx_residual_matrix, n_out),
+             sizeof(((nx_residual_matrix *)0)->n_out),
+             _CFFI_OP(_CFFI_OP_NOOP, 51) },
+  { "codes", offsetof(nx_residual_matrix, codes),
+             sizeof(((nx_residual_matrix *)0)->codes),
+             _CFFI_OP(_CFFI_OP_NOOP, 204) },
+  { "scales", offsetof(nx_residual_matrix, scales),
+              sizeof(((nx_residual_matrix *)0)->scales),
+              _CFFI_OP(_CFFI_OP_NOOP, 49) },
   { "passes", offsetof(nx_stats, passes),
               sizeof(((nx_stats *)0)->passes),
-              _CFFI_OP(_CFFI_OP_NOOP, 17) },
+              _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "segments", offsetof(nx_stats, segments),
                 sizeof(((nx_stats *)0)->segments),
-                _CFFI_OP(_CFFI_OP_NOOP, 17) },
+                _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "bytes_read", offsetof(nx_stats, bytes_read),
                   sizeof(((nx_stats *)0)->bytes_read),
-                  _CFFI_OP(_CFFI_OP_NOOP, 17) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "bytes_loaded", offsetof(nx_stats, bytes_loaded),
                     sizeof(((nx_stats *)0)->bytes_loaded),
-                    _CFFI_OP(_CFFI_OP_NOOP, 17) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "bytes_used", offsetof(nx_stats, bytes_used),
                   sizeof(((nx_stats *)0)->bytes_used),
-                  _CFFI_OP(_CFFI_OP_NOOP, 17) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "pieces", offsetof(nx_stats, pieces),
               sizeof(((nx_stats *)0)->pieces),
-              _CFFI_OP(_CFFI_OP_NOOP, 17) },
+              _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "pieces_ready", offsetof(nx_stats, pieces_ready),
                     sizeof(((nx_stats *)0)->pieces_ready),
-                    _CFFI_OP(_CFFI_OP_NOOP, 17) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "pieces_dropped", offsetof(nx_stats, pieces_dropped),
                       sizeof(((nx_stats *)0)->pieces_dropped),
-                      _CFFI_OP(_CFFI_OP_NOOP, 17) },
+                      _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "demand_reads", offsetof(nx_stats, demand_reads),
                     sizeof(((nx_stats *)0)->demand_reads),
-                    _CFFI_OP(_CFFI_OP_NOOP, 17) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "whole_tensors", offsetof(nx_stats, whole_tensors),
                      sizeof(((nx_stats *)0)->whole_tensors),
-                     _CFFI_OP(_CFFI_OP_NOOP, 17) },
+                     _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "wait_ns", offsetof(nx_stats, wait_ns),
                sizeof(((nx_stats *)0)->wait_ns),
-               _CFFI_OP(_CFFI_OP_NOOP, 17) },
+               _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "compute_ns", offsetof(nx_stats, compute_ns),
                   sizeof(((nx_stats *)0)->compute_ns),
-                  _CFFI_OP(_CFFI_OP_NOOP, 17) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "pass_ns", offsetof(nx_stats, pass_ns),
                sizeof(((nx_stats *)0)->pass_ns),
-               _CFFI_OP(_CFFI_OP_NOOP, 17) },
+               _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "load_ns", offsetof(nx_stats, load_ns),
                sizeof(((nx_stats *)0)->load_ns),
-               _CFFI_OP(_CFFI_OP_NOOP, 17) },
+               _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "retries", offsetof(nx_stats, retries),
                sizeof(((nx_stats *)0)->retries),
-               _CFFI_OP(_CFFI_OP_NOOP, 17) },
+               _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "short_reads", offsetof(nx_stats, short_reads),
                    sizeof(((nx_stats *)0)->short_reads),
-                   _CFFI_OP(_CFFI_OP_NOOP, 17) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "bounces", offsetof(nx_stats, bounces),
                sizeof(((nx_stats *)0)->bounces),
-               _CFFI_OP(_CFFI_OP_NOOP, 17) },
+               _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "expert_uses", offsetof(nx_stats, expert_uses),
                    sizeof(((nx_stats *)0)->expert_uses),
-                   _CFFI_OP(_CFFI_OP_NOOP, 17) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "expert_misses", offsetof(nx_stats, expert_misses),
                      sizeof(((nx_stats *)0)->expert_misses),
-                     _CFFI_OP(_CFFI_OP_NOOP, 17) },
+                     _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "expert_evictions", offsetof(nx_stats, expert_evictions),
                         sizeof(((nx_stats *)0)->expert_evictions),
-                        _CFFI_OP(_CFFI_OP_NOOP, 17) },
+                        _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "pinned_bytes", offsetof(nx_stats, pinned_bytes),
                     sizeof(((nx_stats *)0)->pinned_bytes),
-                    _CFFI_OP(_CFFI_OP_NOOP, 17) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "ring_bytes", offsetof(nx_stats, ring_bytes),
                   sizeof(((nx_stats *)0)->ring_bytes),
-                  _CFFI_OP(_CFFI_OP_NOOP, 17) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "scratch_bytes", offsetof(nx_stats, scratch_bytes),
                      sizeof(((nx_stats *)0)->scratch_bytes),
-                     _CFFI_OP(_CFFI_OP_NOOP, 17) },
+                     _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "host_bytes", offsetof(nx_stats, host_bytes),
                   sizeof(((nx_stats *)0)->host_bytes),
-                  _CFFI_OP(_CFFI_OP_NOOP, 17) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "cache_bytes", offsetof(nx_stats, cache_bytes),
                    sizeof(((nx_stats *)0)->cache_bytes),
-                   _CFFI_OP(_CFFI_OP_NOOP, 17) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 23) },
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "$nx_error", 116, _CFFI_F_CHECK_FIELDS,
+  { "$nx_error", 192, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_error), offsetof(struct _cffi_align_typedef_nx_error, y), 0, 7 },
-  { "$nx_event", 117, _CFFI_F_CHECK_FIELDS,
+  { "$nx_event", 193, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_event), offsetof(struct _cffi_align_typedef_nx_event, y), 7, 4 },
-  { "$nx_fault", 118, _CFFI_F_CHECK_FIELDS,
+  { "$nx_fault", 194, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_fault), offsetof(struct _cffi_align_typedef_nx_fault, y), 11, 4 },
-  { "$nx_file_info", 120, _CFFI_F_CHECK_FIELDS,
+  { "$nx_file_info", 196, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_file_info), offsetof(struct _cffi_align_typedef_nx_file_info, y), 15, 9 },
-  { "$nx_membench_options", 121, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_options", 197, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_options), offsetof(struct _cffi_align_typedef_nx_membench_options, y), 24, 3 },
-  { "$nx_membench_result", 122, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_result", 198, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_result), offsetof(struct _cffi_align_typedef_nx_membench_result, y), 27, 7 },
-  { "$nx_probe_options", 124, _CFFI_F_CHECK_FIELDS,
+  { "$nx_probe_options", 200, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_probe_options), offsetof(struct _cffi_align_typedef_nx_probe_options, y), 34, 7 },
-  { "$nx_probe_result", 125, _CFFI_F_CHECK_FIELDS,
+  { "$nx_probe_result", 201, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_probe_result), offsetof(struct _cffi_align_typedef_nx_probe_result, y), 41, 6 },
-  { "$nx_stats", 126, _CFFI_F_CHECK_FIELDS,
-    sizeof(nx_stats), offsetof(struct _cffi_align_typedef_nx_stats, y), 47, 25 },
-  { "_IO_FILE", 102, _CFFI_F_OPAQUE,
+  { "$nx_residual_matrix", 202, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_residual_matrix), offsetof(struct _cffi_align_typedef_nx_residual_matrix, y), 47, 4 },
+  { "$nx_stats", 203, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_stats), offsetof(struct _cffi_align_typedef_nx_stats, y), 51, 25 },
+  { "_IO_FILE", 178, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_file", 119, _CFFI_F_OPAQUE,
+  { "nx_file", 195, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_model", 123, _CFFI_F_OPAQUE,
+  { "nx_model", 199, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
 };
 
 static const struct _cffi_enum_s _cffi_enums[] = {
-  { "$nx_io_mode", 24, _cffi_prim_int(sizeof(nx_io_mode), ((nx_io_mode)-1) <= 0),
+  { "$nx_io_mode", 32, _cffi_prim_int(sizeof(nx_io_mode), ((nx_io_mode)-1) <= 0),
     "NX_IO_DIRECT,NX_IO_BUFFERED" },
-  { "$nx_status", 11, _cffi_prim_int(sizeof(nx_status), ((nx_status)-1) <= 0),
+  { "$nx_isa", 8, _cffi_prim_int(sizeof(nx_isa), ((nx_isa)-1) <= 0),
+    "NX_ISA_REF,NX_ISA_AVX2,NX_ISA_AVX512,NX_ISA_NEON,NX_ISA_COUNT" },
+  { "$nx_status", 14, _cffi_prim_int(sizeof(nx_status), ((nx_status)-1) <= 0),
     "NX_OK,NX_E_NOMEM,NX_E_IO,NX_E_TRUNCATED,NX_E_CHANGED,NX_E_INVALID,NX_E_ABORTED,NX_E_UNSUPPORTED,NX_E_ABI,"
     "NX_E_CLOSED,NX_E_BUSY" },
 };
 
 static const struct _cffi_typename_s _cffi_typenames[] = {
-  { "FILE", 102 },
-  { "nx_error", 116 },
-  { "nx_event", 117 },
-  { "nx_fault", 118 },
-  { "nx_file", 119 },
-  { "nx_file_info", 120 },
-  { "nx_io_mode", 24 },
-  { "nx_membench_options", 121 },
-  { "nx_membench_result", 122 },
-  { "nx_model", 123 },
-  { "nx_probe_options", 124 },
-  { "nx_probe_result", 125 },
-  { "nx_stats", 126 },
-  { "nx_status", 11 },
+  { "FILE", 178 },
+  { "nx_error", 192 },
+  { "nx_event", 193 },
+  { "nx_fault", 194 },
+  { "nx_file", 195 },
+  { "nx_file_info", 196 },
+  { "nx_io_mode", 32 },
+  { "nx_isa", 8 },
+  { "nx_membench_options", 197 },
+  { "nx_membench_result", 198 },
+  { "nx_model", 199 },
+  { "nx_probe_options", 200 },
+  { "nx_probe_result", 201 },
+  { "nx_residual_matrix", 202 },
+  { "nx_stats", 203 },
+  { "nx_status", 14 },
 };
 
 static const struct _cffi_type_context_s _cffi_type_context = {
@@ -2857,12 +3877,12 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   _cffi_enums,
   _cffi_typenames,
-  60,  /* num_globals */
-  12,  /* num_struct_unions */
-  2,  /* num_enums */
-  14,  /* num_typenames */
+  81,  /* num_globals */
+  13,  /* num_struct_unions */
+  3,  /* num_enums */
+  16,  /* num_typenames */
   NULL,  /* no includes */
-  128,  /* num_types */
+  207,  /* num_types */
   1,  /* flags */
 };
 

@@ -53,6 +53,7 @@ typedef struct nx_extent {
     int claimed;                    /* load: a tensor of the runtime stands for this extent */
     nx_group *group;                /* nvme experts with a cache; NULL: none */
     uint32_t group_part;            /* which part of the group's records it is */
+    struct nx_attachment *attached; /* what our own kernels have for it, see nexus_attach.h; atomic */
 } nx_extent;
 
 /* The first thing that went wrong, in words and numbers. */

@@ -1,0 +1,40 @@
+/* nexus_attach.h: give a tensor of a model something that our own kernels compute with.
+ *
+ * A residual (nexus_residual.h) is added to the products of its matrix with a single column; prompts and
+ * batches are left as they are. This changes what the model says, and is never done unless asked for.
+ *
+ * What is attached stays until the model is freed, so a graph may use it without a lock.
+ */
+#ifndef NEXUS_ATTACH_H
+#define NEXUS_ATTACH_H
+
+#include "nexus_core.h"
+#include "nexus_residual.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct nx_attachment {
+    nx_residual_matrix residual; /* codes NULL: none */
+    uint32_t residual_k;         /* channels for each product; 0: off. Atomic */
+} nx_attachment;
+
+/* What is attached to an extent, or NULL. */
+NX_API nx_attachment *nx_extent_attached(const nx_extent *);
+
+/* Attach the residual of tensor `name`, a matrix of shape n_in, n_out: `codes` of `codes_bytes`, `scales` of
+ * n_out floats; both are copied. `k` channels are corrected for each product.
+ * NX_E_INVALID: no such matrix, or sizes that do not fit it; NX_E_BUSY: it has one; NX_E_NOMEM. */
+NX_API nx_status nx_model_attach_residual(nx_model *, const char *name, const void *codes, uint64_t codes_bytes,
+                                          const float *scales, uint64_t n_scales, uint32_t k, nx_error *);
+/* Correct `k` channels of this tensor's products from the next graph on; 0: none. NX_E_INVALID: nothing is
+ * attached to a tensor of that name. */
+NX_API nx_status nx_model_set_residual_k(nx_model *, const char *name, uint32_t k);
+/* Bytes that attachments take. */
+NX_API uint64_t nx_model_attached_bytes(const nx_model *);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
