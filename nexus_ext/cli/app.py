@@ -34,6 +34,7 @@ COMMANDS = {
     "plan": ("nexus_ext.cli.plan:plan", "Show where every byte would go, and the speed."),
     "inspect": ("nexus_ext.cli.inspect:inspect", "Show what is in a model file."),
     "probe": ("nexus_ext.cli.probe:probe", "Measure this machine: memory, GPUs, a disk."),
+    "quality": ("nexus_ext.cli.quality:quality", "Measure what a quantized model has lost."),
     "verify": ("nexus_ext.cli.verify:verify", "Compare streamed with resident, bit by bit."),
     "bench": ("nexus_ext.cli.bench:bench", "Measure a model against the physical bound."),
     "trace": ("nexus_ext.cli.trace:trace", "Record which experts a model uses."),

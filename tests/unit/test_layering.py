@@ -24,6 +24,7 @@ LAYERS = {
             ("nexus_ext.hardware",),
             ("nexus_ext.placement",),
             ("nexus_ext.routing",),
+            ("nexus_ext.quality",),
             ("nexus_ext.hookspecs",),
             ("nexus_ext.policies",),
             ("nexus_ext.plugin_registry",),
@@ -39,7 +40,7 @@ LAYERS = {
     )
     for name in names
 }
-PURE = ("nexus_ext.placement", "nexus_ext.policies", "nexus_ext.routing")
+PURE = ("nexus_ext.placement", "nexus_ext.policies", "nexus_ext.quality", "nexus_ext.routing")
 IMPURE_IMPORTS = {
     *("asyncio", "datetime", "io", "logging", "multiprocessing", "os", "pathlib", "random"),
     *("secrets", "shutil", "socket", "subprocess", "sys", "tempfile", "threading", "time"),
