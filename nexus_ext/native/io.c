@@ -29,9 +29,11 @@ static void queue_insert(nx_io *io, nx_read *read, nx_read *before) {
     *(prev ? &prev->nx_next : &io->head) = read;
     *(before ? &before->nx_prev : &io->tail) = read;
     read->nx_state = NX_READ_QUEUED;
+    if (read->nx_spare && !before && !io->spare) io->spare = read;
 }
 
 static void queue_remove(nx_io *io, nx_read *read) {
+    if (read == io->spare) io->spare = read->nx_next;
     *(read->nx_prev ? &read->nx_prev->nx_next : &io->head) = read->nx_next;
     *(read->nx_next ? &read->nx_next->nx_prev : &io->tail) = read->nx_prev;
     read->nx_prev = read->nx_next = NULL;
@@ -57,29 +59,6 @@ static void read_failed(nx_io *io, nx_read *read, nx_status status, int sys_errn
     if (read->nx_state == NX_READ_QUEUED) queue_remove(io, read); /* the rest would be in vain */
 }
 
-/* --------------------------------------------------------------- faults */
-
-static int64_t apply_faults(nx_io *io, const nx_request *q, int64_t result) {
-    uint64_t begin = q->begin + q->have;
-    for (uint32_t i = 0; i < io->n_faults; i++) {
-        nx_fault *f = &io->faults[i];
-        if (f->count == 0 || begin >= f->offset_end || q->end <= f->offset_begin) continue;
-        if (f->count > 0) f->count--;
-        switch (f->kind) {
-        case NX_FAULT_EIO: return -EIO;
-        case NX_FAULT_EINVAL: return -EINVAL;
-        case NX_FAULT_EAGAIN: return -EAGAIN;
-        case NX_FAULT_SHORT: return result > 1 ? result / 2 : result;
-        case NX_FAULT_EOF: {
-            int64_t left = f->offset_begin > begin ? (int64_t)(f->offset_begin - begin) : 0;
-            return result > left ? left : result;
-        }
-        default: break;
-        }
-    }
-    return result;
-}
-
 /* ------------------------------------------------------------- requests */
 
 static void request_retry(nx_io *io, nx_request *q) {
@@ -93,6 +72,8 @@ static void request_free(nx_io *io, nx_request *q) {
     q->read = NULL;
     q->next = io->free_list;
     io->free_list = q;
+    io->n_requests--;
+    io->spare_active -= (uint32_t)read->nx_spare;
     if (--read->nx_active == 0 && read->nx_state == NX_READ_ISSUED) read_done(io, read);
 }
 
@@ -116,7 +97,7 @@ void nx_io_completed(nx_io *io, nx_request *q, int64_t result) {
     nx_file *file = read->file;
     bool failed = false;
     io->in_flight--;
-    if (io->n_faults) result = apply_faults(io, q, result);
+    if (io->n_faults) result = nx_io_apply_faults(io, q, result);
 
     if (result > 0) {
         io->stats.bytes_read += (uint64_t)result;
@@ -225,6 +206,7 @@ static void request_cut(nx_io *io) {
     }
 
     io->free_list = q->next;
+    io->n_requests++;
     q->next = NULL;
     q->read = read;
     q->direct = direct;
@@ -240,15 +222,23 @@ static void request_cut(nx_io *io) {
     if (bounced) io->stats.bounces++;
 
     read->nx_active++;
+    io->spare_active += (uint32_t)read->nx_spare;
     read->nx_pos = end < read->nx_end ? end : read->nx_end;
     if (read->nx_pos == read->nx_end) queue_remove(io, read);
     request_retry(io, q); /* behind those that failed before it */
 }
 
+/* May the read at the head of the queue be issued? A spare one only beside little else. */
+static bool may_issue(const nx_io *io) {
+    if (!io->head || !io->free_list) return false;
+    return io->head != io->spare ||
+           (io->spare_active < io->spare_requests && io->n_requests - io->spare_active <= io->spare_beside);
+}
+
 /* Push all that the depth allows: first what must be repeated, then the queue in its order. */
 static void issue(nx_io *io) {
     if (io->broken) return;
-    while (io->head && io->free_list) request_cut(io);
+    while (may_issue(io)) request_cut(io);
     while (io->retry_head) {
         nx_request *q = io->retry_head;
         io->retry_head = q->next;
@@ -269,7 +259,9 @@ static nx_status turn(nx_io *io, int64_t wait_ns) {
 
 /* ------------------------------------------------------------------ API */
 
-static nx_status submit(nx_io *io, nx_read **reads, size_t n, bool front) {
+enum { AT_FRONT, IN_ORDER, WHEN_SPARE };
+
+static nx_status submit(nx_io *io, nx_read **reads, size_t n, int where) {
     size_t i;
     nx_status status = NX_OK;
     if (io->broken) return NX_E_CLOSED;
@@ -290,7 +282,7 @@ static nx_status submit(nx_io *io, nx_read **reads, size_t n, bool front) {
         while (i-- > 0) reads[i]->nx_state = NX_READ_IDLE;
         return status;
     }
-    nx_read *before = front ? io->head : NULL;
+    nx_read *before = where == AT_FRONT ? io->head : where == IN_ORDER ? io->spare : NULL;
     for (i = 0; i < n; i++) {
         nx_read *read = reads[i];
         read->status = NX_OK;
@@ -302,6 +294,7 @@ static nx_status submit(nx_io *io, nx_read **reads, size_t n, bool front) {
         read->nx_pos = read->offset;
         read->nx_end = read->offset + read->nbytes;
         read->nx_active = 0;
+        read->nx_spare = where == WHEN_SPARE;
         if (read->nbytes == 0)
             read_done(io, read);
         else
@@ -311,11 +304,36 @@ static nx_status submit(nx_io *io, nx_read **reads, size_t n, bool front) {
 }
 
 nx_status nx_io_submit(nx_io *io, nx_read **reads, size_t n) {
-    return submit(io, reads, n, false);
+    return submit(io, reads, n, IN_ORDER);
 }
 
 nx_status nx_io_submit_front(nx_io *io, nx_read **reads, size_t n) {
-    return submit(io, reads, n, true);
+    return submit(io, reads, n, AT_FRONT);
+}
+
+nx_status nx_io_submit_spare(nx_io *io, nx_read **reads, size_t n) {
+    return submit(io, reads, n, WHEN_SPARE);
+}
+
+void nx_io_spare_limits(nx_io *io, uint32_t n_requests, uint32_t n_beside) {
+    io->spare_requests = n_requests ? n_requests : NX_IO_SPARE;
+    io->spare_beside = n_beside;
+}
+
+void nx_io_raise(nx_io *io, nx_read *read) {
+    if (read->nx_owner != io || read->nx_state == NX_READ_IDLE || !read->nx_spare) return;
+    io->spare_active -= read->nx_active;
+    const bool queued = read->nx_state == NX_READ_QUEUED;
+    if (queued) queue_remove(io, read);
+    read->nx_spare = 0;
+    if (queued) queue_insert(io, read, io->head);
+}
+
+int nx_io_drop(nx_io *io, nx_read *read) {
+    if (read->nx_owner != io || read->nx_state != NX_READ_QUEUED) return 0;
+    read_failed(io, read, NX_E_ABORTED, 0, read->nx_pos);
+    if (read->nx_active == 0) read_done(io, read);
+    return 1;
 }
 
 nx_status nx_io_poll(nx_io *io) {
@@ -330,6 +348,7 @@ nx_status nx_io_wait(nx_io *io, nx_read *read, int (*abort)(void *), void *ctx) 
     if (!read->done && (read->nx_owner != io || read->nx_state == NX_READ_IDLE))
         return NX_E_INVALID;
     if (read->done) return read->status;
+    nx_io_raise(io, read);
     nx_status status = nx_io_poll(io);
     uint64_t asked_ns = 0;
     while (status == NX_OK && !read->done) {
@@ -397,6 +416,7 @@ nx_status nx_io_create(const nx_io_options *options, nx_io **out) {
     if (o->n_threads > o->depth) o->n_threads = o->depth;
     if (o->retries == 0) o->retries = NX_IO_RETRIES;
 
+    nx_io_spare_limits(io, 0, 0);
     nx_status status = NX_E_INVALID;
     if (o->engine >= NX_IO_ENGINE_AUTO && o->engine <= NX_IO_ENGINE_THREADS) {
         io->requests = calloc(o->depth, sizeof *io->requests);
@@ -452,15 +472,4 @@ const char *nx_io_engine_note(const nx_io *io) {
 
 void nx_io_get_stats(const nx_io *io, nx_io_stats *out) {
     *out = io->stats;
-}
-
-nx_status nx_io_inject(nx_io *io, const nx_fault *fault) {
-    if (fault->kind < NX_FAULT_EIO || fault->kind > NX_FAULT_EAGAIN) return NX_E_INVALID;
-    if (io->n_faults == NX_IO_FAULTS) return NX_E_NOMEM;
-    io->faults[io->n_faults++] = *fault;
-    return NX_OK;
-}
-
-void nx_io_clear_faults(nx_io *io) {
-    io->n_faults = 0;
 }

@@ -1,7 +1,8 @@
 /*
  * io_internal.h: what io.c, io_file.c and the engines share. Not installed.
  *
- *   io.c          reads -> requests: order, cutting, alignment, bounce, retries, faults
+ *   io.c          reads -> requests: order, cutting, alignment, bounce, retries
+ *   io_faults.c   reads that go wrong on purpose
  *   io_file.c     an open file: can it be read directly, with which alignment, is it still the same
  *   io_uring.c    an engine: moves requests through io_uring
  *   io_threads.c  an engine: moves requests through a pool of threads
@@ -30,6 +31,7 @@
 /* Cuts are made at these multiples, so that no block of a 4 KiB device is read twice. */
 #define NX_IO_CUT_BYTES 4096u
 #define NX_IO_FAULTS 16u
+#define NX_IO_SPARE 8u
 
 typedef enum nx_file_how {
     NX_FILE_DIRECT,
@@ -104,6 +106,9 @@ struct nx_io {
     int broken; /* errno of an engine that failed: nothing is issued any more */
 
     nx_read *head, *tail;  /* reads with something left to issue, in demand order */
+    nx_read *spare;        /* the first of them that is spare; all behind it are as well */
+    uint32_t spare_requests, spare_beside; /* see nx_io_spare_limits */
+    uint32_t n_requests, spare_active;     /* requests that exist; those of spare reads */
     nx_request *requests;  /* options.depth of them */
     nx_request *free_list; /* linked by `next` */
     nx_request *retry_head, *retry_tail;
@@ -114,6 +119,9 @@ struct nx_io {
     uint32_t n_faults;
     nx_fault faults[NX_IO_FAULTS];
 };
+
+/* What became of a request whose result was `result`, with the faults that tests asked for. */
+int64_t nx_io_apply_faults(nx_io *io, const nx_request *request, int64_t result);
 
 /* result: bytes that arrived, or minus an errno. The engine no longer knows the request. */
 void nx_io_completed(nx_io *io, nx_request *request, int64_t result);

@@ -101,7 +101,7 @@ typedef struct nx_read {
     nx_io *nx_owner;
     uint64_t nx_pos, nx_end;
     uint32_t nx_active;
-    int nx_state;
+    int nx_state, nx_spare;
 } nx_read;
 
 /* --------------------------------------------------------------- engine */
@@ -151,6 +151,24 @@ nx_status nx_io_submit(nx_io *io, nx_read **reads, size_t n);
 
 /* The same, ahead of everything queued and not yet issued (also of an earlier submit_front). */
 nx_status nx_io_submit_front(nx_io *io, nx_read **reads, size_t n);
+
+/*
+ * The same, for reads that may be in vain: they take what the device has to spare. They are issued
+ * behind everything else that is queued, now or later, in requests of which at most `n_requests`
+ * (0: 8, which is the default) exist at a time, and only while at most `n_beside` (default 0)
+ * requests of other reads do. Waiting for one raises it.
+ */
+nx_status nx_io_submit_spare(nx_io *io, nx_read **reads, size_t n);
+void nx_io_spare_limits(nx_io *io, uint32_t n_requests, uint32_t n_beside);
+
+/* Somebody wants this spare read after all: what is not issued of it goes ahead of everything. */
+void nx_io_raise(nx_io *io, nx_read *read);
+
+/*
+ * Nobody wants this read any more: nothing more of it is issued (1), or all of it was, or it is not
+ * queued here (0). It is done with NX_E_ABORTED when what was issued has ended.
+ */
+int nx_io_drop(nx_io *io, nx_read *read);
 
 /* Take in what has completed and issue what is queued. Never waits for the device. */
 nx_status nx_io_poll(nx_io *io);
