@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -60,11 +60,31 @@ class ModelStats:
     expert_uses: int
     expert_misses: int
     expert_evictions: int
+    prefetched: int
+    prefetch_used: int
+    prefetch_wasted: int
+    preloaded: int
+    idle_ns: int
+    predict_ns: int
     pinned_bytes: int
     ring_bytes: int
     scratch_bytes: int
     host_bytes: int
     cache_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Whether experts are predicted, and why: nexus_predict.h."""
+
+    state: str  # "fixed", "watching", "no_stall", "no_idle", "trying", "slower", "faster"
+    on: bool
+    trials: int
+    switches: int
+    idle: float  # shares of the time of passes without prediction, as last watched
+    stall: float
+    on_s: float  # median pass of the last trial; 0: there was none
+    off_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +112,15 @@ _EVENTS = {
     for name in dir(lib)
     if name.startswith("NX_EVENT_")
 }
+
+
+_CONTROL = {
+    getattr(lib, name): name.removeprefix("NX_CONTROL_").lower()
+    for name in dir(lib)
+    if name.startswith("NX_CONTROL_")
+}
+
+GATE_ROUTED, CONTROL_ROUTED = 1 << 24, 2 << 24  # as in routing.c
 
 
 def _text(array: Any) -> str:
@@ -254,14 +283,70 @@ class Model:
         """Choose which expert is evicted: "lfru", "lru", "lfu" or "least-stale"."""
         check(lib.nx_cache_set_policy(self.pointer, name.encode()), f"expert cache policy {name!r}")
 
-    def record_routing(self, on: bool) -> None:
-        """Keep what the routers decide until `take_routing` asks for it, or no longer."""
-        lib.nx_routing_record(self.pointer, int(on))
+    def set_predictor(self, name: str) -> None:
+        """Choose what predicts experts: "none", "gate", "previous", "popular" or "auto"."""
+        check(lib.nx_predict_set(self.pointer, name.encode()), f"expert predictor {name!r}")
+
+    def prediction(self) -> Prediction:
+        """Return whether experts are predicted, and why."""
+        out = ffi.new("nx_prediction *")
+        lib.nx_predict_get(self.pointer, out)
+        return Prediction(
+            state=_CONTROL[out.state],
+            on=bool(out.on),
+            trials=out.trials,
+            switches=out.switches,
+            idle=out.idle,
+            stall=out.stall,
+            on_s=out.on_ns / 1e9,
+            off_s=out.off_ns / 1e9,
+        )
+
+    def popularity(self) -> dict[int, list[int]]:
+        """Return how often each expert was chosen since the model was opened.
+
+        The keys are the numbers of the first tensor of each group of cached experts.
+        """
+        counts = {}
+        for group in range(lib.nx_model_n_groups(self.pointer)):
+            tensor = ffi.new("uint32_t *")
+            n = lib.nx_group_experts(self.pointer, group, tensor)
+            out = ffi.new("uint64_t[]", n)
+            lib.nx_popularity_get(self.pointer, group, out)
+            counts[int(tensor[0])] = [int(c) for c in out]
+        return counts
+
+    def set_popularity(self, counts: Mapping[int, Sequence[int]]) -> None:
+        """Say what earlier sessions counted; of groups with other sizes nothing is taken."""
+        for group in range(lib.nx_model_n_groups(self.pointer)):
+            tensor = ffi.new("uint32_t *")
+            n = lib.nx_group_experts(self.pointer, group, tensor)
+            of_group = counts.get(int(tensor[0]), ())
+            if len(of_group) == n:
+                lib.nx_popularity_set(self.pointer, group, ffi.new("uint64_t[]", list(of_group)))
+
+    def preload(self, seconds: float) -> bool:
+        """Read popular experts into empty slots for so long; False when there is no more to do.
+
+        Gives way to the first graph, and does nothing after it.
+        """
+        more = lib.nx_cache_preload(self.pointer, int(seconds * 1e9))
+        if more < 0:
+            raise self.take_error("reading experts ahead") or OutOfMemory("no memory")
+        return bool(more)
+
+    def record_routing(self, on: bool, predictions: bool = False) -> None:
+        """Keep what the routers decide until `take_routing` asks for it, or no longer.
+
+        With `predictions`, also what the gates would have decided one layer earlier.
+        """
+        lib.nx_routing_record(self.pointer, (2 if predictions else 1) if on else 0)
 
     def take_routing(self, most: int = 1 << 20) -> list[tuple[int, list[list[int]]]]:
         """Return and forget decisions: (tensor number, experts of each token), oldest first.
 
         One entry for each product with streamed experts; products of one cache record share one.
+        Predictions have their kind added to the number: GATE_ROUTED, CONTROL_ROUTED.
         """
         out = ffi.new("int32_t[]", most)
         n = lib.nx_routing_take(self.pointer, out, most)

@@ -4,10 +4,11 @@ A plugin is a distribution with an entry point in the group "nexus_ext" that nam
 object) whose functions carry `@nexus_ext.hookimpl` and the name of a hook below. A function takes
 those of the arguments that it wants, by name.
 
-Hooks that choose (`nexus_placement_solver`, `nexus_io_policy`, `nexus_cache_policy`) return an
-object, or None to leave the choice to others. They are asked once and the object is kept: no hook
-runs while tokens are computed. A plugin wins over the built-in. When several plugins answer, the
-one whose entry point name comes first in alphabetical order wins, and a warning names the others.
+Hooks that choose (`nexus_placement_solver`, `nexus_io_policy`, `nexus_cache_policy`,
+`nexus_expert_predictor`) return an object, or None to leave the choice to others. They are asked
+once and the object is kept: no hook runs while tokens are computed. A plugin wins over the
+built-in. When several plugins answer, the one whose entry point name comes first in alphabetical
+order wins, and a warning names the others.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from nexus_ext.policies.base import (
         CachePolicy,
+        ExpertPredictor,
         IoPolicy,
         ModelInfo,
         PlacementSolver,
@@ -46,6 +48,11 @@ def nexus_io_policy() -> IoPolicy | None:
 @hookspec(firstresult=True)
 def nexus_cache_policy() -> CachePolicy | None:
     """Return the object whose `choose(info)` says which experts leave the cache first."""
+
+
+@hookspec(firstresult=True)
+def nexus_expert_predictor() -> ExpertPredictor | None:
+    """Return the object whose `choose(info)` says how experts are predicted and read ahead."""
 
 
 @hookspec

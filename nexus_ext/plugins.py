@@ -27,11 +27,13 @@ from nexus_ext.policies import (
     CacheInfo,
     CachePolicy,
     CachePolicyName,
+    ExpertPredictor,
     IoInfo,
     IoMode,
     IoPolicy,
     ModelInfo,
     PlacementSolver,
+    PredictorName,
     RequestInfo,
 )
 
@@ -49,6 +51,7 @@ _log = logging.getLogger("nexus_ext.plugins")
 _PLACEMENT = "nexus_placement_solver"
 _IO = "nexus_io_policy"
 _CACHE = "nexus_cache_policy"
+_PREDICTOR = "nexus_expert_predictor"
 _T = TypeVar("_T")
 
 
@@ -119,6 +122,18 @@ class Plugins:
             raise self._failure(name, _CACHE, f"chose {chosen!r} instead of one of {known}")
         return chosen
 
+    def choose_predictor(self, info: CacheInfo) -> PredictorName:
+        """Ask the predictor in use how to predict; PluginError for an answer that is none."""
+        name, predictor = self._choose(_PREDICTOR, ExpertPredictor)  # type: ignore[type-abstract]
+        try:
+            chosen = predictor.choose(info)
+        except Exception as error:
+            raise self._failure(name, _PREDICTOR, f"raised {describe(error)}") from error
+        if chosen not in get_args(PredictorName):
+            known = ", ".join(get_args(PredictorName))
+            raise self._failure(name, _PREDICTOR, f"chose {chosen!r} instead of one of {known}")
+        return chosen
+
     def register_commands(self, cli: click.Group) -> None:
         """Let plugins add commands; one that takes the name of another is dropped and logged."""
         for impl in self._registry.implementations("nexus_register_commands"):
@@ -140,7 +155,13 @@ class Plugins:
 
     def list_plugins(self) -> tuple[PluginRecord, ...]:
         """Return every plugin that was found, built-ins first, then by name."""
-        for hook, kind in ((_PLACEMENT, PlacementSolver), (_IO, IoPolicy), (_CACHE, CachePolicy)):
+        kinds: tuple[tuple[str, type[object]], ...] = (
+            (_PLACEMENT, PlacementSolver),
+            (_IO, IoPolicy),
+            (_CACHE, CachePolicy),
+            (_PREDICTOR, ExpertPredictor),
+        )
+        for hook, kind in kinds:
             try:
                 self._choose(hook, kind)
             except PluginError as error:

@@ -46,6 +46,7 @@ def line(answer: Answer) -> str:
         parts.append(f"{format_bytes(stats.read_per_pass_bytes)} read a token ({stats.io_mode})")
         if stats.expert_hit_rate is not None:
             parts.append(f"{stats.expert_hit_rate:.0%} of the experts cached")
+            parts.append(f"prediction {stats.prediction}")
         parts.append(f"I/O wait {wait_fraction(stats):.0%}")
         if stats.bound_fraction is not None and stats.bound_tok_s is not None:
             parts.append(_bound(stats.bound_fraction, stats.bound_tok_s))
@@ -65,6 +66,8 @@ def progress(n_tokens: int, elapsed_s: float, stats: RunStats | None) -> str:
         parts.append(f"{format_bytes(stats.bytes_read / elapsed_s)}/s read")
         hits = stats.hit_rate if stats.expert_hit_rate is None else stats.expert_hit_rate
         parts.append(f"hit rate {hits:.0%}")
+        if stats.prediction:
+            parts.append(f"prediction {stats.prediction}")
     return ", ".join(parts)
 
 

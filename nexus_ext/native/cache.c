@@ -8,7 +8,7 @@
  * requested in the order in which a layer computes with them, so that the product with the first
  * overlaps with the reading of the others.
  */
-#include "cache.h"
+#include "predict.h"
 
 #include <errno.h>
 #include <math.h>
@@ -83,7 +83,10 @@ nx_status nx_cache_init(nx_model *m, nx_error *error) {
         g->pool = nx_memory_map(g->pool_bytes);
         g->records = calloc(g->n_slots, sizeof *g->records);
         g->slot_of = malloc(g->n_experts * sizeof *g->slot_of);
-        if (!g->pool || !g->records || !g->slot_of) {
+        g->seen = calloc(g->n_experts, sizeof *g->seen);
+        g->before = calloc(g->n_experts, sizeof *g->before);
+        g->latest = malloc(g->n_experts * sizeof *g->latest);
+        if (!g->pool || !g->records || !g->slot_of || !g->seen || !g->before || !g->latest) {
             nx_error_set(error, NX_E_NOMEM, ENOMEM, "%llu bytes for %u experts of %s cannot be allocated",
                          (unsigned long long)g->pool_bytes, g->n_slots, g->part[0]->name);
             return NX_E_NOMEM;
@@ -104,6 +107,9 @@ void nx_cache_free(nx_model *m) {
         nx_memory_unmap(m->groups[i].pool, m->groups[i].pool_bytes);
         free(m->groups[i].records);
         free(m->groups[i].slot_of);
+        free(m->groups[i].seen);
+        free(m->groups[i].before);
+        free(m->groups[i].latest);
     }
     free(m->groups);
 }
@@ -123,6 +129,7 @@ static bool failed(const nx_record *r, uint32_t n_parts) {
 }
 
 static void forget(nx_group *g, nx_record *r) {
+    if (r->ahead) nx_ahead_forgotten(g, r);
     if (r->expert >= 0) g->slot_of[r->expert] = -1;
     r->expert = -1;
     r->state = NX_RECORD_EMPTY;
@@ -166,6 +173,7 @@ static nx_status forget_failed(nx_group *g, const int32_t *experts, size_t n) {
 }
 
 static void touch(nx_group *g, nx_record *r) {
+    if (r->ahead) nx_ahead_used(g, r);
     const double age = (double)(g->clock - r->last_use);
     r->frequency = r->frequency * (float)exp2(-age / NX_CACHE_HALF_LIFE) + 1.0f;
     r->last_use = g->clock;
@@ -183,6 +191,16 @@ static void fill(nx_group *g, nx_record *r, int32_t slot, int32_t expert) {
                                 .offset = g->part[p]->offset + (uint64_t)expert * g->record_bytes[p],
                                 .nbytes = g->record_bytes[p],
                                 .dst = g->pool + (uint64_t)slot * g->stride + g->part_at[p]};
+}
+
+nx_record *nx_cache_place(nx_group *g, int32_t expert) {
+    const int32_t slot = find_slot(g);
+    if (slot < 0) return NULL;
+    nx_record *r = &g->records[slot];
+    if (r->state != NX_RECORD_EMPTY) NX_COUNT(g->model, expert_evictions, 1);
+    forget(g, r);
+    fill(g, r, slot, expert);
+    return r;
 }
 
 /* Reads of all missing records, part by part, ahead of what is only read ahead. */
@@ -218,6 +236,7 @@ nx_status nx_experts_acquire(nx_group *g, const int32_t *experts, size_t n) {
     int32_t *missing = malloc((n + 1) * sizeof *missing);
     if (!missing) return NX_E_NOMEM;
     size_t n_missing = 0;
+    nx_ahead_settle(g, experts, n);
     nx_status status = forget_failed(g, experts, n);
     if (status != NX_OK) {
         free(missing);

@@ -15,6 +15,7 @@ typedef struct nx_record {
     uint32_t in_use;   /* acquisitions that are not released: never evicted while above 0 */
     uint64_t last_use; /* the group's clock */
     float frequency;   /* uses, decayed */
+    bool ahead, wanted; /* read ahead and not used yet; for predict.c */
     nx_read reads[NX_MAX_PARTS];
 } nx_record;
 
@@ -38,6 +39,10 @@ struct nx_group {
     nx_record *records; /* n_slots */
     int32_t *slot_of;   /* expert -> slot, -1: not cached */
     uint64_t clock;     /* graphs that used this group */
+    uint32_t n_ahead;   /* records that were read ahead since the group was asked for any */
+    int32_t *latest;         /* what the last token used */
+    size_t n_latest;
+    uint64_t *seen, *before; /* how often routers chose each expert: now, and in earlier sessions */
 };
 
 nx_status nx_cache_init(nx_model *, nx_error *);

@@ -7,6 +7,7 @@
 #include <stdbool.h>
 
 #include "nexus_core.h"
+#include "predict_control.h"
 
 #define NX_PAGE 4096u
 #define NX_NO_PIECE UINT32_MAX
@@ -66,17 +67,25 @@ typedef struct nx_pager {
 } nx_pager;
 
 typedef struct nx_routing {
-    atomic_bool on;
+    atomic_int on; /* see nx_routing_record */
     int32_t *numbers; /* entries, see nx_routing_take */
     size_t n, capacity;
     uint64_t lost;
 } nx_routing;
+
+typedef struct nx_predict {
+    nx_predictor predictor;
+    nx_control control;             /* read by the holder of the turn, written under the lock */
+    uint64_t idle_seen, wait_seen;
+} nx_predict;
 
 struct nx_model {
     atomic_int references;
     pthread_mutex_t lock; /* guards: turn, closed, events, last_error */
     pthread_cond_t turn_free;
     bool turn, closed;
+    bool ran;                /* a graph has had the turn */
+    atomic_int turn_waiters; /* graphs that wait for it */
     nx_io_mode io_mode;
 
     nx_model_file *files;
@@ -108,6 +117,7 @@ struct nx_model {
     uint64_t cache_bytes;
     double (*policy)(const struct nx_record_facts *);
     nx_routing routing; /* guarded by lock */
+    nx_predict predict;
     nx_pager pager;
 
     nx_stats stats;

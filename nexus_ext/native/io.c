@@ -320,6 +320,10 @@ void nx_io_spare_limits(nx_io *io, uint32_t n_requests, uint32_t n_beside) {
     io->spare_beside = n_beside;
 }
 
+int nx_io_only_spare(const nx_io *io) {
+    return io->head == io->spare && io->n_requests == io->spare_active;
+}
+
 void nx_io_raise(nx_io *io, nx_read *read) {
     if (read->nx_owner != io || read->nx_state == NX_READ_IDLE || !read->nx_spare) return;
     io->spare_active -= read->nx_active;

@@ -250,6 +250,7 @@ nx_status nx_model_create(const char *manifest, size_t manifest_bytes, const voi
         return NX_E_NOMEM;
     }
     atomic_init(&m->references, 1);
+    nx_control_init(&m->predict.control, false, false);
     pthread_mutex_init(&m->lock, NULL);
     pthread_mutex_init(&m->load_lock, NULL);
     pthread_cond_init(&m->turn_free, NULL);

@@ -246,9 +246,11 @@ static void learn_successors(nx_pager *p) {
 nx_status nx_turn_begin(nx_model *m, nx_extent *const *uses, size_t n_uses, nx_abort_fn abort, void *ctx) {
     nx_pager *p = &m->pager;
     pthread_mutex_lock(&m->lock);
+    atomic_fetch_add(&m->turn_waiters, 1);
     while (m->turn && !m->closed) pthread_cond_wait(&m->turn_free, &m->lock);
+    atomic_fetch_sub(&m->turn_waiters, 1);
     const bool closed = m->closed;
-    if (!closed) m->turn = true;
+    if (!closed) m->turn = m->ran = true;
     pthread_mutex_unlock(&m->lock);
     if (closed) return NX_E_CLOSED;
     p->abort = abort;

@@ -8,7 +8,7 @@
 #define MOST_NUMBERS ((size_t)64 << 20) /* 256 MiB: a trace that nobody takes does not eat the machine */
 
 void nx_routing_record(nx_model *m, int on) {
-    atomic_store(&m->routing.on, on != 0);
+    atomic_store(&m->routing.on, on);
 }
 
 int nx_routing_recording(const nx_model *m) {
@@ -16,6 +16,11 @@ int nx_routing_recording(const nx_model *m) {
 }
 
 void nx_routing_add(nx_model *m, const nx_extent *e, int32_t n_tokens, int32_t n_used, const int32_t *experts) {
+    nx_routing_note(m, e, NX_ROUTED, n_tokens, n_used, experts);
+}
+
+void nx_routing_note(nx_model *m, const nx_extent *e, nx_routed kind, int32_t n_tokens, int32_t n_used,
+                     const int32_t *experts) {
     nx_routing *r = &m->routing;
     pthread_mutex_lock(&m->lock);
     if (r->on) {
@@ -29,7 +34,7 @@ void nx_routing_add(nx_model *m, const nx_extent *e, int32_t n_tokens, int32_t n
             }
         }
         if (wanted <= r->capacity) {
-            const int32_t head[ENTRY_HEAD] = {(int32_t)(e - m->extents), n_tokens, n_used};
+            const int32_t head[ENTRY_HEAD] = {(int32_t)(e - m->extents) | (int32_t)kind << 24, n_tokens, n_used};
             memcpy(r->numbers + r->n, head, sizeof head);
             memcpy(r->numbers + r->n + ENTRY_HEAD, experts, n * sizeof *experts);
             r->n = wanted;

@@ -10,11 +10,13 @@ from nexus_ext.policies.base import (
     CacheInfo,
     CachePolicy,
     CachePolicyName,
+    ExpertPredictor,
     IoInfo,
     IoMode,
     IoPolicy,
     ModelInfo,
     PlacementSolver,
+    PredictorName,
     RequestInfo,
 )
 
@@ -22,6 +24,7 @@ BUILTIN_MODULES = (
     "nexus_ext.policies.cache",
     "nexus_ext.policies.io",
     "nexus_ext.policies.placement",
+    "nexus_ext.policies.prediction",
 )
 
 __all__ = [
@@ -29,10 +32,12 @@ __all__ = [
     "CacheInfo",
     "CachePolicy",
     "CachePolicyName",
+    "ExpertPredictor",
     "IoInfo",
     "IoMode",
     "IoPolicy",
     "ModelInfo",
     "PlacementSolver",
+    "PredictorName",
     "RequestInfo",
 ]

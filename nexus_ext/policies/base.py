@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 IoMode = Literal["direct", "buffered"]
 CachePolicyName = Literal["lfru", "lru", "lfu", "least-stale"]  # as in native/cache.c
+PredictorName = Literal["none", "auto", "gate", "previous", "popular"]  # as in native/predict.c
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,4 +96,15 @@ class CachePolicy(Protocol):
 
     def choose(self, info: CacheInfo) -> CachePolicyName:
         """Return the name of one of the eviction policies of the native cache."""
+        ...
+
+
+@runtime_checkable
+class ExpertPredictor(Protocol):
+    """Decides how experts are predicted, to be read before a router asks for them."""
+
+    name: str
+
+    def choose(self, info: CacheInfo) -> PredictorName:
+        """Return the name of one of the native predictors; "auto" is on only while it helps."""
         ...

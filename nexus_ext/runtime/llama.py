@@ -80,6 +80,7 @@ class NexusHandle:
             io_engine=model.io_engine(),
             io_mode="direct" if file.direct else "buffered",
             direct_reason=file.reason,
+            prediction=model.prediction(),
         )
 
     def reset_stats(self) -> None:
@@ -184,6 +185,7 @@ class Llama(llama_cpp.Llama):
             model = core.Model(text, planned.catalog.header)
             if planned.plan.expert_caches:
                 model.set_cache_policy(plugins().choose_cache(_cache_info(planned)))
+                model.set_predictor(plugins().choose_predictor(_cache_info(planned)))
             arguments.setdefault("offload_kqv", layers != 0)
         handle = NexusHandle(path, planned, model)
         try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nexus_ext.core import ModelStats
+from nexus_ext.core import ModelStats, Prediction
+from nexus_ext.runtime.prediction import describe
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,13 @@ class RunStats:
     load_s: float
     bound_tok_s: float | None  # at the bytes that each pass read
     bound_fraction: float | None
+    prefetched_bytes: int  # experts that were predicted and read, or began to be
+    prefetch_used_bytes: int  # those of them that a router then asked for
+    prefetch_wasted_bytes: int  # read, and left the cache without having been asked for
+    preloaded_bytes: int  # popular experts, before the first graph
+    idle_s: float  # computing while the disk had nothing to do, but for predictions
+    predicting: bool
+    prediction: str  # why, in a sentence; "" without a cache of experts
     retries: int
     resident_bytes: int  # pinned weights, ring, scratch and expert cache
     io_engine: str
@@ -39,7 +47,13 @@ class RunStats:
 
 
 def run_stats(
-    stats: ModelStats, disk_bytes_s: float, *, io_engine: str, io_mode: str, direct_reason: str
+    stats: ModelStats,
+    disk_bytes_s: float,
+    *,
+    io_engine: str,
+    io_mode: str,
+    direct_reason: str,
+    prediction: Prediction,
 ) -> RunStats:
     """Derive the accounting from the core's counters and the disk's measured bandwidth."""
     read = max(stats.bytes_read - stats.bytes_loaded, 0)
@@ -63,6 +77,13 @@ def run_stats(
         load_s=stats.load_ns / 1e9,
         bound_tok_s=disk_bytes_s * stats.passes / read if streamed else None,
         bound_fraction=read / disk_bytes_s / pass_s if streamed else None,
+        prefetched_bytes=stats.prefetched,
+        prefetch_used_bytes=stats.prefetch_used,
+        prefetch_wasted_bytes=stats.prefetch_wasted,
+        preloaded_bytes=stats.preloaded,
+        idle_s=stats.idle_ns / 1e9,
+        predicting=prediction.on,
+        prediction=describe(prediction) if stats.cache_bytes else "",
         retries=stats.retries,
         resident_bytes=stats.pinned_bytes
         + stats.ring_bytes

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nexus_ext import hookspecs
 from nexus_ext.plugins import Plugins
-from nexus_ext.policies import IoInfo, IoPolicy, PlacementSolver
+from nexus_ext.policies import CacheInfo, IoInfo, IoPolicy, PlacementSolver
 from nexus_ext.policies.io import USABLE_SHARE, FitsPageCache
 
 HOOKS = [name for name in vars(hookspecs) if name.startswith("nexus_")]
@@ -59,9 +59,13 @@ def test_the_builtins_come_through_the_hooks() -> None:
         "nexus_cache_policy",
         "nexus_io_policy",
         "nexus_placement_solver",
+        "nexus_expert_predictor",
     ]
     assert isinstance(plugins.io_policy(), IoPolicy)
     assert isinstance(plugins.placement_solver(), PlacementSolver)
+    info = CacheInfo(n_layers=2, n_experts=8, n_experts_used=2, slots=4)
+    assert plugins.choose_cache(info) == "lfru"
+    assert plugins.choose_predictor(info) == "auto"
 
 
 def test_weights_that_fit_beside_the_process_go_through_the_page_cache() -> None:

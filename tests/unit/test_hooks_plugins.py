@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from nexus_ext.errors import DoesNotFit, PluginError
 from nexus_ext.plugin_registry import GROUP, PluginRecord
 from nexus_ext.plugins import Plugins
-from nexus_ext.policies import IoInfo, ModelInfo
+from nexus_ext.policies import CacheInfo, IoInfo, ModelInfo
 
 INFO = IoInfo(streamed_bytes=1, resident_bytes=0, available_bytes=100, limit_bytes=None)
 MODEL = ModelInfo("m.gguf", "f" * 32, "llama", 1, 0, None)
@@ -339,3 +339,22 @@ def test_a_plugin_that_places_badly_is_named(
 ) -> None:
     with pytest.raises(PluginError, match=f"plugin 'theirs' .*{reason}"):
         solve(expression)
+
+
+@pytest.mark.parametrize(
+    ("answer", "what"), [('"crystal ball"', "'crystal ball'"), ("3", "3"), ("1 // 0", "division")]
+)
+def test_a_predictor_that_answers_nonsense_is_named(
+    install: Install, answer: str, what: str
+) -> None:
+    code = POLICY.replace("nexus_io_policy", "nexus_expert_predictor").replace("{mode!r}", answer)
+    install("seer", code.format(name="seer"))
+    with pytest.raises(PluginError, match="seer") as failure:
+        Plugins(environ={}).choose_predictor(CacheInfo(2, 8, 2, 4))
+    assert what in str(failure.value)
+
+
+def test_a_plugin_may_choose_another_predictor(install: Install) -> None:
+    code = POLICY.replace("nexus_io_policy", "nexus_expert_predictor")
+    install("seer", code.format(name="seer", mode="none"))
+    assert Plugins(environ={}).choose_predictor(CacheInfo(2, 8, 2, 4)) == "none"

@@ -23,6 +23,7 @@ typedef struct nxb_backend {
     struct nxb_use *uses;
     size_t uses_capacity;
     struct nxb_ours *ours; /* operations of our own, see ours.c */
+    struct nxb_predictor *predictor; /* see predict.c; NULL until something is predicted */
 } nxb_backend;
 
 /* Functions of the CPU backend that are not part of ggml's public interface. */

@@ -308,6 +308,7 @@ int nxb_run_experts(nxb_run *r, const nxb_use *use) {
     status = collect(e, ids, n_experts, place, experts, &n);
     if (status == GX_SUCCESS) record(e, ids);
     if (status == GX_SUCCESS && group) status = hold(r, group, ids, experts, n);
+    if (status == GX_SUCCESS) nxb_predict(r, use);
     if (status == GX_SUCCESS) status = group ? run_held(r, use, part, ids) : run_waves(r, use, part, experts, n, 0);
     free(place);
     return status;

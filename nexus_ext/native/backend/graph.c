@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "nexus_predict.h"
 #include "walk.h"
 
 #define MAX_BATCH 16 /* slabs in one call of the delegate */
@@ -106,9 +107,11 @@ int nxb_status(nx_status status) {
 }
 
 static int compute(run *r, gx_graph *graph, int first_node) {
+    const int idle = r->n_models ? nx_reads_go_on(r->models[0]) : 0;
     const uint64_t begin = nx_now_ns();
     const int status = gx.backend_graph_compute_async(r->own->cpu, graph);
     if (r->n_models) nx_note_compute(r->models[0], (uint32_t)first_node, nx_now_ns() - begin);
+    if (idle) nx_note_idle(r->models[0], nx_now_ns() - begin);
     return status;
 }
 
@@ -353,6 +356,7 @@ int nxb_graph_compute(gx_backend *backend, gx_graph *graph) {
     size_t n_uses = 0, begun = 0;
     nxb_ours_clear(own);
     int status = find_uses(&r, &n_uses);
+    r.n_uses = n_uses;
     if (status == GX_SUCCESS && r.n_models == 0) return gx.backend_graph_compute_async(own->cpu, graph);
     const uint64_t begin = nx_now_ns();
     if (status == GX_SUCCESS) status = begin_turns(&r, n_uses, &begun);
@@ -362,6 +366,7 @@ int nxb_graph_compute(gx_backend *backend, gx_graph *graph) {
     free(r.decision.experts);
     for (size_t i = 0; i < begun; i++) {
         if (i == 0) nx_note_pass(r.models[0], nx_now_ns() - begin);
+        if (i == 0 && r.decides && !r.decides_for_many && status == GX_SUCCESS) nx_predict_pass(r.models[0], nx_now_ns() - begin);
         nx_turn_end(r.models[i], status != GX_SUCCESS);
     }
     return status;

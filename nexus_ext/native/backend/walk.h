@@ -38,6 +38,8 @@ typedef struct nxb_run {
     void *placed_home[64];
     size_t n_placed;
     nxb_decision decision;
+    size_t n_uses;
+    bool decides, decides_for_many; /* routers: any, and for more than one token */
 } nxb_run;
 
 /* Our own operations, see ours.c. Note that `node` multiplies by a weight with an attachment; all of them
@@ -58,5 +60,10 @@ int nxb_compute_as(nxb_run *, int node, gx_tensor *as, size_t n);
 
 int nxb_run_experts(nxb_run *, const nxb_use *);
 void nxb_experts_release(nxb_run *);
+
+/* The router of `use` has decided, and what is missing is being read: note it, and read ahead what the next
+ * layer is likely to use. */
+void nxb_predict(nxb_run *, const nxb_use *use);
+void nxb_predictor_free(struct nxb_predictor *);
 
 #endif

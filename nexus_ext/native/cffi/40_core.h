@@ -27,6 +27,8 @@ typedef struct {
     uint64_t load_ns;
     uint64_t retries, short_reads, bounces;
     uint64_t expert_uses, expert_misses, expert_evictions;
+    uint64_t prefetched, prefetch_used, prefetch_wasted;
+    uint64_t preloaded, idle_ns, predict_ns;
     uint64_t pinned_bytes, ring_bytes, scratch_bytes, host_bytes, cache_bytes;
 } nx_stats;
 

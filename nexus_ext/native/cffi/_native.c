@@ -1,4 +1,4 @@
-/* Written by build.py with cffi 2.1.1 from 0abfffaf3a0b1bda2ec0b0c7cb985ecc2abb5373bd75ee8e633b34df5de19d8d. */
+/* Written by build.py with cffi 2.1.1 from a7a055ffd7543a81a485480bc70c9cfafa161801cc70eb7921c22c9b4503ec21. */
 #define _CFFI_
 
 /* We try to define Py_LIMITED_API before including Python.h.
@@ -583,6 +583,7 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 #include "nexus_status.h"
 #include "nexus_io.h"
 #include "nexus_core.h"
+#include "nexus_predict.h"
 #include "nexus_membench.h"
 #include "nexus_kernels.h"
 #include "nexus_attach.h"
@@ -592,214 +593,291 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 /************************************************************/
 
 static void *_cffi_types[] = {
-/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 129), // FILE *()(nx_model *, int *)
-/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 199), // nx_model *
-/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 149), // int *
+/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 141), // FILE *()(nx_model *, int *)
+/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 226), // nx_model *
+/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 161), // int *
 /*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 179), // _Bool()(void *)
-/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 206), // void *
+/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 205), // _Bool()(void *)
+/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 234), // void *
 /*  6 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  7 */ _CFFI_OP(_CFFI_OP_FUNCTION, 31), // char const *()(nx_isa)
-/*  8 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_isa
+/*  7 */ _CFFI_OP(_CFFI_OP_FUNCTION, 35), // char const *()(nx_isa)
+/*  8 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // nx_isa
 /*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION, 31), // char const *()(nx_model const *)
-/* 11 */ _CFFI_OP(_CFFI_OP_POINTER, 199), // nx_model const *
+/* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION, 35), // char const *()(nx_model const *)
+/* 11 */ _CFFI_OP(_CFFI_OP_POINTER, 226), // nx_model const *
 /* 12 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION, 31), // char const *()(nx_status)
-/* 14 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // nx_status
+/* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION, 35), // char const *()(nx_status)
+/* 14 */ _CFFI_OP(_CFFI_OP_ENUM, 3), // nx_status
 /* 15 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 31), // char const *()(void)
+/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 35), // char const *()(void)
 /* 17 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION, 149), // int()(nx_isa)
+/* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION, 161), // int()(nx_isa)
 /* 19 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
 /* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 21 */ _CFFI_OP(_CFFI_OP_FUNCTION, 149), // int()(void *, uint64_t, uint64_t)
-/* 22 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 21 */ _CFFI_OP(_CFFI_OP_FUNCTION, 161), // int()(nx_model *, uint64_t)
+/* 22 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 23 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
-/* 24 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 25 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 26 */ _CFFI_OP(_CFFI_OP_FUNCTION, 149), // int()(void)
-/* 27 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 28 */ _CFFI_OP(_CFFI_OP_FUNCTION, 8), // nx_isa()(void)
+/* 24 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 25 */ _CFFI_OP(_CFFI_OP_FUNCTION, 161), // int()(void *, uint64_t, uint64_t)
+/* 26 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 27 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 28 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 29 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 30 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_io_mode, nx_file * *)
-/* 31 */ _CFFI_OP(_CFFI_OP_POINTER, 180), // char const *
-/* 32 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // nx_io_mode
-/* 33 */ _CFFI_OP(_CFFI_OP_POINTER, 138), // nx_file * *
-/* 34 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 35 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_probe_options const *, nx_probe_result *)
-/* 36 */ _CFFI_OP(_CFFI_OP_NOOP, 31),
-/* 37 */ _CFFI_OP(_CFFI_OP_POINTER, 200), // nx_probe_options const *
-/* 38 */ _CFFI_OP(_CFFI_OP_POINTER, 201), // nx_probe_result *
-/* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, size_t, void const *, size_t, nx_model * *, nx_error *)
-/* 41 */ _CFFI_OP(_CFFI_OP_NOOP, 31),
-/* 42 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
-/* 43 */ _CFFI_OP(_CFFI_OP_POINTER, 206), // void const *
-/* 44 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 45 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // nx_model * *
-/* 46 */ _CFFI_OP(_CFFI_OP_POINTER, 192), // nx_error *
-/* 47 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 48 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(float const *, size_t, uint32_t, uint32_t, uint32_t, uint32_t, uint8_t *, float *)
-/* 49 */ _CFFI_OP(_CFFI_OP_POINTER, 102), // float const *
-/* 50 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 51 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
-/* 52 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 53 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 54 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 55 */ _CFFI_OP(_CFFI_OP_POINTER, 205), // uint8_t *
-/* 56 */ _CFFI_OP(_CFFI_OP_POINTER, 102), // float *
-/* 57 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 58 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_isa)
-/* 59 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
-/* 60 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 61 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_membench_options const *, nx_membench_result *)
-/* 62 */ _CFFI_OP(_CFFI_OP_POINTER, 197), // nx_membench_options const *
-/* 63 */ _CFFI_OP(_CFFI_OP_POINTER, 198), // nx_membench_result *
+/* 30 */ _CFFI_OP(_CFFI_OP_FUNCTION, 161), // int()(void)
+/* 31 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 32 */ _CFFI_OP(_CFFI_OP_FUNCTION, 8), // nx_isa()(void)
+/* 33 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 34 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_io_mode, nx_file * *)
+/* 35 */ _CFFI_OP(_CFFI_OP_POINTER, 206), // char const *
+/* 36 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_io_mode
+/* 37 */ _CFFI_OP(_CFFI_OP_POINTER, 150), // nx_file * *
+/* 38 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_probe_options const *, nx_probe_result *)
+/* 40 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 41 */ _CFFI_OP(_CFFI_OP_POINTER, 228), // nx_probe_options const *
+/* 42 */ _CFFI_OP(_CFFI_OP_POINTER, 229), // nx_probe_result *
+/* 43 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 44 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, size_t, void const *, size_t, nx_model * *, nx_error *)
+/* 45 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 46 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
+/* 47 */ _CFFI_OP(_CFFI_OP_POINTER, 234), // void const *
+/* 48 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 49 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // nx_model * *
+/* 50 */ _CFFI_OP(_CFFI_OP_POINTER, 219), // nx_error *
+/* 51 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 52 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(float const *, size_t, uint32_t, uint32_t, uint32_t, uint32_t, uint8_t *, float *)
+/* 53 */ _CFFI_OP(_CFFI_OP_POINTER, 106), // float const *
+/* 54 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 55 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
+/* 56 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 57 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 58 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 59 */ _CFFI_OP(_CFFI_OP_POINTER, 233), // uint8_t *
+/* 60 */ _CFFI_OP(_CFFI_OP_POINTER, 106), // float *
+/* 61 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 62 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_isa)
+/* 63 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
 /* 64 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 65 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *)
-/* 66 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 67 */ _CFFI_OP(_CFFI_OP_NOOP, 31),
+/* 65 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_membench_options const *, nx_membench_result *)
+/* 66 */ _CFFI_OP(_CFFI_OP_POINTER, 224), // nx_membench_options const *
+/* 67 */ _CFFI_OP(_CFFI_OP_POINTER, 225), // nx_membench_result *
 /* 68 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 69 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, uint32_t)
+/* 69 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *)
 /* 70 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 71 */ _CFFI_OP(_CFFI_OP_NOOP, 31),
-/* 72 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 73 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 74 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, void const *, uint64_t, float const *, uint64_t, uint32_t, nx_error *)
-/* 75 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 76 */ _CFFI_OP(_CFFI_OP_NOOP, 31),
-/* 77 */ _CFFI_OP(_CFFI_OP_NOOP, 43),
-/* 78 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 79 */ _CFFI_OP(_CFFI_OP_NOOP, 49),
-/* 80 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 81 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 82 */ _CFFI_OP(_CFFI_OP_NOOP, 46),
-/* 83 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 84 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, int(*)(void *, uint64_t, uint64_t), void *)
-/* 85 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 86 */ _CFFI_OP(_CFFI_OP_POINTER, 21), // int(*)(void *, uint64_t, uint64_t)
-/* 87 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 89 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nx_fault const *)
-/* 90 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 91 */ _CFFI_OP(_CFFI_OP_POINTER, 194), // nx_fault const *
+/* 71 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 72 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 73 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, uint32_t)
+/* 74 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 75 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 76 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 77 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 78 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, void const *, uint64_t, float const *, uint64_t, uint32_t, nx_error *)
+/* 79 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 80 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 81 */ _CFFI_OP(_CFFI_OP_NOOP, 47),
+/* 82 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 83 */ _CFFI_OP(_CFFI_OP_NOOP, 53),
+/* 84 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 85 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 86 */ _CFFI_OP(_CFFI_OP_NOOP, 50),
+/* 87 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, int(*)(void *, uint64_t, uint64_t), void *)
+/* 89 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 90 */ _CFFI_OP(_CFFI_OP_POINTER, 25), // int(*)(void *, uint64_t, uint64_t)
+/* 91 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
 /* 92 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 93 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
-/* 94 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 95 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 96 */ _CFFI_OP(_CFFI_OP_POINTER, 196), // nx_file_info *
-/* 97 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 98 */ _CFFI_OP(_CFFI_OP_FUNCTION, 42), // size_t()(float const *, uint32_t, uint32_t, float, float, uint32_t *)
-/* 99 */ _CFFI_OP(_CFFI_OP_NOOP, 49),
-/* 100 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 101 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 102 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13), // float
-/* 103 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13),
-/* 104 */ _CFFI_OP(_CFFI_OP_POINTER, 51), // uint32_t *
-/* 105 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 106 */ _CFFI_OP(_CFFI_OP_FUNCTION, 42), // size_t()(float const *, uint32_t, uint32_t, uint32_t *)
-/* 107 */ _CFFI_OP(_CFFI_OP_NOOP, 49),
-/* 108 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 109 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 110 */ _CFFI_OP(_CFFI_OP_NOOP, 104),
-/* 111 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 112 */ _CFFI_OP(_CFFI_OP_FUNCTION, 42), // size_t()(nx_model *, int32_t *, size_t)
-/* 113 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 114 */ _CFFI_OP(_CFFI_OP_POINTER, 190), // int32_t *
-/* 115 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 116 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 117 */ _CFFI_OP(_CFFI_OP_FUNCTION, 42), // size_t()(nx_model *, nx_event *, size_t)
-/* 118 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 119 */ _CFFI_OP(_CFFI_OP_POINTER, 193), // nx_event *
-/* 120 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 121 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 122 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *)
-/* 123 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 124 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 125 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(uint32_t)
-/* 126 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 127 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 128 */ _CFFI_OP(_CFFI_OP_FUNCTION, 206), // void()(FILE *)
-/* 129 */ _CFFI_OP(_CFFI_OP_POINTER, 178), // FILE *
-/* 130 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 131 */ _CFFI_OP(_CFFI_OP_FUNCTION, 206), // void()(float const *, uint32_t const *, size_t, float *)
-/* 132 */ _CFFI_OP(_CFFI_OP_NOOP, 49),
-/* 133 */ _CFFI_OP(_CFFI_OP_POINTER, 51), // uint32_t const *
-/* 134 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 135 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
+/* 93 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nx_fault const *)
+/* 94 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 95 */ _CFFI_OP(_CFFI_OP_POINTER, 221), // nx_fault const *
+/* 96 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 97 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
+/* 98 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 99 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 100 */ _CFFI_OP(_CFFI_OP_POINTER, 223), // nx_file_info *
+/* 101 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 102 */ _CFFI_OP(_CFFI_OP_FUNCTION, 46), // size_t()(float const *, uint32_t, uint32_t, float, float, uint32_t *)
+/* 103 */ _CFFI_OP(_CFFI_OP_NOOP, 53),
+/* 104 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 105 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 106 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13), // float
+/* 107 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13),
+/* 108 */ _CFFI_OP(_CFFI_OP_POINTER, 55), // uint32_t *
+/* 109 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 110 */ _CFFI_OP(_CFFI_OP_FUNCTION, 46), // size_t()(float const *, uint32_t, uint32_t, uint32_t *)
+/* 111 */ _CFFI_OP(_CFFI_OP_NOOP, 53),
+/* 112 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 113 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 114 */ _CFFI_OP(_CFFI_OP_NOOP, 108),
+/* 115 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 116 */ _CFFI_OP(_CFFI_OP_FUNCTION, 46), // size_t()(nx_model *, int32_t *, size_t)
+/* 117 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 118 */ _CFFI_OP(_CFFI_OP_POINTER, 216), // int32_t *
+/* 119 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 120 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 121 */ _CFFI_OP(_CFFI_OP_FUNCTION, 46), // size_t()(nx_model *, nx_event *, size_t)
+/* 122 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 123 */ _CFFI_OP(_CFFI_OP_POINTER, 220), // nx_event *
+/* 124 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 125 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 126 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // uint32_t()(nx_model const *)
+/* 127 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 128 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 129 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // uint32_t()(nx_model const *, uint32_t, uint32_t *)
+/* 130 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 131 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 132 */ _CFFI_OP(_CFFI_OP_NOOP, 108),
+/* 133 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 134 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *)
+/* 135 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
 /* 136 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 137 */ _CFFI_OP(_CFFI_OP_FUNCTION, 206), // void()(nx_file *)
-/* 138 */ _CFFI_OP(_CFFI_OP_POINTER, 195), // nx_file *
+/* 137 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(uint32_t)
+/* 138 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 139 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 140 */ _CFFI_OP(_CFFI_OP_FUNCTION, 206), // void()(nx_file const *, nx_file_info *)
-/* 141 */ _CFFI_OP(_CFFI_OP_POINTER, 195), // nx_file const *
-/* 142 */ _CFFI_OP(_CFFI_OP_NOOP, 96),
-/* 143 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 144 */ _CFFI_OP(_CFFI_OP_FUNCTION, 206), // void()(nx_model *)
-/* 145 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 146 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 147 */ _CFFI_OP(_CFFI_OP_FUNCTION, 206), // void()(nx_model *, int)
-/* 148 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 149 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
-/* 150 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 151 */ _CFFI_OP(_CFFI_OP_FUNCTION, 206), // void()(nx_model *, nx_error *)
-/* 152 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 153 */ _CFFI_OP(_CFFI_OP_NOOP, 46),
-/* 154 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 155 */ _CFFI_OP(_CFFI_OP_FUNCTION, 206), // void()(nx_model *, nx_stats *)
-/* 156 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 157 */ _CFFI_OP(_CFFI_OP_POINTER, 203), // nx_stats *
+/* 140 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(FILE *)
+/* 141 */ _CFFI_OP(_CFFI_OP_POINTER, 204), // FILE *
+/* 142 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 143 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(float const *, uint32_t const *, size_t, float *)
+/* 144 */ _CFFI_OP(_CFFI_OP_NOOP, 53),
+/* 145 */ _CFFI_OP(_CFFI_OP_POINTER, 55), // uint32_t const *
+/* 146 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 147 */ _CFFI_OP(_CFFI_OP_NOOP, 60),
+/* 148 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 149 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(nx_file *)
+/* 150 */ _CFFI_OP(_CFFI_OP_POINTER, 222), // nx_file *
+/* 151 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 152 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(nx_file const *, nx_file_info *)
+/* 153 */ _CFFI_OP(_CFFI_OP_POINTER, 222), // nx_file const *
+/* 154 */ _CFFI_OP(_CFFI_OP_NOOP, 100),
+/* 155 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 156 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(nx_model *)
+/* 157 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 158 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 159 */ _CFFI_OP(_CFFI_OP_FUNCTION, 206), // void()(nx_residual_matrix const *, uint32_t const *, float const *, size_t, uint32_t, uint32_t, float *, float *)
-/* 160 */ _CFFI_OP(_CFFI_OP_POINTER, 202), // nx_residual_matrix const *
-/* 161 */ _CFFI_OP(_CFFI_OP_NOOP, 133),
-/* 162 */ _CFFI_OP(_CFFI_OP_NOOP, 49),
-/* 163 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 164 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 165 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 166 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
-/* 167 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
-/* 168 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 169 */ _CFFI_OP(_CFFI_OP_FUNCTION, 206), // void()(nx_residual_matrix const *, uint32_t, uint32_t, float *, size_t)
-/* 170 */ _CFFI_OP(_CFFI_OP_NOOP, 160),
-/* 171 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 172 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 173 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
-/* 174 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 175 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 176 */ _CFFI_OP(_CFFI_OP_FUNCTION, 206), // void()(void)
-/* 177 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 178 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // FILE
-/* 179 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
-/* 180 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
-/* 181 */ _CFFI_OP(_CFFI_OP_ARRAY, 180), // char[128]
-/* 182 */ (_cffi_opcode_t)(128),
-/* 183 */ _CFFI_OP(_CFFI_OP_ARRAY, 180), // char[256]
-/* 184 */ (_cffi_opcode_t)(256),
-/* 185 */ _CFFI_OP(_CFFI_OP_ARRAY, 180), // char[512]
-/* 186 */ (_cffi_opcode_t)(512),
-/* 187 */ _CFFI_OP(_CFFI_OP_ARRAY, 180), // char[96]
-/* 188 */ (_cffi_opcode_t)(96),
-/* 189 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
-/* 190 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
-/* 191 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
-/* 192 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_error
-/* 193 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_event
-/* 194 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_fault
-/* 195 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // nx_file
-/* 196 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_file_info
-/* 197 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_membench_options
-/* 198 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_result
-/* 199 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // nx_model
-/* 200 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_probe_options
-/* 201 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_probe_result
-/* 202 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_residual_matrix
-/* 203 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // nx_stats
-/* 204 */ _CFFI_OP(_CFFI_OP_POINTER, 205), // uint8_t const *
-/* 205 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
-/* 206 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
+/* 159 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(nx_model *, int)
+/* 160 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 161 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
+/* 162 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 163 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(nx_model *, nx_error *)
+/* 164 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 165 */ _CFFI_OP(_CFFI_OP_NOOP, 50),
+/* 166 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 167 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(nx_model *, nx_prediction *)
+/* 168 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 169 */ _CFFI_OP(_CFFI_OP_POINTER, 227), // nx_prediction *
+/* 170 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 171 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(nx_model *, nx_stats *)
+/* 172 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 173 */ _CFFI_OP(_CFFI_OP_POINTER, 231), // nx_stats *
+/* 174 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 175 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(nx_model *, uint32_t, uint64_t *)
+/* 176 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 177 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 178 */ _CFFI_OP(_CFFI_OP_POINTER, 23), // uint64_t *
+/* 179 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 180 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(nx_model *, uint32_t, uint64_t const *)
+/* 181 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 182 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 183 */ _CFFI_OP(_CFFI_OP_POINTER, 23), // uint64_t const *
+/* 184 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 185 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(nx_residual_matrix const *, uint32_t const *, float const *, size_t, uint32_t, uint32_t, float *, float *)
+/* 186 */ _CFFI_OP(_CFFI_OP_POINTER, 230), // nx_residual_matrix const *
+/* 187 */ _CFFI_OP(_CFFI_OP_NOOP, 145),
+/* 188 */ _CFFI_OP(_CFFI_OP_NOOP, 53),
+/* 189 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 190 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 191 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 192 */ _CFFI_OP(_CFFI_OP_NOOP, 60),
+/* 193 */ _CFFI_OP(_CFFI_OP_NOOP, 60),
+/* 194 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 195 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(nx_residual_matrix const *, uint32_t, uint32_t, float *, size_t)
+/* 196 */ _CFFI_OP(_CFFI_OP_NOOP, 186),
+/* 197 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 198 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 199 */ _CFFI_OP(_CFFI_OP_NOOP, 60),
+/* 200 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 201 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 202 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(void)
+/* 203 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 204 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // FILE
+/* 205 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
+/* 206 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/* 207 */ _CFFI_OP(_CFFI_OP_ARRAY, 206), // char[128]
+/* 208 */ (_cffi_opcode_t)(128),
+/* 209 */ _CFFI_OP(_CFFI_OP_ARRAY, 206), // char[256]
+/* 210 */ (_cffi_opcode_t)(256),
+/* 211 */ _CFFI_OP(_CFFI_OP_ARRAY, 206), // char[512]
+/* 212 */ (_cffi_opcode_t)(512),
+/* 213 */ _CFFI_OP(_CFFI_OP_ARRAY, 206), // char[96]
+/* 214 */ (_cffi_opcode_t)(96),
+/* 215 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
+/* 216 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
+/* 217 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
+/* 218 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // nx_control_state
+/* 219 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_error
+/* 220 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_event
+/* 221 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_fault
+/* 222 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // nx_file
+/* 223 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_file_info
+/* 224 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_membench_options
+/* 225 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_result
+/* 226 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // nx_model
+/* 227 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_prediction
+/* 228 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_probe_options
+/* 229 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_probe_result
+/* 230 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // nx_residual_matrix
+/* 231 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_stats
+/* 232 */ _CFFI_OP(_CFFI_OP_POINTER, 233), // uint8_t const *
+/* 233 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
+/* 234 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
+
+static int _cffi_const_NX_CONTROL_FIXED(unsigned long long *o)
+{
+  int n = (NX_CONTROL_FIXED) <= 0;
+  *o = (unsigned long long)((NX_CONTROL_FIXED) | 0);  /* check that NX_CONTROL_FIXED is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_CONTROL_WATCHING(unsigned long long *o)
+{
+  int n = (NX_CONTROL_WATCHING) <= 0;
+  *o = (unsigned long long)((NX_CONTROL_WATCHING) | 0);  /* check that NX_CONTROL_WATCHING is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_CONTROL_NO_STALL(unsigned long long *o)
+{
+  int n = (NX_CONTROL_NO_STALL) <= 0;
+  *o = (unsigned long long)((NX_CONTROL_NO_STALL) | 0);  /* check that NX_CONTROL_NO_STALL is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_CONTROL_NO_IDLE(unsigned long long *o)
+{
+  int n = (NX_CONTROL_NO_IDLE) <= 0;
+  *o = (unsigned long long)((NX_CONTROL_NO_IDLE) | 0);  /* check that NX_CONTROL_NO_IDLE is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_CONTROL_TRYING(unsigned long long *o)
+{
+  int n = (NX_CONTROL_TRYING) <= 0;
+  *o = (unsigned long long)((NX_CONTROL_TRYING) | 0);  /* check that NX_CONTROL_TRYING is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_CONTROL_SLOWER(unsigned long long *o)
+{
+  int n = (NX_CONTROL_SLOWER) <= 0;
+  *o = (unsigned long long)((NX_CONTROL_SLOWER) | 0);  /* check that NX_CONTROL_SLOWER is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_CONTROL_FASTER(unsigned long long *o)
+{
+  int n = (NX_CONTROL_FASTER) <= 0;
+  *o = (unsigned long long)((NX_CONTROL_FASTER) | 0);  /* check that NX_CONTROL_FASTER is an integer */
+  return n;
+}
 
 _CFFI_UNUSED_FN
 static void _cffi_checkfld_typedef_nx_error(nx_error *p)
@@ -933,6 +1011,22 @@ static void _cffi_checkfld_typedef_nx_membench_result(nx_membench_result *p)
 struct _cffi_align_typedef_nx_membench_result { char x; nx_membench_result y; };
 
 _CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_nx_prediction(nx_prediction *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  { nx_control_state *tmp = &p->state; (void)tmp; }
+  (void)((p->on) | 0);  /* check that 'nx_prediction.on' is an integer */
+  (void)((p->trials) | 0);  /* check that 'nx_prediction.trials' is an integer */
+  (void)((p->switches) | 0);  /* check that 'nx_prediction.switches' is an integer */
+  { double *tmp = &p->idle; (void)tmp; }
+  { double *tmp = &p->stall; (void)tmp; }
+  { double *tmp = &p->on_ns; (void)tmp; }
+  { double *tmp = &p->off_ns; (void)tmp; }
+}
+struct _cffi_align_typedef_nx_prediction { char x; nx_prediction y; };
+
+_CFFI_UNUSED_FN
 static void _cffi_checkfld_typedef_nx_probe_options(nx_probe_options *p)
 {
   /* only to generate compile-time warnings or errors */
@@ -998,6 +1092,12 @@ static void _cffi_checkfld_typedef_nx_stats(nx_stats *p)
   (void)((p->expert_uses) | 0);  /* check that 'nx_stats.expert_uses' is an integer */
   (void)((p->expert_misses) | 0);  /* check that 'nx_stats.expert_misses' is an integer */
   (void)((p->expert_evictions) | 0);  /* check that 'nx_stats.expert_evictions' is an integer */
+  (void)((p->prefetched) | 0);  /* check that 'nx_stats.prefetched' is an integer */
+  (void)((p->prefetch_used) | 0);  /* check that 'nx_stats.prefetch_used' is an integer */
+  (void)((p->prefetch_wasted) | 0);  /* check that 'nx_stats.prefetch_wasted' is an integer */
+  (void)((p->preloaded) | 0);  /* check that 'nx_stats.preloaded' is an integer */
+  (void)((p->idle_ns) | 0);  /* check that 'nx_stats.idle_ns' is an integer */
+  (void)((p->predict_ns) | 0);  /* check that 'nx_stats.predict_ns' is an integer */
   (void)((p->pinned_bytes) | 0);  /* check that 'nx_stats.pinned_bytes' is an integer */
   (void)((p->ring_bytes) | 0);  /* check that 'nx_stats.ring_bytes' is an integer */
   (void)((p->scratch_bytes) | 0);  /* check that 'nx_stats.scratch_bytes' is an integer */
@@ -1097,6 +1197,54 @@ static int nx_python_progress(void * a0, uint64_t a1, uint64_t a2)
   return *(int *)p;
 }
 
+static int _cffi_d_nx_cache_preload(nx_model * x0, uint64_t x1)
+{
+  return nx_cache_preload(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_cache_preload(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  uint64_t x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "nx_cache_preload", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, uint64_t);
+  if (x1 == (uint64_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_cache_preload(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_cache_preload _cffi_d_nx_cache_preload
+#endif
+
 static nx_status _cffi_d_nx_cache_set_policy(nx_model * x0, char const * x1)
 {
   return nx_cache_set_policy(x0, x1);
@@ -1127,10 +1275,10 @@ _cffi_f_nx_cache_set_policy(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(31), arg1, (char **)&x1);
+      _cffi_type(35), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(31), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(35), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1163,10 +1311,10 @@ _cffi_f_nx_file_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(138), arg0, (char **)&x0);
+      _cffi_type(150), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(138), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(150), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1205,19 +1353,19 @@ _cffi_f_nx_file_get_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(141), arg0, (char **)&x0);
+      _cffi_type(153), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(141), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(153), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(96), arg1, (char **)&x1);
+      _cffi_type(100), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_file_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(96), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(100), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1260,22 +1408,22 @@ _cffi_f_nx_file_open(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(31), arg0, (char **)&x0);
+      _cffi_type(35), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(31), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(35), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
-  if (_cffi_to_c((char *)&x1, _cffi_type(32), arg1) < 0)
+  if (_cffi_to_c((char *)&x1, _cffi_type(36), arg1) < 0)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(33), arg2, (char **)&x2);
+      _cffi_type(37), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_file * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(33), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(37), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1293,6 +1441,65 @@ _cffi_f_nx_file_open(PyObject *self, PyObject *args)
 }
 #else
 #  define _cffi_f_nx_file_open _cffi_d_nx_file_open
+#endif
+
+static uint32_t _cffi_d_nx_group_experts(nx_model const * x0, uint32_t x1, uint32_t * x2)
+{
+  return nx_group_experts(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_group_experts(PyObject *self, PyObject *args)
+{
+  nx_model const * x0;
+  uint32_t x1;
+  uint32_t * x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  uint32_t result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "nx_group_experts", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(11), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(11), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, uint32_t);
+  if (x1 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(108), arg2, (char **)&x2);
+  if (datasize != 0) {
+    x2 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(108), arg2, (char **)&x2,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_group_experts(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, uint32_t);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_group_experts _cffi_d_nx_group_experts
 #endif
 
 static void _cffi_d_nx_interrupt_arm(void)
@@ -1454,28 +1661,28 @@ _cffi_f_nx_io_probe(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(31), arg0, (char **)&x0);
+      _cffi_type(35), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(31), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(35), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(37), arg1, (char **)&x1);
+      _cffi_type(41), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_probe_options const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(37), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(41), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(38), arg2, (char **)&x2);
+      _cffi_type(42), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_probe_result *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(38), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(42), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1543,7 +1750,7 @@ _cffi_f_nx_kernels_isa_name(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(31));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(35));
   return pyresult;
 }
 #else
@@ -1627,7 +1834,7 @@ _cffi_f_nx_kernels_why(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(31));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(35));
   return pyresult;
 }
 #else
@@ -1691,19 +1898,19 @@ _cffi_f_nx_membench_read(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(62), arg0, (char **)&x0);
+      _cffi_type(66), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_membench_options const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(62), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(66), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(63), arg1, (char **)&x1);
+      _cffi_type(67), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_membench_result *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(63), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(67), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1765,19 +1972,19 @@ _cffi_f_nx_model_attach_residual(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(31), arg1, (char **)&x1);
+      _cffi_type(35), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(31), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(35), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(43), arg2, (char **)&x2);
+      _cffi_type(47), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(43), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(47), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1787,10 +1994,10 @@ _cffi_f_nx_model_attach_residual(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(49), arg4, (char **)&x4);
+      _cffi_type(53), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(49), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(53), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1804,10 +2011,10 @@ _cffi_f_nx_model_attach_residual(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(46), arg7, (char **)&x7);
+      _cffi_type(50), arg7, (char **)&x7);
   if (datasize != 0) {
     x7 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(46), arg7, (char **)&x7,
+    if (_cffi_convert_array_argument(_cffi_type(50), arg7, (char **)&x7,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2002,10 +2209,10 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(31), arg0, (char **)&x0);
+      _cffi_type(35), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(31), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(35), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2015,10 +2222,10 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(43), arg2, (char **)&x2);
+      _cffi_type(47), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(43), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(47), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2028,19 +2235,19 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(45), arg4, (char **)&x4);
+      _cffi_type(49), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (nx_model * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(45), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(49), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(46), arg5, (char **)&x5);
+      _cffi_type(50), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(46), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(50), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2092,10 +2299,10 @@ _cffi_f_nx_model_events(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(119), arg1, (char **)&x1);
+      _cffi_type(123), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_event *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(119), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(123), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2155,10 +2362,10 @@ _cffi_f_nx_model_file_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(96), arg2, (char **)&x2);
+      _cffi_type(100), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_file_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(96), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(100), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2209,7 +2416,7 @@ _cffi_f_nx_model_finish_load(PyObject *self, PyObject *args)
       return NULL;
   }
 
-  x1 = (int(*)(void *, uint64_t, uint64_t))_cffi_to_c_pointer(arg1, _cffi_type(86));
+  x1 = (int(*)(void *, uint64_t, uint64_t))_cffi_to_c_pointer(arg1, _cffi_type(90));
   if (x1 == (int(*)(void *, uint64_t, uint64_t))NULL && PyErr_Occurred())
     return NULL;
 
@@ -2265,10 +2472,10 @@ _cffi_f_nx_model_get_stats(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(157), arg1, (char **)&x1);
+      _cffi_type(173), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_stats *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(157), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(173), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2318,10 +2525,10 @@ _cffi_f_nx_model_inject(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(91), arg1, (char **)&x1);
+      _cffi_type(95), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_fault const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(91), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(95), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2371,7 +2578,7 @@ _cffi_f_nx_model_io_engine(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(31));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(35));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -2407,10 +2614,10 @@ _cffi_f_nx_model_last_error(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(46), arg1, (char **)&x1);
+      _cffi_type(50), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(46), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(50), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2428,6 +2635,44 @@ _cffi_f_nx_model_last_error(PyObject *self, PyObject *args)
 }
 #else
 #  define _cffi_f_nx_model_last_error _cffi_d_nx_model_last_error
+#endif
+
+static uint32_t _cffi_d_nx_model_n_groups(nx_model const * x0)
+{
+  return nx_model_n_groups(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_n_groups(PyObject *self, PyObject *arg0)
+{
+  nx_model const * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  uint32_t result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(11), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(11), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_model_n_groups(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, uint32_t);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_model_n_groups _cffi_d_nx_model_n_groups
 #endif
 
 static void _cffi_d_nx_model_release(nx_model * x0)
@@ -2534,10 +2779,10 @@ _cffi_f_nx_model_set_residual_k(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(31), arg1, (char **)&x1);
+      _cffi_type(35), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(31), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(35), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2606,7 +2851,7 @@ _cffi_f_nx_model_stream(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(129));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(141));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -2627,10 +2872,10 @@ _cffi_f_nx_model_stream_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(129), arg0, (char **)&x0);
+      _cffi_type(141), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (FILE *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(129), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(141), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2696,6 +2941,224 @@ _cffi_f_nx_model_trace(PyObject *self, PyObject *args)
 #  define _cffi_f_nx_model_trace _cffi_d_nx_model_trace
 #endif
 
+static void _cffi_d_nx_popularity_get(nx_model * x0, uint32_t x1, uint64_t * x2)
+{
+  nx_popularity_get(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_popularity_get(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  uint32_t x1;
+  uint64_t * x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "nx_popularity_get", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, uint32_t);
+  if (x1 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(178), arg2, (char **)&x2);
+  if (datasize != 0) {
+    x2 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(178), arg2, (char **)&x2,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_popularity_get(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_popularity_get _cffi_d_nx_popularity_get
+#endif
+
+static void _cffi_d_nx_popularity_set(nx_model * x0, uint32_t x1, uint64_t const * x2)
+{
+  nx_popularity_set(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_popularity_set(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  uint32_t x1;
+  uint64_t const * x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "nx_popularity_set", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, uint32_t);
+  if (x1 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(183), arg2, (char **)&x2);
+  if (datasize != 0) {
+    x2 = ((size_t)datasize) <= 640 ? (uint64_t const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(183), arg2, (char **)&x2,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_popularity_set(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_popularity_set _cffi_d_nx_popularity_set
+#endif
+
+static void _cffi_d_nx_predict_get(nx_model * x0, nx_prediction * x1)
+{
+  nx_predict_get(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_predict_get(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  nx_prediction * x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "nx_predict_get", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(169), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (nx_prediction *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(169), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_predict_get(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_predict_get _cffi_d_nx_predict_get
+#endif
+
+static nx_status _cffi_d_nx_predict_set(nx_model * x0, char const * x1)
+{
+  return nx_predict_set(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_predict_set(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  char const * x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "nx_predict_set", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(35), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(35), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_predict_set(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_predict_set _cffi_d_nx_predict_set
+#endif
+
 static void _cffi_d_nx_residual_add(nx_residual_matrix const * x0, uint32_t const * x1, float const * x2, size_t x3, uint32_t x4, uint32_t x5, float * x6, float * x7)
 {
   nx_residual_add(x0, x1, x2, x3, x4, x5, x6, x7);
@@ -2727,28 +3190,28 @@ _cffi_f_nx_residual_add(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(160), arg0, (char **)&x0);
+      _cffi_type(186), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_residual_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(160), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(186), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(133), arg1, (char **)&x1);
+      _cffi_type(145), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(133), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(145), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(49), arg2, (char **)&x2);
+      _cffi_type(53), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(49), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(53), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2766,19 +3229,19 @@ _cffi_f_nx_residual_add(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(56), arg6, (char **)&x6);
+      _cffi_type(60), arg6, (char **)&x6);
   if (datasize != 0) {
     x6 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(56), arg6, (char **)&x6,
+    if (_cffi_convert_array_argument(_cffi_type(60), arg6, (char **)&x6,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(56), arg7, (char **)&x7);
+      _cffi_type(60), arg7, (char **)&x7);
   if (datasize != 0) {
     x7 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(56), arg7, (char **)&x7,
+    if (_cffi_convert_array_argument(_cffi_type(60), arg7, (char **)&x7,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2823,10 +3286,10 @@ _cffi_f_nx_residual_decode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(160), arg0, (char **)&x0);
+      _cffi_type(186), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_residual_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(160), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(186), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2840,10 +3303,10 @@ _cffi_f_nx_residual_decode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(56), arg3, (char **)&x3);
+      _cffi_type(60), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(56), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(60), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2900,10 +3363,10 @@ _cffi_f_nx_residual_encode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(49), arg0, (char **)&x0);
+      _cffi_type(53), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(49), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(53), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2929,19 +3392,19 @@ _cffi_f_nx_residual_encode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(55), arg6, (char **)&x6);
+      _cffi_type(59), arg6, (char **)&x6);
   if (datasize != 0) {
     x6 = ((size_t)datasize) <= 640 ? (uint8_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(55), arg6, (char **)&x6,
+    if (_cffi_convert_array_argument(_cffi_type(59), arg6, (char **)&x6,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(56), arg7, (char **)&x7);
+      _cffi_type(60), arg7, (char **)&x7);
   if (datasize != 0) {
     x7 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(56), arg7, (char **)&x7,
+    if (_cffi_convert_array_argument(_cffi_type(60), arg7, (char **)&x7,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2984,19 +3447,19 @@ _cffi_f_nx_residual_products(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(49), arg0, (char **)&x0);
+      _cffi_type(53), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(49), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(53), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(133), arg1, (char **)&x1);
+      _cffi_type(145), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(133), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(145), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3006,10 +3469,10 @@ _cffi_f_nx_residual_products(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(56), arg3, (char **)&x3);
+      _cffi_type(60), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(56), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(60), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3084,10 +3547,10 @@ _cffi_f_nx_residual_select(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(49), arg0, (char **)&x0);
+      _cffi_type(53), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(49), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(53), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3101,10 +3564,10 @@ _cffi_f_nx_residual_select(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(104), arg3, (char **)&x3);
+      _cffi_type(108), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(104), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(108), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3153,10 +3616,10 @@ _cffi_f_nx_residual_select_buckets(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(49), arg0, (char **)&x0);
+      _cffi_type(53), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(49), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(53), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3178,10 +3641,10 @@ _cffi_f_nx_residual_select_buckets(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(104), arg5, (char **)&x5);
+      _cffi_type(108), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(104), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(108), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3317,10 +3780,10 @@ _cffi_f_nx_routing_take(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(114), arg1, (char **)&x1);
+      _cffi_type(118), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (int32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(114), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(118), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3366,7 +3829,7 @@ _cffi_f_nx_status_text(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(31));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(35));
   return pyresult;
 }
 #else
@@ -3392,7 +3855,7 @@ _cffi_f_nx_version(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(31));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(35));
   return pyresult;
 }
 #else
@@ -3498,6 +3961,13 @@ static int _cffi_const_NX_RESIDUAL_LINE(unsigned long long *o)
 }
 
 static const struct _cffi_global_s _cffi_globals[] = {
+  { "NX_CONTROL_FASTER", (void *)_cffi_const_NX_CONTROL_FASTER, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "NX_CONTROL_FIXED", (void *)_cffi_const_NX_CONTROL_FIXED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "NX_CONTROL_NO_IDLE", (void *)_cffi_const_NX_CONTROL_NO_IDLE, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "NX_CONTROL_NO_STALL", (void *)_cffi_const_NX_CONTROL_NO_STALL, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "NX_CONTROL_SLOWER", (void *)_cffi_const_NX_CONTROL_SLOWER, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "NX_CONTROL_TRYING", (void *)_cffi_const_NX_CONTROL_TRYING, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "NX_CONTROL_WATCHING", (void *)_cffi_const_NX_CONTROL_WATCHING, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_EVENT_COMPUTE", (void *)_cffi_const_NX_EVENT_COMPUTE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "NX_EVENT_DEMAND", (void *)_cffi_const_NX_EVENT_DEMAND, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "NX_EVENT_DROP", (void *)_cffi_const_NX_EVENT_DROP, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
@@ -3530,53 +4000,60 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "NX_ISA_REF", (void *)_cffi_const_NX_ISA_REF, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_OK", (void *)_cffi_const_NX_OK, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_RESIDUAL_LINE", (void *)_cffi_const_NX_RESIDUAL_LINE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
-  { "nx_cache_set_policy", (void *)_cffi_f_nx_cache_set_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 65), (void *)_cffi_d_nx_cache_set_policy },
-  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 137), (void *)_cffi_d_nx_file_close },
-  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 140), (void *)_cffi_d_nx_file_get_info },
-  { "nx_file_open", (void *)_cffi_f_nx_file_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 30), (void *)_cffi_d_nx_file_open },
-  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 176), (void *)_cffi_d_nx_interrupt_arm },
-  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 176), (void *)_cffi_d_nx_interrupt_disarm },
-  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 176), (void *)_cffi_d_nx_interrupt_request },
-  { "nx_interrupted", (void *)_cffi_f_nx_interrupted, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 26), (void *)_cffi_d_nx_interrupted },
+  { "nx_cache_preload", (void *)_cffi_f_nx_cache_preload, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 21), (void *)_cffi_d_nx_cache_preload },
+  { "nx_cache_set_policy", (void *)_cffi_f_nx_cache_set_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 69), (void *)_cffi_d_nx_cache_set_policy },
+  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 149), (void *)_cffi_d_nx_file_close },
+  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 152), (void *)_cffi_d_nx_file_get_info },
+  { "nx_file_open", (void *)_cffi_f_nx_file_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 34), (void *)_cffi_d_nx_file_open },
+  { "nx_group_experts", (void *)_cffi_f_nx_group_experts, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 129), (void *)_cffi_d_nx_group_experts },
+  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 202), (void *)_cffi_d_nx_interrupt_arm },
+  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 202), (void *)_cffi_d_nx_interrupt_disarm },
+  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 202), (void *)_cffi_d_nx_interrupt_request },
+  { "nx_interrupted", (void *)_cffi_f_nx_interrupted, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 30), (void *)_cffi_d_nx_interrupted },
   { "nx_interrupted_callback", (void *)_cffi_f_nx_interrupted_callback, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 4), (void *)_cffi_d_nx_interrupted_callback },
-  { "nx_io_probe", (void *)_cffi_f_nx_io_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 35), (void *)_cffi_d_nx_io_probe },
-  { "nx_kernels_isa", (void *)_cffi_f_nx_kernels_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 28), (void *)_cffi_d_nx_kernels_isa },
+  { "nx_io_probe", (void *)_cffi_f_nx_io_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 39), (void *)_cffi_d_nx_io_probe },
+  { "nx_kernels_isa", (void *)_cffi_f_nx_kernels_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 32), (void *)_cffi_d_nx_kernels_isa },
   { "nx_kernels_isa_name", (void *)_cffi_f_nx_kernels_isa_name, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 7), (void *)_cffi_d_nx_kernels_isa_name },
   { "nx_kernels_isa_usable", (void *)_cffi_f_nx_kernels_isa_usable, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 18), (void *)_cffi_d_nx_kernels_isa_usable },
-  { "nx_kernels_use_isa", (void *)_cffi_f_nx_kernels_use_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 58), (void *)_cffi_d_nx_kernels_use_isa },
+  { "nx_kernels_use_isa", (void *)_cffi_f_nx_kernels_use_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 62), (void *)_cffi_d_nx_kernels_use_isa },
   { "nx_kernels_why", (void *)_cffi_f_nx_kernels_why, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_kernels_why },
-  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 144), (void *)_cffi_d_nx_loading_set },
-  { "nx_membench_read", (void *)_cffi_f_nx_membench_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 61), (void *)_cffi_d_nx_membench_read },
-  { "nx_model_attach_residual", (void *)_cffi_f_nx_model_attach_residual, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 74), (void *)_cffi_d_nx_model_attach_residual },
-  { "nx_model_attached_bytes", (void *)_cffi_f_nx_model_attached_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 122), (void *)_cffi_d_nx_model_attached_bytes },
-  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 144), (void *)_cffi_d_nx_model_clear_error },
-  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 144), (void *)_cffi_d_nx_model_clear_faults },
-  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 144), (void *)_cffi_d_nx_model_close },
-  { "nx_model_create", (void *)_cffi_f_nx_model_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 40), (void *)_cffi_d_nx_model_create },
-  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 117), (void *)_cffi_d_nx_model_events },
-  { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 93), (void *)_cffi_d_nx_model_file_info },
-  { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 84), (void *)_cffi_d_nx_model_finish_load },
-  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 155), (void *)_cffi_d_nx_model_get_stats },
-  { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 89), (void *)_cffi_d_nx_model_inject },
+  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 156), (void *)_cffi_d_nx_loading_set },
+  { "nx_membench_read", (void *)_cffi_f_nx_membench_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 65), (void *)_cffi_d_nx_membench_read },
+  { "nx_model_attach_residual", (void *)_cffi_f_nx_model_attach_residual, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 78), (void *)_cffi_d_nx_model_attach_residual },
+  { "nx_model_attached_bytes", (void *)_cffi_f_nx_model_attached_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 134), (void *)_cffi_d_nx_model_attached_bytes },
+  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 156), (void *)_cffi_d_nx_model_clear_error },
+  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 156), (void *)_cffi_d_nx_model_clear_faults },
+  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 156), (void *)_cffi_d_nx_model_close },
+  { "nx_model_create", (void *)_cffi_f_nx_model_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 44), (void *)_cffi_d_nx_model_create },
+  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 121), (void *)_cffi_d_nx_model_events },
+  { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 97), (void *)_cffi_d_nx_model_file_info },
+  { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 88), (void *)_cffi_d_nx_model_finish_load },
+  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 171), (void *)_cffi_d_nx_model_get_stats },
+  { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 93), (void *)_cffi_d_nx_model_inject },
   { "nx_model_io_engine", (void *)_cffi_f_nx_model_io_engine, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 10), (void *)_cffi_d_nx_model_io_engine },
-  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 151), (void *)_cffi_d_nx_model_last_error },
-  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 144), (void *)_cffi_d_nx_model_release },
-  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 144), (void *)_cffi_d_nx_model_reset_stats },
-  { "nx_model_set_residual_k", (void *)_cffi_f_nx_model_set_residual_k, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 69), (void *)_cffi_d_nx_model_set_residual_k },
+  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 163), (void *)_cffi_d_nx_model_last_error },
+  { "nx_model_n_groups", (void *)_cffi_f_nx_model_n_groups, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 126), (void *)_cffi_d_nx_model_n_groups },
+  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 156), (void *)_cffi_d_nx_model_release },
+  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 156), (void *)_cffi_d_nx_model_reset_stats },
+  { "nx_model_set_residual_k", (void *)_cffi_f_nx_model_set_residual_k, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 73), (void *)_cffi_d_nx_model_set_residual_k },
   { "nx_model_stream", (void *)_cffi_f_nx_model_stream, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 0), (void *)_cffi_d_nx_model_stream },
-  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 128), (void *)_cffi_d_nx_model_stream_close },
-  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 147), (void *)_cffi_d_nx_model_trace },
-  { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 86), (void *)nx_python_progress },
-  { "nx_residual_add", (void *)_cffi_f_nx_residual_add, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 159), (void *)_cffi_d_nx_residual_add },
-  { "nx_residual_decode", (void *)_cffi_f_nx_residual_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 169), (void *)_cffi_d_nx_residual_decode },
-  { "nx_residual_encode", (void *)_cffi_f_nx_residual_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 48), (void *)_cffi_d_nx_residual_encode },
-  { "nx_residual_products", (void *)_cffi_f_nx_residual_products, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 131), (void *)_cffi_d_nx_residual_products },
-  { "nx_residual_row_bytes", (void *)_cffi_f_nx_residual_row_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 125), (void *)_cffi_d_nx_residual_row_bytes },
-  { "nx_residual_select", (void *)_cffi_f_nx_residual_select, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 106), (void *)_cffi_d_nx_residual_select },
-  { "nx_residual_select_buckets", (void *)_cffi_f_nx_residual_select_buckets, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 98), (void *)_cffi_d_nx_residual_select_buckets },
-  { "nx_routing_lost", (void *)_cffi_f_nx_routing_lost, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 122), (void *)_cffi_d_nx_routing_lost },
-  { "nx_routing_record", (void *)_cffi_f_nx_routing_record, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 147), (void *)_cffi_d_nx_routing_record },
-  { "nx_routing_take", (void *)_cffi_f_nx_routing_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 112), (void *)_cffi_d_nx_routing_take },
+  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 140), (void *)_cffi_d_nx_model_stream_close },
+  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 159), (void *)_cffi_d_nx_model_trace },
+  { "nx_popularity_get", (void *)_cffi_f_nx_popularity_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 175), (void *)_cffi_d_nx_popularity_get },
+  { "nx_popularity_set", (void *)_cffi_f_nx_popularity_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 180), (void *)_cffi_d_nx_popularity_set },
+  { "nx_predict_get", (void *)_cffi_f_nx_predict_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 167), (void *)_cffi_d_nx_predict_get },
+  { "nx_predict_set", (void *)_cffi_f_nx_predict_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 69), (void *)_cffi_d_nx_predict_set },
+  { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 90), (void *)nx_python_progress },
+  { "nx_residual_add", (void *)_cffi_f_nx_residual_add, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 185), (void *)_cffi_d_nx_residual_add },
+  { "nx_residual_decode", (void *)_cffi_f_nx_residual_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 195), (void *)_cffi_d_nx_residual_decode },
+  { "nx_residual_encode", (void *)_cffi_f_nx_residual_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 52), (void *)_cffi_d_nx_residual_encode },
+  { "nx_residual_products", (void *)_cffi_f_nx_residual_products, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 143), (void *)_cffi_d_nx_residual_products },
+  { "nx_residual_row_bytes", (void *)_cffi_f_nx_residual_row_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 137), (void *)_cffi_d_nx_residual_row_bytes },
+  { "nx_residual_select", (void *)_cffi_f_nx_residual_select, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 110), (void *)_cffi_d_nx_residual_select },
+  { "nx_residual_select_buckets", (void *)_cffi_f_nx_residual_select_buckets, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 102), (void *)_cffi_d_nx_residual_select_buckets },
+  { "nx_routing_lost", (void *)_cffi_f_nx_routing_lost, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 134), (void *)_cffi_d_nx_routing_lost },
+  { "nx_routing_record", (void *)_cffi_f_nx_routing_record, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 159), (void *)_cffi_d_nx_routing_record },
+  { "nx_routing_take", (void *)_cffi_f_nx_routing_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 116), (void *)_cffi_d_nx_routing_take },
   { "nx_status_text", (void *)_cffi_f_nx_status_text, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 13), (void *)_cffi_d_nx_status_text },
   { "nx_version", (void *)_cffi_f_nx_version, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_version },
 };
@@ -3587,7 +4064,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 14) },
   { "sys_errno", offsetof(nx_error, sys_errno),
                  sizeof(((nx_error *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 149) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 161) },
   { "offset", offsetof(nx_error, offset),
               sizeof(((nx_error *)0)->offset),
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -3596,22 +4073,22 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "path", offsetof(nx_error, path),
             sizeof(((nx_error *)0)->path),
-            _CFFI_OP(_CFFI_OP_NOOP, 185) },
+            _CFFI_OP(_CFFI_OP_NOOP, 211) },
   { "tensor", offsetof(nx_error, tensor),
               sizeof(((nx_error *)0)->tensor),
-              _CFFI_OP(_CFFI_OP_NOOP, 181) },
+              _CFFI_OP(_CFFI_OP_NOOP, 207) },
   { "text", offsetof(nx_error, text),
             sizeof(((nx_error *)0)->text),
-            _CFFI_OP(_CFFI_OP_NOOP, 183) },
+            _CFFI_OP(_CFFI_OP_NOOP, 209) },
   { "t_ns", offsetof(nx_event, t_ns),
             sizeof(((nx_event *)0)->t_ns),
             _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "kind", offsetof(nx_event, kind),
             sizeof(((nx_event *)0)->kind),
-            _CFFI_OP(_CFFI_OP_NOOP, 51) },
+            _CFFI_OP(_CFFI_OP_NOOP, 55) },
   { "a", offsetof(nx_event, a),
          sizeof(((nx_event *)0)->a),
-         _CFFI_OP(_CFFI_OP_NOOP, 51) },
+         _CFFI_OP(_CFFI_OP_NOOP, 55) },
   { "b", offsetof(nx_event, b),
          sizeof(((nx_event *)0)->b),
          _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -3623,10 +4100,10 @@ static const struct _cffi_field_s _cffi_fields[] = {
                   _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "kind", offsetof(nx_fault, kind),
             sizeof(((nx_fault *)0)->kind),
-            _CFFI_OP(_CFFI_OP_NOOP, 149) },
+            _CFFI_OP(_CFFI_OP_NOOP, 161) },
   { "count", offsetof(nx_fault, count),
              sizeof(((nx_fault *)0)->count),
-             _CFFI_OP(_CFFI_OP_NOOP, 190) },
+             _CFFI_OP(_CFFI_OP_NOOP, 216) },
   { "nbytes", offsetof(nx_file_info, nbytes),
               sizeof(((nx_file_info *)0)->nbytes),
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -3638,25 +4115,25 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "mtime_ns", offsetof(nx_file_info, mtime_ns),
                 sizeof(((nx_file_info *)0)->mtime_ns),
-                _CFFI_OP(_CFFI_OP_NOOP, 191) },
+                _CFFI_OP(_CFFI_OP_NOOP, 217) },
   { "offset_align", offsetof(nx_file_info, offset_align),
                     sizeof(((nx_file_info *)0)->offset_align),
-                    _CFFI_OP(_CFFI_OP_NOOP, 51) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 55) },
   { "mem_align", offsetof(nx_file_info, mem_align),
                  sizeof(((nx_file_info *)0)->mem_align),
-                 _CFFI_OP(_CFFI_OP_NOOP, 51) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 55) },
   { "direct", offsetof(nx_file_info, direct),
               sizeof(((nx_file_info *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 149) },
+              _CFFI_OP(_CFFI_OP_NOOP, 161) },
   { "reason", offsetof(nx_file_info, reason),
               sizeof(((nx_file_info *)0)->reason),
-              _CFFI_OP(_CFFI_OP_NOOP, 187) },
+              _CFFI_OP(_CFFI_OP_NOOP, 213) },
   { "sys_errno", offsetof(nx_file_info, sys_errno),
                  sizeof(((nx_file_info *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 149) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 161) },
   { "n_threads", offsetof(nx_membench_options, n_threads),
                  sizeof(((nx_membench_options *)0)->n_threads),
-                 _CFFI_OP(_CFFI_OP_NOOP, 51) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 55) },
   { "buffer_bytes", offsetof(nx_membench_options, buffer_bytes),
                     sizeof(((nx_membench_options *)0)->buffer_bytes),
                     _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -3665,7 +4142,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "bytes_s", offsetof(nx_membench_result, bytes_s),
                sizeof(((nx_membench_result *)0)->bytes_s),
-               _CFFI_OP(_CFFI_OP_NOOP, 189) },
+               _CFFI_OP(_CFFI_OP_NOOP, 215) },
   { "bytes", offsetof(nx_membench_result, bytes),
              sizeof(((nx_membench_result *)0)->bytes),
              _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -3677,22 +4154,46 @@ static const struct _cffi_field_s _cffi_fields[] = {
                     _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "n_threads", offsetof(nx_membench_result, n_threads),
                  sizeof(((nx_membench_result *)0)->n_threads),
-                 _CFFI_OP(_CFFI_OP_NOOP, 51) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 55) },
   { "n_passes", offsetof(nx_membench_result, n_passes),
                 sizeof(((nx_membench_result *)0)->n_passes),
-                _CFFI_OP(_CFFI_OP_NOOP, 51) },
+                _CFFI_OP(_CFFI_OP_NOOP, 55) },
   { "checksum", offsetof(nx_membench_result, checksum),
                 sizeof(((nx_membench_result *)0)->checksum),
                 _CFFI_OP(_CFFI_OP_NOOP, 23) },
+  { "state", offsetof(nx_prediction, state),
+             sizeof(((nx_prediction *)0)->state),
+             _CFFI_OP(_CFFI_OP_NOOP, 218) },
+  { "on", offsetof(nx_prediction, on),
+          sizeof(((nx_prediction *)0)->on),
+          _CFFI_OP(_CFFI_OP_NOOP, 161) },
+  { "trials", offsetof(nx_prediction, trials),
+              sizeof(((nx_prediction *)0)->trials),
+              _CFFI_OP(_CFFI_OP_NOOP, 23) },
+  { "switches", offsetof(nx_prediction, switches),
+                sizeof(((nx_prediction *)0)->switches),
+                _CFFI_OP(_CFFI_OP_NOOP, 23) },
+  { "idle", offsetof(nx_prediction, idle),
+            sizeof(((nx_prediction *)0)->idle),
+            _CFFI_OP(_CFFI_OP_NOOP, 215) },
+  { "stall", offsetof(nx_prediction, stall),
+             sizeof(((nx_prediction *)0)->stall),
+             _CFFI_OP(_CFFI_OP_NOOP, 215) },
+  { "on_ns", offsetof(nx_prediction, on_ns),
+             sizeof(((nx_prediction *)0)->on_ns),
+             _CFFI_OP(_CFFI_OP_NOOP, 215) },
+  { "off_ns", offsetof(nx_prediction, off_ns),
+              sizeof(((nx_prediction *)0)->off_ns),
+              _CFFI_OP(_CFFI_OP_NOOP, 215) },
   { "block_bytes", offsetof(nx_probe_options, block_bytes),
                    sizeof(((nx_probe_options *)0)->block_bytes),
-                   _CFFI_OP(_CFFI_OP_NOOP, 51) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 55) },
   { "depth", offsetof(nx_probe_options, depth),
              sizeof(((nx_probe_options *)0)->depth),
-             _CFFI_OP(_CFFI_OP_NOOP, 51) },
+             _CFFI_OP(_CFFI_OP_NOOP, 55) },
   { "random", offsetof(nx_probe_options, random),
               sizeof(((nx_probe_options *)0)->random),
-              _CFFI_OP(_CFFI_OP_NOOP, 149) },
+              _CFFI_OP(_CFFI_OP_NOOP, 161) },
   { "max_bytes", offsetof(nx_probe_options, max_bytes),
                  sizeof(((nx_probe_options *)0)->max_bytes),
                  _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -3701,7 +4202,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "engine", offsetof(nx_probe_options, engine),
               sizeof(((nx_probe_options *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 149) },
+              _CFFI_OP(_CFFI_OP_NOOP, 161) },
   { "seed", offsetof(nx_probe_options, seed),
             sizeof(((nx_probe_options *)0)->seed),
             _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -3713,28 +4214,28 @@ static const struct _cffi_field_s _cffi_fields[] = {
           _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "direct", offsetof(nx_probe_result, direct),
               sizeof(((nx_probe_result *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 149) },
+              _CFFI_OP(_CFFI_OP_NOOP, 161) },
   { "engine", offsetof(nx_probe_result, engine),
               sizeof(((nx_probe_result *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 149) },
+              _CFFI_OP(_CFFI_OP_NOOP, 161) },
   { "how_cold", offsetof(nx_probe_result, how_cold),
                 sizeof(((nx_probe_result *)0)->how_cold),
-                _CFFI_OP(_CFFI_OP_NOOP, 187) },
+                _CFFI_OP(_CFFI_OP_NOOP, 213) },
   { "sys_errno", offsetof(nx_probe_result, sys_errno),
                  sizeof(((nx_probe_result *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 149) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 161) },
   { "n_in", offsetof(nx_residual_matrix, n_in),
             sizeof(((nx_residual_matrix *)0)->n_in),
-            _CFFI_OP(_CFFI_OP_NOOP, 51) },
+            _CFFI_OP(_CFFI_OP_NOOP, 55) },
   { "n_out", offsetof(nx_residual_matrix, n_out),
              sizeof(((nx_residual_matrix *)0)->n_out),
-             _CFFI_OP(_CFFI_OP_NOOP, 51) },
+             _CFFI_OP(_CFFI_OP_NOOP, 55) },
   { "codes", offsetof(nx_residual_matrix, codes),
              sizeof(((nx_residual_matrix *)0)->codes),
-             _CFFI_OP(_CFFI_OP_NOOP, 204) },
+             _CFFI_OP(_CFFI_OP_NOOP, 232) },
   { "scales", offsetof(nx_residual_matrix, scales),
               sizeof(((nx_residual_matrix *)0)->scales),
-              _CFFI_OP(_CFFI_OP_NOOP, 49) },
+              _CFFI_OP(_CFFI_OP_NOOP, 53) },
   { "passes", offsetof(nx_stats, passes),
               sizeof(((nx_stats *)0)->passes),
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -3795,6 +4296,24 @@ static const struct _cffi_field_s _cffi_fields[] = {
   { "expert_evictions", offsetof(nx_stats, expert_evictions),
                         sizeof(((nx_stats *)0)->expert_evictions),
                         _CFFI_OP(_CFFI_OP_NOOP, 23) },
+  { "prefetched", offsetof(nx_stats, prefetched),
+                  sizeof(((nx_stats *)0)->prefetched),
+                  _CFFI_OP(_CFFI_OP_NOOP, 23) },
+  { "prefetch_used", offsetof(nx_stats, prefetch_used),
+                     sizeof(((nx_stats *)0)->prefetch_used),
+                     _CFFI_OP(_CFFI_OP_NOOP, 23) },
+  { "prefetch_wasted", offsetof(nx_stats, prefetch_wasted),
+                       sizeof(((nx_stats *)0)->prefetch_wasted),
+                       _CFFI_OP(_CFFI_OP_NOOP, 23) },
+  { "preloaded", offsetof(nx_stats, preloaded),
+                 sizeof(((nx_stats *)0)->preloaded),
+                 _CFFI_OP(_CFFI_OP_NOOP, 23) },
+  { "idle_ns", offsetof(nx_stats, idle_ns),
+               sizeof(((nx_stats *)0)->idle_ns),
+               _CFFI_OP(_CFFI_OP_NOOP, 23) },
+  { "predict_ns", offsetof(nx_stats, predict_ns),
+                  sizeof(((nx_stats *)0)->predict_ns),
+                  _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "pinned_bytes", offsetof(nx_stats, pinned_bytes),
                     sizeof(((nx_stats *)0)->pinned_bytes),
                     _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -3813,36 +4332,41 @@ static const struct _cffi_field_s _cffi_fields[] = {
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "$nx_error", 192, _CFFI_F_CHECK_FIELDS,
+  { "$nx_error", 219, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_error), offsetof(struct _cffi_align_typedef_nx_error, y), 0, 7 },
-  { "$nx_event", 193, _CFFI_F_CHECK_FIELDS,
+  { "$nx_event", 220, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_event), offsetof(struct _cffi_align_typedef_nx_event, y), 7, 4 },
-  { "$nx_fault", 194, _CFFI_F_CHECK_FIELDS,
+  { "$nx_fault", 221, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_fault), offsetof(struct _cffi_align_typedef_nx_fault, y), 11, 4 },
-  { "$nx_file_info", 196, _CFFI_F_CHECK_FIELDS,
+  { "$nx_file_info", 223, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_file_info), offsetof(struct _cffi_align_typedef_nx_file_info, y), 15, 9 },
-  { "$nx_membench_options", 197, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_options", 224, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_options), offsetof(struct _cffi_align_typedef_nx_membench_options, y), 24, 3 },
-  { "$nx_membench_result", 198, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_result", 225, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_result), offsetof(struct _cffi_align_typedef_nx_membench_result, y), 27, 7 },
-  { "$nx_probe_options", 200, _CFFI_F_CHECK_FIELDS,
-    sizeof(nx_probe_options), offsetof(struct _cffi_align_typedef_nx_probe_options, y), 34, 7 },
-  { "$nx_probe_result", 201, _CFFI_F_CHECK_FIELDS,
-    sizeof(nx_probe_result), offsetof(struct _cffi_align_typedef_nx_probe_result, y), 41, 6 },
-  { "$nx_residual_matrix", 202, _CFFI_F_CHECK_FIELDS,
-    sizeof(nx_residual_matrix), offsetof(struct _cffi_align_typedef_nx_residual_matrix, y), 47, 4 },
-  { "$nx_stats", 203, _CFFI_F_CHECK_FIELDS,
-    sizeof(nx_stats), offsetof(struct _cffi_align_typedef_nx_stats, y), 51, 25 },
-  { "_IO_FILE", 178, _CFFI_F_OPAQUE,
+  { "$nx_prediction", 227, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_prediction), offsetof(struct _cffi_align_typedef_nx_prediction, y), 34, 8 },
+  { "$nx_probe_options", 228, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_probe_options), offsetof(struct _cffi_align_typedef_nx_probe_options, y), 42, 7 },
+  { "$nx_probe_result", 229, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_probe_result), offsetof(struct _cffi_align_typedef_nx_probe_result, y), 49, 6 },
+  { "$nx_residual_matrix", 230, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_residual_matrix), offsetof(struct _cffi_align_typedef_nx_residual_matrix, y), 55, 4 },
+  { "$nx_stats", 231, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_stats), offsetof(struct _cffi_align_typedef_nx_stats, y), 59, 31 },
+  { "_IO_FILE", 204, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_file", 195, _CFFI_F_OPAQUE,
+  { "nx_file", 222, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_model", 199, _CFFI_F_OPAQUE,
+  { "nx_model", 226, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
 };
 
 static const struct _cffi_enum_s _cffi_enums[] = {
-  { "$nx_io_mode", 32, _cffi_prim_int(sizeof(nx_io_mode), ((nx_io_mode)-1) <= 0),
+  { "$nx_control_state", 218, _cffi_prim_int(sizeof(nx_control_state), ((nx_control_state)-1) <= 0),
+    "NX_CONTROL_FIXED,NX_CONTROL_WATCHING,NX_CONTROL_NO_STALL,NX_CONTROL_NO_IDLE,NX_CONTROL_TRYING,NX_CONTROL_SLOWER,"
+    "NX_CONTROL_FASTER" },
+  { "$nx_io_mode", 36, _cffi_prim_int(sizeof(nx_io_mode), ((nx_io_mode)-1) <= 0),
     "NX_IO_DIRECT,NX_IO_BUFFERED" },
   { "$nx_isa", 8, _cffi_prim_int(sizeof(nx_isa), ((nx_isa)-1) <= 0),
     "NX_ISA_REF,NX_ISA_AVX2,NX_ISA_AVX512,NX_ISA_NEON,NX_ISA_COUNT" },
@@ -3852,21 +4376,23 @@ static const struct _cffi_enum_s _cffi_enums[] = {
 };
 
 static const struct _cffi_typename_s _cffi_typenames[] = {
-  { "FILE", 178 },
-  { "nx_error", 192 },
-  { "nx_event", 193 },
-  { "nx_fault", 194 },
-  { "nx_file", 195 },
-  { "nx_file_info", 196 },
-  { "nx_io_mode", 32 },
+  { "FILE", 204 },
+  { "nx_control_state", 218 },
+  { "nx_error", 219 },
+  { "nx_event", 220 },
+  { "nx_fault", 221 },
+  { "nx_file", 222 },
+  { "nx_file_info", 223 },
+  { "nx_io_mode", 36 },
   { "nx_isa", 8 },
-  { "nx_membench_options", 197 },
-  { "nx_membench_result", 198 },
-  { "nx_model", 199 },
-  { "nx_probe_options", 200 },
-  { "nx_probe_result", 201 },
-  { "nx_residual_matrix", 202 },
-  { "nx_stats", 203 },
+  { "nx_membench_options", 224 },
+  { "nx_membench_result", 225 },
+  { "nx_model", 226 },
+  { "nx_prediction", 227 },
+  { "nx_probe_options", 228 },
+  { "nx_probe_result", 229 },
+  { "nx_residual_matrix", 230 },
+  { "nx_stats", 231 },
   { "nx_status", 14 },
 };
 
@@ -3877,12 +4403,12 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   _cffi_enums,
   _cffi_typenames,
-  81,  /* num_globals */
-  13,  /* num_struct_unions */
-  3,  /* num_enums */
-  16,  /* num_typenames */
+  95,  /* num_globals */
+  14,  /* num_struct_unions */
+  4,  /* num_enums */
+  18,  /* num_typenames */
   NULL,  /* no includes */
-  207,  /* num_types */
+  235,  /* num_types */
   1,  /* flags */
 };
 

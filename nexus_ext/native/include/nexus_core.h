@@ -82,6 +82,10 @@ typedef struct nx_stats {
     uint64_t load_ns;         /* from the first to the last read of pinned memory */
     uint64_t retries, short_reads, bounces;
     uint64_t expert_uses, expert_misses, expert_evictions;
+    uint64_t prefetched, prefetch_used, prefetch_wasted; /* bytes of experts read before they were asked for */
+    uint64_t preloaded; /* bytes of experts read before the first graph */
+    uint64_t idle_ns;   /* computing while nothing was being read, but for what is read ahead of routers */
+    uint64_t predict_ns; /* computing predictions */
     uint64_t pinned_bytes, ring_bytes, scratch_bytes, host_bytes, cache_bytes;
 } nx_stats;
 
@@ -225,8 +229,16 @@ NX_API void *nx_group_part(const nx_group *, uint32_t part, uint64_t *stride);
 NX_API nx_status nx_cache_set_policy(nx_model *, const char *name);
 
 /* The router's decisions, while they are recorded: for each product with streamed experts the number of
- * its extent, of tokens and of experts a token, then the experts of each token. */
+ * its extent, of tokens and of experts a token, then the experts of each token. `on` is 2: predictions too,
+ * for the first product of each layer, with their kind in the bits of the first number from 24 on. */
+typedef enum {
+    NX_ROUTED,         /* what the router decided */
+    NX_ROUTED_GATE,    /* what the router would decide about what was known one layer before */
+    NX_ROUTED_CONTROL, /* the same with what it did decide about: equal, or the computing is wrong */
+} nx_routed;
 NX_API void nx_routing_record(nx_model *, int on);
+NX_API void nx_routing_note(nx_model *, const nx_extent *, nx_routed kind, int32_t n_tokens, int32_t n_used,
+                            const int32_t *experts);
 NX_API int nx_routing_recording(const nx_model *);
 NX_API void nx_routing_add(nx_model *, const nx_extent *, int32_t n_tokens, int32_t n_used, const int32_t *experts);
 /* Take up to `max` numbers of what was recorded (whole entries only); how many there were. An entry that

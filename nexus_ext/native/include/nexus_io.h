@@ -161,6 +161,9 @@ nx_status nx_io_submit_front(nx_io *io, nx_read **reads, size_t n);
 nx_status nx_io_submit_spare(nx_io *io, nx_read **reads, size_t n);
 void nx_io_spare_limits(nx_io *io, uint32_t n_requests, uint32_t n_beside);
 
+/* 1: nothing is queued or in hand but spare reads. */
+int nx_io_only_spare(const nx_io *io);
+
 /* Somebody wants this spare read after all: what is not issued of it goes ahead of everything. */
 void nx_io_raise(nx_io *io, nx_read *read);
 
