@@ -32,6 +32,12 @@ class FormatError(NexusError, ValueError):
     code = "format"
 
 
+class ModelNotFound(NexusError, LookupError):
+    """A request names a model that there is not. Never answered by another model."""
+
+    code = "model_not_found"
+
+
 class DoesNotFit(NexusError, MemoryError):
     """No placement keeps to the budget. `smallest_bytes` is the smallest budget that would do."""
 

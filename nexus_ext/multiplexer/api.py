@@ -11,16 +11,26 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from nexus_ext.errors import NexusError
+from nexus_ext.errors import ModelNotFound, NexusError
+
+__all__ = [
+    "ContextTooLong",
+    "Done",
+    "Engine",
+    "FinishReason",
+    "GenerateRequest",
+    "ModelFacts",
+    "ModelNotFound",
+    "ModelState",
+    "ModelStatus",
+    "Overloaded",
+    "Piece",
+    "Sampling",
+    "TokenLogprob",
+]
 
 FinishReason = Literal["stop", "length", "abort"]
 ModelState = Literal["loading", "ready", "idle", "unloading"]
-
-
-class ModelNotFound(NexusError, LookupError):
-    """A request names a model that there is not. Never answered by another model."""
-
-    code = "model_not_found"
 
 
 class Overloaded(NexusError, RuntimeError):

@@ -32,6 +32,7 @@ LAYERS = {
             ("nexus_ext.core",),
             ("nexus_ext.kernels",),
             ("nexus_ext.runtime",),
+            ("nexus_ext.store",),
             ("nexus_ext.multiplexer",),
             ("nexus_ext.server",),
             ("nexus_ext.integrations",),
