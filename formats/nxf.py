@@ -76,7 +76,7 @@ def catalog_of_nxf(file: NxfFile) -> Catalog:
                 f"{file.path}: {tensor.name!r} is stored as {extent.n_matrices} matrices and has "
                 f"{tensor.n_experts} experts"
             )
-    places = file.table[[t.first_chunk for t in nxf.tensors]] if nxf.tensors else file.table
+    places = [file.table[t.first_chunk] for t in nxf.tensors]
     return replace(
         catalog,
         files=tuple(FileInfo(p, n) for p, n in zip(file.paths, file.sizes, strict=True)),

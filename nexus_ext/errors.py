@@ -115,3 +115,18 @@ class PluginError(NexusError, RuntimeError):
     """A plugin could not be imported or registered, or returned what its hook does not allow."""
 
     code = "plugin"
+
+
+class Damaged(FormatError):
+    """Stored bytes are not those that were written. Says which tensor, chunk and offset."""
+
+    code = "damaged"
+
+    def __init__(
+        self, message: str, *, hint: str = "", path: str, item: str, chunk: int, offset: int
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.path = path
+        self.item = item  # a tensor, a section, or "" for bytes that belong to none
+        self.chunk = chunk  # of the item; -1 outside of chunks
+        self.offset = offset  # in the file at `path`

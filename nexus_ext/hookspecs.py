@@ -20,6 +20,7 @@ import pluggy
 if TYPE_CHECKING:
     import click
 
+    from nexus_ext.codecs import Codec
     from nexus_ext.policies.base import (
         CachePolicy,
         ExpertPredictor,
@@ -53,6 +54,11 @@ def nexus_cache_policy() -> CachePolicy | None:
 @hookspec(firstresult=True)
 def nexus_expert_predictor() -> ExpertPredictor | None:
     """Return the object whose `choose(info)` says how experts are predicted and read ahead."""
+
+
+@hookspec
+def nexus_codec() -> Codec | None:
+    """Return a codec that NXF files can be written with and read; its name is kept in them."""
 
 
 @hookspec

@@ -21,6 +21,7 @@ from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, TypeVar, cast, get_args
 
+from nexus_ext.codecs import Codec, Codecs, is_codec_name
 from nexus_ext.errors import NexusError, PluginError
 from nexus_ext.plugin_registry import GROUP, LOAD_VARIABLE, PluginRecord, Registry, describe
 from nexus_ext.policies import (
@@ -52,6 +53,7 @@ _PLACEMENT = "nexus_placement_solver"
 _IO = "nexus_io_policy"
 _CACHE = "nexus_cache_policy"
 _PREDICTOR = "nexus_expert_predictor"
+_CODEC = "nexus_codec"
 _T = TypeVar("_T")
 
 
@@ -133,6 +135,32 @@ class Plugins:
             known = ", ".join(get_args(PredictorName))
             raise self._failure(name, _PREDICTOR, f"chose {chosen!r} instead of one of {known}")
         return chosen
+
+    def codecs(self) -> Codecs:
+        """Return all codecs: those of nexus_ext and those of plugins.
+
+        Raises PluginError for an answer that is no codec, or that takes the name of another: a
+        file would be read by other rules than it was written.
+        """
+        taken = dict.fromkeys(Codecs().names(), "nexus_ext")
+        added: list[Codec] = []
+        for impl in self._registry.implementations(_CODEC):
+            name = impl.plugin_name
+            try:
+                codec = self._call(impl, _CODEC)
+            except Exception as error:
+                raise self._failure(name, _CODEC, f"raised {describe(error)}") from error
+            if codec is None:
+                continue
+            if not isinstance(codec, Codec) or not is_codec_name(codec.name):
+                raise self._failure(name, _CODEC, f"returned {codec!r}, which is no Codec")
+            if codec.name in taken:
+                raise self._failure(
+                    name, _CODEC, f"has the name {codec.name!r}, which {taken[codec.name]!r} has"
+                )
+            taken[codec.name] = name
+            added.append(codec)
+        return Codecs(added)
 
     def register_commands(self, cli: click.Group) -> None:
         """Let plugins add commands; one that takes the name of another is dropped and logged."""

@@ -33,6 +33,7 @@ COMMANDS = {
     "demo": ("nexus_ext.cli.demo:demo", "Run a small model in less memory than its weights."),
     "plan": ("nexus_ext.cli.plan:plan", "Show where every byte would go, and the speed."),
     "inspect": ("nexus_ext.cli.inspect:inspect", "Show what is in a model file."),
+    "convert": ("nexus_ext.cli.convert:convert", "Convert a model to another container."),
     "probe": ("nexus_ext.cli.probe:probe", "Measure this machine: memory, GPUs, a disk."),
     "quality": ("nexus_ext.cli.quality:quality", "Measure what a quantized model has lost."),
     "verify": ("nexus_ext.cli.verify:verify", "Compare streamed with resident, bit by bit."),

@@ -20,6 +20,7 @@ LAYERS = {
             ("nexus_ext._version",),
             ("nexus_ext", "nexus_ext.errors", "nexus_ext.types"),
             ("nexus_ext.units",),
+            ("nexus_ext.codecs",),
             ("nexus_ext.formats",),
             ("nexus_ext.hardware",),
             ("nexus_ext.placement",),
@@ -50,7 +51,7 @@ IMPURE_CALLS = {"open", "input", "print"}
 MAY_PRINT = ("nexus_ext.cli",)
 MAY_IMPORT = {
     "llama_cpp": ("nexus_ext.runtime", "nexus_ext.integrations"),
-    "nexus_ext._native": ("nexus_ext.core",),
+    "nexus_ext._native": ("nexus_ext.core", "nexus_ext.codecs"),
 }
 MAX_LINES = 500
 GENERATED = ("nexus_ext/native/cffi/_native.c",)

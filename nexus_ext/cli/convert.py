@@ -1,0 +1,246 @@
+"""`nexus convert`: from one container of weights to another, by the kinds of both."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from nexus_ext.cli.live import Live
+from nexus_ext.cli.options import SIZE, output_options
+from nexus_ext.cli.output import Output
+from nexus_ext.errors import UsageError
+from nexus_ext.units import format_bytes
+
+if TYPE_CHECKING:
+    from nexus_ext.formats.nxf_convert import Report, TensorReport
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the command line says about the result."""
+
+    codec: str
+    rules: tuple[tuple[str, str], ...]
+    shard_nbytes: int | None
+    sha256: bool
+    n_threads: int | None
+    overwrite: bool
+
+
+class Meter:
+    """Shows how far a conversion is, its rate and the time that is left."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self._start_s = time.monotonic()
+        self._first: int | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._first is None:
+            self._first = done  # of an attempt before: it took no time now
+        seconds = max(time.monotonic() - self._start_s, 1e-3)
+        rate = (done - self._first) / seconds
+        left = f", {(total - done) / rate:.0f} s left" if rate > 0 else ""
+        self._live.status(
+            f"{format_bytes(done)} of {format_bytes(total)}, {format_bytes(rate)}/s{left}"
+        )
+
+
+@click.command()
+@click.argument("source")
+@click.argument("target")
+@click.option("--codec", default="raw", show_default=True, help="How weights are stored in an NXF.")
+@click.option(
+    "--rule",
+    "rules",
+    multiple=True,
+    metavar="REGEX=CODEC",
+    help="The codec of tensors whose name the expression is found in. Can be repeated; the first "
+    "match wins.",
+)
+@click.option("--shard-size", "shard_nbytes", type=SIZE, metavar="SIZE", help="Size of NXF shards.")
+@click.option("--no-sha256", is_flag=True, help="Do not record the SHA-256 of the GGUF files.")
+@click.option("--threads", "n_threads", type=click.IntRange(min=1), help="Threads that encode.")
+@click.option("--force", "overwrite", is_flag=True, help="Overwrite what is at TARGET.")
+@click.option("--tensors", is_flag=True, help="Report every tensor.")
+@output_options
+def convert(
+    source: str,
+    target: str,
+    codec: str,
+    rules: tuple[str, ...],
+    shard_nbytes: int | None,
+    no_sha256: bool,
+    n_threads: int | None,
+    overwrite: bool,
+    tensors: bool,
+    output: Output,
+) -> None:
+    """Convert the model SOURCE into TARGET, whose ending (.nxf or .gguf) says what it becomes.
+
+    GGUF to NXF and back gives the same files, byte for byte. Of a split GGUF, name any part. A
+    conversion to NXF that was stopped goes on where it was when it is started again.
+
+    \b
+    Examples:
+      nexus convert model.gguf model.nxf
+      nexus convert model.gguf model.nxf --codec ans --rule "token_embd=raw"
+      nexus convert model.nxf model.gguf
+    """
+    wishes = Wishes(
+        codec=codec,
+        rules=tuple(parse_rule(rule) for rule in rules),
+        shard_nbytes=shard_nbytes,
+        sha256=not no_sha256,
+        n_threads=n_threads,
+        overwrite=overwrite,
+    )
+    kinds = (kind_of_source(source), kind_of_target(target))
+    converter = CONVERTERS.get(kinds)
+    if converter is None:
+        known = ", ".join(f"{a} to {b}" for a, b in CONVERTERS)
+        raise UsageError(
+            f"there is no conversion of {source} ({kinds[0]}) to {target} ({kinds[1]})",
+            hint=f"There are: {known}.",
+        )
+    live = Live(output)
+    start_s = time.monotonic()
+    report = converter(source, target, wishes, Meter(live))
+    live.clear()
+    show(output, report, time.monotonic() - start_s, tensors=tensors)
+
+
+def kind_of_source(path: str) -> str:
+    """Return "nxf" or "gguf" by how the file starts, "folder" for a directory."""
+    from nexus_ext.formats.nxf_file import is_nxf
+
+    if os.path.isdir(path):
+        return "folder"
+    return "nxf" if is_nxf(path) else "gguf"
+
+
+def kind_of_target(path: str) -> str:
+    """Return what `path` becomes: by its ending; a directory gets GGUF files."""
+    kind = os.path.splitext(path)[1].removeprefix(".").lower()
+    if kind in ("gguf", "nxf"):
+        return kind
+    if os.path.isdir(path):
+        return "gguf"
+    raise UsageError(
+        f"{path}: the ending does not say what it shall become", hint="Name it .nxf or .gguf."
+    )
+
+
+def parse_rule(text: str) -> tuple[str, str]:
+    """Return (regular expression, codec)."""
+    pattern, _, codec = text.rpartition("=")
+    if not pattern or not codec:
+        raise UsageError(
+            f"--rule is {text!r}, which is not an expression, '=' and a codec",
+            hint='Write for instance --rule "ffn_down=ans".',
+        )
+    return pattern, codec
+
+
+def _to_nxf(source: str, target: str, wishes: Wishes, meter: Meter) -> Report:
+    from nexus_ext.formats.nxf_convert import gguf_to_nxf
+    from nexus_ext.formats.nxf_layout import Rules
+    from nexus_ext.formats.sources import open_source
+    from nexus_ext.plugins import plugins
+
+    codecs = plugins().codecs()
+    opened = open_source(source, codecs)
+    try:
+        return gguf_to_nxf(
+            opened,
+            target,
+            rules=Rules(wishes.codec, wishes.rules),
+            overwrite=wishes.overwrite,
+            shard_nbytes=wishes.shard_nbytes,
+            n_threads=wishes.n_threads,
+            sha256=wishes.sha256,
+            codecs=codecs,
+            progress=meter,
+        )
+    finally:
+        opened.close()
+
+
+def _to_gguf(source: str, target: str, wishes: Wishes, meter: Meter) -> Report:
+    from nexus_ext.formats.nxf_convert import nxf_to_gguf
+    from nexus_ext.formats.sources import NxfSource
+    from nexus_ext.plugins import plugins
+
+    opened = NxfSource(source, plugins().codecs())
+    try:
+        return nxf_to_gguf(opened, target, overwrite=wishes.overwrite, progress=meter)
+    finally:
+        opened.close()
+
+
+Converter = Callable[[str, str, Wishes, Meter], "Report"]
+CONVERTERS: dict[tuple[str, str], Converter] = {
+    ("gguf", "nxf"): _to_nxf,
+    ("nxf", "nxf"): _to_nxf,
+    ("nxf", "gguf"): _to_gguf,
+}
+
+
+def show(output: Output, report: Report, seconds: float, *, tensors: bool) -> None:
+    """Report a conversion: by type, or every tensor."""
+    rate = (report.nbytes - report.resumed_nbytes) / max(seconds, 1e-3)
+    output.result({"seconds": seconds, **_fields(report, tensors=tensors)})
+    if report.resumed_nbytes:
+        output.note(f"{format_bytes(report.resumed_nbytes)} were there from an attempt before")
+    if report.tensors:
+        columns = ("what", ">tensors", ">bytes", ">stored", ">ratio", ">chunks", ">raw")
+        output.table(columns, _rows(report.tensors, each=tensors), total=True)
+    output.line(
+        f"{format_bytes(report.file_nbytes)} in {len(report.paths)} "
+        f"file{'s' if len(report.paths) > 1 else ''}, {seconds:.1f} s, {format_bytes(rate)}/s"
+    )
+    for path, digest in zip(report.paths, report.sha256, strict=False):
+        if path.endswith(".gguf") and digest:
+            output.line(f"sha256 {digest}  {path}")
+
+
+def _rows(tensors: tuple[TensorReport, ...], *, each: bool) -> list[tuple[str, ...]]:
+    """One row a tensor, or one for each type and codec; the last is the sum."""
+    groups: dict[str, list[TensorReport]] = {}
+    for tensor in tensors:
+        kind = f"{tensor.type_name or 'other bytes'}, {tensor.codec}"
+        groups.setdefault(f"{tensor.name} ({kind})" if each else kind, []).append(tensor)
+    groups["all"] = list(tensors)
+    rows: list[tuple[str, ...]] = []
+    for name, members in groups.items():
+        nbytes = sum(t.nbytes for t in members)
+        stored = sum(t.stored_nbytes for t in members)
+        rows.append(
+            (
+                name,
+                str(len(members)),
+                format_bytes(nbytes),
+                format_bytes(stored),
+                f"{stored / max(nbytes, 1):.3f}",
+                str(sum(t.n_chunks for t in members)),
+                str(sum(t.n_raw for t in members)),
+            )
+        )
+    return rows
+
+
+def _fields(report: Report, *, tensors: bool) -> dict[str, object]:
+    return {
+        "paths": report.paths,
+        "weights_bytes": report.nbytes,
+        "file_bytes": report.file_nbytes,
+        "stored_bytes": sum(t.stored_nbytes for t in report.tensors),
+        "resumed_bytes": report.resumed_nbytes,
+        "sha256": report.sha256,
+        **({"tensors": report.tensors} if tensors else {}),
+    }
