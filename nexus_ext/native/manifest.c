@@ -8,7 +8,7 @@
  *   experts SLOTS TENSOR_NUMBER ...      (tensors that are cached together, counted from 0)
  *   end N_TENSORS
  *
- * TIER is host, ram or nvme. PATH and NAME run to the end of their line. The same text serves Python
+ * TIER is host, ram, nvme or elastic (nvme until it is promoted, see residency.c). PATH and NAME run to the end of their line. The same text serves Python
  * and a foreign runtime (through the environment), so there is one way to describe a model.
  */
 #include "manifest.h"
@@ -90,6 +90,7 @@ static bool parse_tensor(nx_model *m, cursor *c, uint32_t capacity) {
     if (strcmp(tier, "host") == 0) e->tier = NX_TIER_HOST;
     else if (strcmp(tier, "ram") == 0) e->tier = NX_TIER_RAM;
     else if (strcmp(tier, "nvme") == 0) e->tier = NX_TIER_NVME;
+    else if (strcmp(tier, "elastic") == 0) e->tier = NX_TIER_NVME, e->elastic = 1;
     else return false;
     if (file >= m->n_files) return false;
     const uint64_t size = m->files[file].nbytes;
@@ -117,7 +118,7 @@ static bool parse_experts(nx_model *m, cursor *c) {
     while (take_number(c, &number)) {
         if (g.n_parts == NX_MAX_PARTS || number >= m->n_extents) return false;
         nx_extent *e = &m->extents[number];
-        if (e->tier != NX_TIER_NVME || e->ne[2] < 2 || e->ne[2] > INT32_MAX || e->ne[3] != 1) return false;
+        if (e->tier != NX_TIER_NVME || e->elastic || e->ne[2] < 2 || e->ne[2] > INT32_MAX || e->ne[3] != 1) return false;
         if (g.n_parts && e->ne[2] != g.n_experts) return false;
         for (uint32_t i = 0; i < m->n_groups; i++)
             for (uint32_t k = 0; k < m->groups[i].n_parts; k++)
