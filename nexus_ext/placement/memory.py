@@ -44,7 +44,7 @@ CALIBRATED: Final = frozenset(
 # Resident memory of Python with numpy, llama_cpp and this package after a first token, without
 # vocabulary, weights, caches and compute buffers: 47 MiB were measured for the first three, the
 # rest is for this package, its command line and the I/O engine.
-_PROCESS_BYTES: Final = 64 * MIB
+PROCESS_BYTES: Final = 64 * MIB
 _TOKEN_BYTES: Final = 200  # a token of the vocabulary, its hash node and the sampler's arrays
 _MERGE_BYTES: Final = 170  # a merge of the vocabulary, its hash node and its text while loading
 _TENSOR_BYTES: Final = 10 * KIB  # graph and scheduler nodes: 8.5 to 9.1 KiB were measured
@@ -194,7 +194,7 @@ def runtime_bytes(catalog: Catalog, context: Context) -> int:
     batch = context.n_batch * min(4 * context.n_ctx + 64, PAGE)
     scores = 4 * context.n_ctx * n_vocab if context.logits_all else 0
     return (
-        _PROCESS_BYTES
+        PROCESS_BYTES
         + _TOKEN_BYTES * n_vocab
         + _MERGE_BYTES * n_merges
         + _TENSOR_BYTES * len(catalog.tensors)

@@ -44,13 +44,13 @@ def _install() -> None:
             params.use_extra_bufts = params.use_extra_bufts and request.extra_buffers
             if request.model is None:
                 return stock(path, params)
-            return _load_paged(request.model, params)
+            return load_paged(request.model, params)
 
         load.nexus_ext = True  # type: ignore[attr-defined]
         bindings.llama_model_load_from_file = load
 
 
-def _load_paged(model: core.Model, params: Any) -> Any:
+def load_paged(model: core.Model, params: Any) -> Any:
     """Let llama.cpp load from the core's stream; paged tensors cost it nothing."""
     import llama_cpp.llama_cpp as bindings
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
 from nexus_ext.errors import UsageError
 from nexus_ext.placement import Plan
+from nexus_ext.placement.plan import ExpertCache
 from nexus_ext.types import Catalog
 
 # What stays resident is ours to read and to keep, however small. What goes to a GPU is llama.cpp's.
@@ -21,11 +25,34 @@ def manifest(catalog: Catalog, plan: Plan, io_mode: str) -> str:
             f"the plan is for the model {plan.fingerprint}, this is {catalog.fingerprint}",
             hint="make a plan of this model with `nexus plan`",
         )
+    tiers = {name: _CORE_TIERS[tier] for name, tier in plan.tiers.items()}
+    return manifest_text(catalog, tiers, plan, io_mode, plan.expert_caches)
+
+
+class Geometry(Protocol):
+    """The sizes of the areas that streamed weights pass through. A `Plan` has them."""
+
+    @property
+    def ring_bytes(self) -> int: ...
+    @property
+    def slab_bytes(self) -> int: ...
+    @property
+    def scratch_bytes(self) -> int: ...
+
+
+def manifest_text(
+    catalog: Catalog,
+    tiers: Mapping[str, str],
+    geometry: Geometry,
+    io_mode: str,
+    caches: Iterable[ExpertCache],
+) -> str:
+    """Return the manifest of `catalog`; `tiers` are the core's: host, ram, nvme or elastic."""
     lines = [
         "nexus-manifest 1",
-        f"ring {plan.ring_bytes}",
-        f"slab {plan.slab_bytes}",
-        f"scratch {plan.scratch_bytes}",
+        f"ring {geometry.ring_bytes}",
+        f"slab {geometry.slab_bytes}",
+        f"scratch {geometry.scratch_bytes}",
         f"virtual {catalog.virtual_nbytes}",
         f"io {io_mode}",
     ]
@@ -35,13 +62,13 @@ def manifest(catalog: Catalog, plan: Plan, io_mode: str) -> str:
         lines.append(f"file {file.nbytes} {file.path}")
     for tensor, virtual_offset in zip(catalog.tensors, catalog.virtual_offsets, strict=True):
         shape = (*tensor.shape, 1, 1, 1, 1)[:4]
-        tier = _CORE_TIERS[plan.tiers[tensor.name]] if tensor.nbytes else "host"
+        tier = tiers[tensor.name] if tensor.nbytes else "host"
         lines.append(
             f"tensor {tier} {tensor.file} {tensor.offset} {tensor.nbytes} {virtual_offset} "
             f"{shape[0]} {shape[1]} {shape[2]} {shape[3]} {tensor.type_name} {tensor.name}"
         )
     number = {tensor.name: i for i, tensor in enumerate(catalog.tensors)}
-    for cache in plan.expert_caches:
+    for cache in caches:
         members = " ".join(str(number[name]) for name in cache.tensors)
         lines.append(f"experts {cache.slots} {members}")
     lines.append(f"end {len(catalog.tensors)}")
