@@ -1,0 +1,219 @@
+"""`Multiplexer`: what a server sees. Implements the protocol `api.Engine` over a `Scheduler`."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from nexus_ext.errors import ModelClosed, UsageError
+from nexus_ext.multiplexer.api import (
+    ContextTooLong,
+    Done,
+    GenerateRequest,
+    ModelFacts,
+    ModelStatus,
+    Piece,
+)
+from nexus_ext.multiplexer.embedding import EmbedJob
+from nexus_ext.multiplexer.entry import Entry
+from nexus_ext.multiplexer.events import EventLog
+from nexus_ext.multiplexer.job import Job, Outlet
+from nexus_ext.multiplexer.scheduler import Scheduler
+from nexus_ext.multiplexer.settings import Find, ModelSpec, Settings
+from nexus_ext.runtime.batch import Shape
+from nexus_ext.runtime.elastic import blueprint
+from nexus_ext.runtime.vocabulary import OwnVocabulary
+
+
+class Multiplexer:
+    """Several models in one budget. Made and used inside of one event loop; see `api.Engine`."""
+
+    def __init__(self, find: Find, settings: Settings, log: EventLog | None = None) -> None:
+        self.log = log or EventLog()
+        self.settings = settings
+        self._find = find
+        self._scheduler = Scheduler(settings, self.log)
+        self._opening = asyncio.Lock()
+        self._closed = False
+
+    # -- facts and text -------------------------------------------------------------------------
+
+    async def facts(self, model: str, *, keep_alive_s: float | None = None) -> ModelFacts:
+        entry = await self._entry(model)
+        return await asyncio.to_thread(_facts, entry)
+
+    async def tokenize(self, model: str, text: str, *, add_bos: bool, special: bool) -> list[int]:
+        vocabulary = (await self._entry(model)).vocabulary
+        call = functools.partial(vocabulary.tokenize, text, add_bos=add_bos, special=special)
+        return call() if len(text) < 4096 else await asyncio.to_thread(call)
+
+    async def detokenize(self, model: str, tokens: Sequence[int]) -> str:
+        return (await self._entry(model)).vocabulary.detokenize(tokens)
+
+    # -- requests -------------------------------------------------------------------------------
+
+    async def generate(
+        self, request: GenerateRequest, *, keep_alive_s: float | None = None
+    ) -> AsyncIterator[Piece | Done]:
+        entry = await self._entry(request.model)
+        n_ctx = entry.plan.shape.n_ctx
+        if not request.prompt:
+            raise UsageError("the prompt has no tokens", hint="begin with BOS, or with a text")
+        if len(request.prompt) >= n_ctx:
+            raise ContextTooLong(
+                f"the prompt has {len(request.prompt)} tokens, the context of {request.model} "
+                f"has {n_ctx}, and the answer needs room as well",
+                hint="shorten the prompt, or configure a longer context",
+            )
+        outlet = Outlet()
+        job = Job(request, outlet.put, entry.vocabulary, n_ctx, keep_alive_s)
+        try:
+            self._scheduler.submit(entry, job)
+        except BaseException:
+            job.close()
+            raise
+        ended = False
+        try:
+            while not ended:
+                event = await outlet.get()
+                if isinstance(event, BaseException):
+                    ended = True
+                    raise event
+                ended = isinstance(event, Done)
+                yield event
+        finally:
+            if not ended:
+                self._scheduler.cancel(job)
+
+    async def embed(
+        self, model: str, prompts: Sequence[Sequence[int]], *, keep_alive_s: float | None = None
+    ) -> list[list[float]]:
+        entry = await self._entry(model)
+        for prompt in prompts:
+            entry.vocabulary.check(prompt)
+            if not prompt:
+                raise UsageError("a text to embed has no tokens")
+            if len(prompt) > entry.plan.shape.n_ctx:
+                raise ContextTooLong(
+                    f"a text of {len(prompt)} tokens is longer than the context of "
+                    f"{entry.plan.shape.n_ctx}",
+                    hint="embed it in parts",
+                )
+        if not prompts:
+            return []
+        future, tell = _promise()
+        job = EmbedJob(prompts, tell, keep_alive_s)
+        self._post(lambda: self._scheduler.add_embed(entry, job))
+        try:
+            vectors: list[list[float]] = await future
+        finally:
+            job.cancelled = True
+        return vectors
+
+    # -- models ---------------------------------------------------------------------------------
+
+    async def load(self, model: str, *, keep_alive_s: float | None = None) -> None:
+        entry = await self._entry(model)
+        future, tell = _promise()
+        self._post(lambda: self._scheduler.want(entry, keep_alive_s, tell))
+        await future
+
+    async def unload(self, model: str) -> None:
+        """Unload a model once its running requests are done. One that is not loaded is fine."""
+        await asyncio.to_thread(self._find, model)  # ModelNotFound for what there is not
+        entry = self._scheduler.entries.get(model)
+        if entry is None:
+            return
+        future, tell = _promise()
+        self._post(lambda: self._scheduler.unwant(entry, tell))
+        await future
+
+    def status(self) -> Sequence[ModelStatus]:
+        now = time.monotonic_ns()
+        entries = list(self._scheduler.entries.values())
+        return [e.status(now) for e in entries if e.loaded or e.waiting]
+
+    def budget(self) -> tuple[int, int]:
+        memory = self._scheduler.memory()
+        return memory.used_bytes, memory.budget_bytes
+
+    async def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            await asyncio.to_thread(self._scheduler.close)
+
+    # -- entries --------------------------------------------------------------------------------
+
+    def _post(self, command: Callable[[], None]) -> None:
+        if self._closed:
+            raise ModelClosed("the multiplexer is closed")
+        self._scheduler.post(command)
+
+    async def _entry(self, name: str) -> Entry:
+        """Return what is known of a model, reading its header the first time."""
+        if self._closed:
+            raise ModelClosed("the multiplexer is closed")
+        spec = await asyncio.to_thread(self._find, name)
+        async with self._opening:
+            entry = self._scheduler.entries.get(name)
+            if entry is not None and entry.spec == spec:
+                return entry
+            made = await asyncio.to_thread(self._open, spec)
+            future, tell = _promise()
+            self._post(lambda: self._scheduler.register(made, tell))
+            await future
+            return made
+
+    def _open(self, spec: ModelSpec) -> Entry:
+        settings = self.settings
+        shape = Shape(
+            n_seq=spec.n_parallel or settings.n_parallel,
+            n_ctx=settings.n_ctx if spec.n_ctx is None else spec.n_ctx,
+            n_ubatch=settings.n_ubatch,
+            n_threads=settings.n_threads,
+            kv_type=spec.kv_type or settings.kv_type,
+        )
+        plan = blueprint(spec.path, shape)
+        keep = settings.keep_alive_s if spec.keep_alive_s is None else spec.keep_alive_s
+        return Entry(spec, plan, OwnVocabulary(plan.catalog), keep)
+
+
+def _promise() -> tuple[asyncio.Future[Any], Callable[[Any], None]]:
+    """Return a future of this loop, and a function that settles it from any thread."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def settle(value: Any) -> None:
+        if future.done():  # nobody waits any more
+            return
+        if isinstance(value, BaseException):
+            future.set_exception(value)
+        else:
+            future.set_result(value)
+
+    def tell(value: Any) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, value)
+
+    return future, tell
+
+
+def _facts(entry: Entry) -> ModelFacts:
+    catalog, vocabulary = entry.plan.catalog, entry.vocabulary
+    template = catalog.metadata.get("tokenizer.chat_template")
+    return ModelFacts(
+        name=entry.name,
+        path=entry.plan.path,
+        architecture=catalog.shape.architecture,
+        metadata=catalog.metadata,
+        n_ctx=entry.plan.shape.n_ctx,
+        n_embd=catalog.shape.n_embd,
+        n_vocab=vocabulary.n_tokens,
+        chat_template=template if isinstance(template, str) else None,
+        bos_text=vocabulary.text(vocabulary.bos),
+        eos_text=vocabulary.text(vocabulary.eos),
+        end_tokens=vocabulary.end_tokens(),
+    )

@@ -1,0 +1,185 @@
+"""Who gives up memory for whom: pure functions of a state. No I/O, no clock.
+
+Memory is counted in bytes, never in models. A model holds a fixed part (small tensors, KV cache,
+buffers) for as long as it is loaded, and units (layers, slots for experts) of which any prefix may
+be resident. The rules, in this order:
+
+- The budget is never exceeded, and what is in use, or pinned, is never taken away.
+- Units go before whole models: an evicted layer is read back, a model must be loaded again.
+- Among models the lowest priority goes first, then the one that was used longest ago.
+- A model with a share keeps that many bytes against everybody.
+- Nothing goes that need not go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """What a model holds, and what it would like to hold."""
+
+    name: str
+    fixed_bytes: int  # while it is loaded
+    units: tuple[int, ...]  # bytes of each; the first is the most worth having
+    loaded: bool = False
+    resident: int = 0  # units in memory: the first so many
+    in_use: bool = False
+    pinned: bool = False
+    priority: int = 0  # the lowest is evicted first
+    share_bytes: int = 0  # never evicted below this
+    last_used_ns: int = 0
+
+    @property
+    def units_bytes(self) -> int:
+        return sum(self.units[: self.resident])
+
+    @property
+    def held_bytes(self) -> int:
+        return self.fixed_bytes + self.units_bytes if self.loaded else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The budget and who holds it."""
+
+    budget_bytes: int
+    holders: tuple[Holder, ...]
+    other_bytes: int = 0  # held by nobody who could give it up
+
+    @property
+    def used_bytes(self) -> int:
+        return self.other_bytes + sum(holder.held_bytes for holder in self.holders)
+
+    @property
+    def free_bytes(self) -> int:
+        return self.budget_bytes - self.used_bytes
+
+    def holder(self, name: str) -> Holder:
+        return next(holder for holder in self.holders if holder.name == name)
+
+    def with_holder(self, changed: Holder) -> Memory:
+        holders = tuple(changed if h.name == changed.name else h for h in self.holders)
+        return replace(self, holders=holders)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One model gives up memory: it keeps `resident` units, or (None) is unloaded."""
+
+    name: str
+    resident: int | None
+    freed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """How a model comes to memory: what others give up first, and how many units it gets."""
+
+    steps: tuple[Step, ...]
+    resident: int
+
+
+def activate(memory: Memory, name: str) -> Activation | None:
+    """Return how `name` gets its fixed part and as many units as can be had; None: not now.
+
+    For its fixed part idle models may be unloaded. For units only units of others go.
+    """
+    target = memory.holder(name)
+    steps: list[Step] = []
+    if not target.loaded:
+        made = make_room(memory, target.fixed_bytes, name)
+        if made is None:
+            return None
+        steps += made
+        memory = apply(memory, made)
+        target = replace(target, loaded=True, resident=0)
+        memory = memory.with_holder(target)
+    possible = memory.free_bytes + sum(step.freed_bytes for step in _units(memory, name))
+    n, wanted = target.resident, 0
+    while n < len(target.units) and wanted + target.units[n] <= possible:
+        wanted += target.units[n]
+        n += 1
+    more = make_room(memory, wanted, name, unload=False)
+    return Activation(_joined([*steps, *(more or ())]), n)
+
+
+def make_room(
+    memory: Memory, wanted_bytes: int, name: str, *, unload: bool = True
+) -> tuple[Step, ...] | None:
+    """Return who gives up what so that `wanted_bytes` are free for `name`; None: impossible."""
+    steps: list[Step] = []
+    state = memory
+    for find in (_units, _models) if unload else (_units,):
+        while state.free_bytes < wanted_bytes:
+            step = next(find(state, name), None)
+            if step is None:
+                break
+            steps.append(step)
+            state = apply(state, (step,))
+    spare = state.free_bytes - wanted_bytes
+    return _without_spare(memory, _joined(steps), spare) if spare >= 0 else None
+
+
+def apply(memory: Memory, steps: tuple[Step, ...]) -> Memory:
+    """Return the state after `steps`."""
+    for step in steps:
+        holder = memory.holder(step.name)
+        if step.resident is None:
+            holder = replace(holder, loaded=False, resident=0)
+        else:
+            holder = replace(holder, resident=step.resident)
+        memory = memory.with_holder(holder)
+    return memory
+
+
+def _candidates(memory: Memory, name: str) -> list[Holder]:
+    able = [h for h in memory.holders if h.name != name and h.loaded and not (h.in_use or h.pinned)]
+    return sorted(able, key=lambda h: (h.priority, h.last_used_ns, h.name))
+
+
+def _units(memory: Memory, name: str) -> Iterator[Step]:
+    """Single units that may go, in the order in which they go."""
+    for holder in _candidates(memory, name):
+        held = holder.held_bytes
+        for n in range(holder.resident - 1, -1, -1):
+            freed = holder.units[n]
+            held -= freed
+            if held < holder.share_bytes:
+                break
+            yield Step(holder.name, n, freed)
+
+
+def _models(memory: Memory, name: str) -> Iterator[Step]:
+    for holder in _candidates(memory, name):
+        if not holder.share_bytes and holder.held_bytes:
+            yield Step(holder.name, None, holder.held_bytes)
+
+
+def _without_spare(memory: Memory, steps: tuple[Step, ...], spare_bytes: int) -> tuple[Step, ...]:
+    """Take back what need not go after all, since a whole model went: the last in order first."""
+    kept: list[Step] = []
+    for step in reversed(steps):
+        holder, n, freed = memory.holder(step.name), step.resident, step.freed_bytes
+        if n is None and freed <= spare_bytes:
+            spare_bytes -= freed
+            continue
+        while n is not None and n < holder.resident and holder.units[n] <= spare_bytes:
+            spare_bytes -= holder.units[n]
+            freed -= holder.units[n]
+            n += 1
+        if n != holder.resident:
+            kept.append(Step(step.name, n, freed))
+    return tuple(reversed(kept))
+
+
+def _joined(steps: list[Step]) -> tuple[Step, ...]:
+    """One step a model: the last state it is brought to, with all that it gives up."""
+    joined: dict[str, Step] = {}
+    for step in steps:
+        before = joined.get(step.name)
+        freed = step.freed_bytes + (before.freed_bytes if before else 0)
+        joined[step.name] = Step(step.name, step.resident, freed)
+    return tuple(joined.values())

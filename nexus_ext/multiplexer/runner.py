@@ -1,0 +1,220 @@
+"""One loaded model: its context, the sequences in it, and one step of computing at a time.
+
+Every sequence of the context is a `Slot`. A slot keeps the KV state of what it computed when its
+request ends, for a prompt that begins alike. Requests join whenever a slot is free; decoding
+sequences are computed in one batch, prompts one at a time in chunks, in turn with them.
+
+Belongs to the worker's thread. Which model steps, and when it is loaded, is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+from nexus_ext.errors import Interrupted, NexusError
+from nexus_ext.multiplexer.job import Job
+from nexus_ext.multiplexer.prefix import chunk_end, prefilled, reusable
+from nexus_ext.multiplexer.sessions import Saved, SessionStore, common_prefix
+from nexus_ext.runtime.batch import BatchContext, Row, Shape
+from nexus_ext.runtime.elastic import ElasticModel
+
+_log = logging.getLogger("nexus_ext.multiplexer")
+
+
+@dataclass(slots=True)
+class Slot:
+    """One sequence of the context."""
+
+    index: int
+    tokens: list[int] = field(default_factory=list)  # whose KV state is there
+    n_prefilled: int = 0  # see prefix.reusable
+    session: str | None = None
+    job: Job | None = None
+    used_ns: int = 0
+
+
+class Runner:
+    """Computes the requests of one model."""
+
+    def __init__(self, model: ElasticModel, sessions: SessionStore) -> None:
+        """Allocate the context. Raises OutOfMemory."""
+        self.model = model
+        self.shape: Shape = model.blueprint.shape
+        self.key = f"{model.blueprint.catalog.fingerprint} {self.shape}"
+        self.context = BatchContext(model.pointer, model.core, self.shape)
+        self.slots = [Slot(i) for i in range(self.shape.n_seq)]
+        self._sessions = sessions
+        self._prefill_next = True
+
+    # -- requests -------------------------------------------------------------------------------
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Requests that are being computed; one that has its last event is none any more."""
+        return [s.job for s in self.slots if s.job is not None and s.job.reason is None]
+
+    @property
+    def has_room(self) -> bool:
+        return any(slot.job is None for slot in self.slots)
+
+    def admit(self, job: Job) -> None:
+        """Give a request the free slot whose state serves it best."""
+        free = [slot for slot in self.slots if slot.job is None]
+        session = job.request.session
+
+        def value(slot: Slot) -> tuple[bool, int, bool, int]:
+            own = session is not None and slot.session == session
+            return own, self._reusable(job, slot), slot.session is None, -slot.used_ns
+
+        slot = max(free, key=value)
+        saved = self._sessions.best(self.key, job.request.prompt, session)
+        if saved is not None and self._gain(job, saved) > self._reusable(job, slot):
+            slot = min(free, key=lambda s: (s.session is not None, s.used_ns))
+            self._save(slot)
+            self._restore(slot, saved)
+        n = self._reusable(job, slot)
+        if slot.session is not None and slot.session != session and n < len(slot.tokens):
+            self._save(slot)
+        n = self.context.keep(slot.index, n)
+        del slot.tokens[n:]
+        slot.n_prefilled = min(slot.n_prefilled, n)
+        slot.session, slot.job = session, job
+        job.n_cached = n
+        job.started_ns = time.monotonic_ns()
+
+    def _reusable(self, job: Job, slot: Slot) -> int:
+        return self._usable(job, slot.tokens, slot.n_prefilled, slot.session)
+
+    def _gain(self, job: Job, saved: Saved) -> int:
+        return self._usable(job, saved.tokens, saved.n_prefilled, saved.session)
+
+    def _usable(
+        self, job: Job, tokens: tuple[int, ...] | list[int], n_prefilled: int, session: str | None
+    ) -> int:
+        return reusable(
+            job.n_prompt,
+            common_prefix(tokens, job.request.prompt),
+            n_prefilled,
+            self.shape.n_ubatch,
+            session=job.request.session is not None and job.request.session == session,
+        )
+
+    # -- computing ------------------------------------------------------------------------------
+
+    def next_jobs(self) -> list[Slot]:
+        """Return the slots that the next step computes: one that prefills, or all that decode."""
+        running = [slot for slot in self.slots if slot.job is not None]
+        prefill = [s for s in running if s.job and len(s.tokens) < s.job.n_prompt]
+        decode = [slot for slot in running if slot not in prefill]
+        if prefill and (self._prefill_next or not decode):
+            return [min(prefill, key=lambda s: s.job.started_ns if s.job else 0)]
+        return decode
+
+    def step(self, slots: list[Slot]) -> None:
+        """Compute the slots that `next_jobs` named. A request that fails is told; nothing raises.
+
+        After Interrupted (a request was cancelled) everything is as before.
+        """
+        prefill = len(slots) == 1 and self._prefills(slots[0])
+        self._prefill_next = not prefill
+        rows = self._prompt_rows(slots[0]) if prefill else self._decode_rows(slots)
+        try:
+            self.context.compute(rows)
+        except Interrupted:
+            return
+        except NexusError as error:
+            for slot in slots:
+                self._fail(slot, error)
+            return
+        now = time.monotonic_ns()
+        for row in rows:
+            self.slots[row.sequence].tokens.append(row.token)
+        for i, slot in enumerate(slots):
+            slot.used_ns = now
+            if prefill:
+                at = rows[0].position
+                slot.n_prefilled = prefilled(len(slot.tokens), slot.n_prefilled, at)
+            if rows[-1].output:
+                self._take(slot, len(rows) - 1 if prefill else i)
+
+    def _prefills(self, slot: Slot) -> bool:
+        return slot.job is not None and len(slot.tokens) < slot.job.n_prompt
+
+    def _prompt_rows(self, slot: Slot) -> list[Row]:
+        assert slot.job is not None
+        at, n_prompt = len(slot.tokens), slot.job.n_prompt
+        end = chunk_end(at, n_prompt, self.shape.n_ubatch)
+        return [Row(slot.job.tokens[i], i, slot.index, i == n_prompt - 1) for i in range(at, end)]
+
+    def _decode_rows(self, slots: list[Slot]) -> list[Row]:
+        rows = []
+        for slot in slots:
+            assert slot.job is not None
+            rows.append(Row(slot.job.tokens[-1], len(slot.tokens), slot.index, True))
+        return rows
+
+    def _take(self, slot: Slot, row: int) -> None:
+        job = slot.job
+        assert job is not None
+        try:
+            job.take(self.context.logits(row))
+        except NexusError as error:  # a grammar without a way on, say: this request's own trouble
+            self._fail(slot, error)
+            return
+        if job.reason is not None:
+            slot.job = None
+
+    def _fail(self, slot: Slot, error: BaseException) -> None:
+        job, slot.job = slot.job, None
+        if job is not None:
+            job.fail(error)
+
+    def drop(self, job: Job) -> None:
+        """A request is not wanted any more: its slot is free, and keeps what was computed."""
+        for slot in self.slots:
+            if slot.job is job:
+                slot.job = None
+        job.close()
+
+    # -- states that come and go ----------------------------------------------------------------
+
+    def _save(self, slot: Slot) -> int:
+        """Keep the state of a slot in the store; return its bytes, 0 when it is not worth it."""
+        size = self.context.state_bytes(slot.index) if slot.tokens else 0
+        if not size or not self._sessions.wants(len(slot.tokens), size):
+            return 0
+        data = self.context.save(slot.index)
+        self._sessions.put(
+            Saved(self.key, tuple(slot.tokens), slot.n_prefilled, slot.session, len(data), data)
+        )
+        return len(data)
+
+    def resume(self) -> int:
+        """Put back the states that were saved when the model was unloaded; return their bytes."""
+        saved = self._sessions.newest(self.key, len(self.slots))
+        return sum(self._restore(*pair) for pair in zip(self.slots, saved, strict=False))
+
+    def _restore(self, slot: Slot, saved: Saved) -> int:
+        data = self._sessions.take(saved)
+        slot.tokens, slot.n_prefilled, slot.session = [], 0, None
+        if data is None:
+            return 0
+        try:
+            self.context.restore(slot.index, data)
+        except NexusError as error:  # it costs a prefill, no request need fail
+            _log.warning("a saved state of %d tokens is lost: %s", len(saved.tokens), error)
+            return 0
+        slot.tokens, slot.n_prefilled = list(saved.tokens), saved.n_prefilled
+        slot.session, slot.used_ns = saved.session, time.monotonic_ns()
+        return len(data)
+
+    def close(self) -> int:
+        """Save all states and give everything back; return the bytes of states that were kept."""
+        saved = 0
+        for slot in sorted(self.slots, key=lambda s: s.used_ns):
+            saved += self._save(slot)
+        self.context.close()
+        self.model.close()
+        return saved
