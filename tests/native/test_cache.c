@@ -82,21 +82,23 @@ static int stops(void *ctx) {
 
 static uint64_t record_bytes(const nx_extent *e) { return e->nbytes / e->ne[2]; }
 
+static bool is_whole(const nx_group *group, uint32_t part, int32_t expert) {
+    const nx_extent *e = group->part[part];
+    uint64_t stride;
+    const uint8_t *base = nx_group_part(group, part, &stride);
+    const int32_t slot = nx_expert_slot(group, expert);
+    NX_CHECK(slot >= 0 && (uint32_t)slot < group->n_slots);
+    return world_same(&cache_world, e, (uint64_t)expert * record_bytes(e), base + (uint64_t)slot * stride,
+                      record_bytes(e));
+}
+
 /* What is ready and held is byte by byte what the files say; maps agree; holds are counted. */
 static void check(const fuzz *f) {
     for (size_t i = 0; i < f->n_held; i++) {
         const holding *h = &f->held[i];
         for (uint32_t p = 0; p < h->group->n_parts; p++) {
             if (!h->ready[p]) continue;
-            const nx_extent *e = h->group->part[p];
-            uint64_t stride;
-            const uint8_t *base = nx_group_part(h->group, p, &stride);
-            for (size_t k = 0; k < h->n; k++) {
-                const int32_t slot = nx_expert_slot(h->group, h->experts[k]);
-                NX_CHECK(slot >= 0 && (uint32_t)slot < h->group->n_slots);
-                NX_CHECK(world_same(&cache_world, e, (uint64_t)h->experts[k] * record_bytes(e),
-                                    base + (uint64_t)slot * stride, record_bytes(e)));
-            }
+            for (size_t k = 0; k < h->n; k++) NX_CHECK(is_whole(h->group, p, h->experts[k]));
         }
     }
     for (uint32_t g = 0; g < f->m->n_groups; g++) {
@@ -125,6 +127,25 @@ static void release_one(fuzz *f, size_t i) {
     f->held[i] = f->held[--f->n_held];
     nx_experts_release(h.group, h.experts, h.n);
     check(f);
+}
+
+/* In the order of arrival: what is named as there is whole, and all are named once. */
+static nx_status take_in_order(fuzz *f, holding *h, uint32_t part) {
+    int32_t before[64];
+    memcpy(before, h->experts, sizeof before);
+    for (size_t done = 0, first = 0; done < h->n; first = done) {
+        const nx_status status = nx_experts_next(h->group, part, h->experts, h->n, &done);
+        if (status != NX_OK) return status;
+        NX_CHECK(done > first && done <= h->n);
+        for (size_t k = first; k < done; k++) NX_CHECK(is_whole(h->group, part, h->experts[k]));
+        if (any(f, 4) == 0) check(f);
+    }
+    for (size_t k = 0; k < h->n; k++) {
+        size_t found = 0;
+        for (size_t i = 0; i < h->n; i++) found += h->experts[i] == before[k];
+        NX_CHECK_EQ(found, 1);
+    }
+    return NX_OK;
 }
 
 /* A decision: hold, wait part by part, or give up somewhere in between. */
@@ -163,7 +184,7 @@ static nx_status decide(fuzz *f) {
     check(f);
     for (uint32_t p = 0; p < g->n_parts; p++) {
         if (any(f, 20) == 0) break; /* not everything that is asked for is used */
-        status = nx_experts_wait(h->group, p, h->experts, h->n);
+        status = any(f, 2) ? take_in_order(f, h, p) : nx_experts_wait(h->group, p, h->experts, h->n);
         if (status != NX_OK) return status;
         h->ready[p] = true;
         check(f);

@@ -235,6 +235,31 @@ static void reading_beyond_the_end_is_truncated(void) {
     for_each(8, beyond_the_end);
 }
 
+static void the_first_of_several_reads_ends_a_wait_for_any(void) {
+    for (size_t e = 0; e < n_engines; e++) {
+        fixture f = fixture_open(engines[e], NX_IO_DIRECT, 1, 0);
+        target t[3];
+        nx_read *reads[3];
+        for (size_t i = 0; i < 3; i++) {
+            target_init(&t[i], f.file, 4096 * i, 4096, 0);
+            reads[2 - i] = &t[i].read;
+        }
+        NX_CHECK_EQ(nx_io_wait_any(f.io, reads, 3, NULL, NULL), NX_E_INVALID); /* not submitted */
+        NX_CHECK_EQ(nx_io_wait_any(f.io, reads, 0, NULL, NULL), NX_E_INVALID);
+        for (size_t i = 0; i < 3; i++) NX_CHECK_EQ(submit(f.io, &t[i]), NX_OK);
+        NX_CHECK_EQ(nx_io_wait_any(f.io, reads, 3, NULL, NULL), NX_OK);
+        NX_CHECK(t[0].read.done); /* one at a time, in the order of submission */
+        NX_CHECK_EQ(nx_io_wait_any(f.io, reads, 2, NULL, NULL), NX_OK);
+        NX_CHECK(t[1].read.done);
+        const nx_fault fault = {.offset_begin = 8192, .offset_end = 12288, .kind = NX_FAULT_EIO, .count = -1};
+        NX_CHECK(t[2].read.done || nx_io_inject(f.io, &fault) == NX_OK);
+        NX_CHECK_EQ(nx_io_wait_any(f.io, reads, 1, NULL, NULL), NX_OK); /* also one that failed */
+        NX_CHECK(t[2].read.done);
+        for (size_t i = 0; i < 3; i++) target_free(&t[i]);
+        fixture_close(&f);
+    }
+}
+
 int main(int argc, char **argv) {
     static const nx_test tests[] = {
         NX_TEST(every_byte_lands_at_its_place_and_none_beyond_the_slack),
@@ -250,6 +275,7 @@ int main(int argc, char **argv) {
         NX_TEST(a_direct_read_refused_late_makes_the_file_buffered),
         NX_TEST(a_file_that_ends_early_is_reported_with_the_first_missing_byte),
         NX_TEST(reading_beyond_the_end_is_truncated),
+        NX_TEST(the_first_of_several_reads_ends_a_wait_for_any),
     };
     set_up();
     int rc = nx_test_main(tests, sizeof tests / sizeof *tests, argc, argv);
