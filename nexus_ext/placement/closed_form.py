@@ -53,13 +53,13 @@ def choose(problem: Problem, budget_bytes: int) -> Choice | None:
     best: Choice | None = None
     for counts, weight, scratch, waited_s in _combinations(problem):
         free = budget_bytes - problem.fixed_bytes - weight - scratch
-        if best is not None and waited_s + problem.compute_s > best.token_s:
+        if best is not None and token_seconds(waited_s, 0.0, problem.compute) > best.token_s:
             continue
         filled = _fill(problem, free)
         if filled is None:
             continue
         dense, ring_bytes, ahead_s = filled
-        token_s = token_seconds(waited_s, ahead_s, problem.compute_s)
+        token_s = token_seconds(waited_s, ahead_s, problem.compute)
         read_s = waited_s + ahead_s
         if best is None or (token_s, read_s) < (best.token_s, best.read_s):
             best = Choice(dense, counts, ring_bytes, scratch, token_s, read_s)
@@ -107,7 +107,7 @@ def complete(
         ring_bytes = 0
     else:
         ring_bytes = min(problem.ring.smallest + room, problem.ring.target) // PAGE * PAGE
-    token_s = token_seconds(waited_s, ahead_s, problem.compute_s)
+    token_s = token_seconds(waited_s, ahead_s, problem.compute)
     return Choice(tuple(counts), waited, ring_bytes, scratch, token_s, waited_s + ahead_s)
 
 

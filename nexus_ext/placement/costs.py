@@ -2,11 +2,14 @@
 
 A decode step is bound by bytes: each active weight passes the processor once (compute time =
 bytes / what memory and cores get through), each streamed weight passes the disk first. Dense
-weights are read ahead in graph order, so their reading overlaps with computing; experts are known
-only when the router has run and the row of the embedding only when a token was sampled, so those
-reads are waited for:
+weights are read ahead in graph order, so their reading overlaps with their computing; experts are
+known only when the router has run and the row of the embedding only when a token was sampled, so
+those reads are waited for, and the ring is too short to read much ahead meanwhile:
 
-    token_s = waited_s + max(read_ahead_s, compute_s)
+    token_s = waited_s + expert_s + (1 - LOSS) max(ahead_s, dense_s) + LOSS (ahead_s + dense_s)
+
+with expert_s and dense_s for computing. At LOSS = 0 the shorter of reading and computing would cost
+nothing, but reading takes processor time and memory bandwidth, and waits behind experts.
 
 Not modelled: attention over a long KV cache, and types that are slower to compute than Q4_K.
 """
@@ -30,6 +33,8 @@ DEFAULT_GPU_BYTES_S: Final = 200e9  # a small discrete GPU, when the profile doe
 COMPUTE_EFFICIENCY: Final = 0.7
 # What one core gets through at most: 4.3 to 5.5 GB/s of Q4_K were measured with AVX2.
 CORE_BYTES_S: Final = 5e9
+# The part of the shorter of reading and computing that overlapping them does not hide.
+OVERLAP_LOSS: Final = 0.25
 # Tokens of a micro-batch that take as long as one decoded token: 13 to 16 were measured (Q4_K).
 PREFILL_REUSE: Final = 12
 
@@ -137,9 +142,28 @@ def rates_of(
     return Rates(sequential, random, cpu, gpu_bytes_s), tuple(notes)
 
 
-def token_seconds(waited_s: float, ahead_s: float, compute_s: float) -> float:
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Seconds of computing per decoded token."""
+
+    dense_s: float = 0.0  # the ring is filled meanwhile
+    expert_s: float = 0.0  # it is not
+
+    @property
+    def total_s(self) -> float:
+        return self.dense_s + self.expert_s
+
+    def plus(self, tensor: TensorInfo, seconds: float) -> Compute:
+        """Return this with `seconds` of computing with `tensor`."""
+        if tensor.n_experts:
+            return Compute(self.dense_s, self.expert_s + seconds)
+        return Compute(self.dense_s + seconds, self.expert_s)
+
+
+def token_seconds(waited_s: float, ahead_s: float, compute: Compute) -> float:
     """Return the time of a decoded token; see the module's docstring."""
-    return waited_s + max(ahead_s, compute_s)
+    overlapped_s = (1 - OVERLAP_LOSS) * max(ahead_s, compute.dense_s)
+    return waited_s + compute.expert_s + overlapped_s + OVERLAP_LOSS * (ahead_s + compute.dense_s)
 
 
 def predict(
@@ -155,16 +179,17 @@ def predict(
     """
     shape = catalog.shape
     head_on_gpu = output_on_gpu(catalog.tensors, tiers)
-    ahead_s = waited_s = compute_s = batch_read_s = batch_compute_s = 0.0
+    ahead_s = waited_s = batch_read_s = batch_compute_s = 0.0
+    compute = Compute()
     streamed = 0
     fastest = rates.disk_bytes_s
     for tensor in catalog.tensors:
         row_only = tensor.tied_output and head_on_gpu
         used = token_bytes(tensor, shape, row_only=row_only)
         on_gpu = tiers[tensor.name] == GPU
-        compute_s += used / (rates.gpu_bytes_s if on_gpu else rates.cpu_bytes_s)
+        compute = compute.plus(tensor, used / (rates.gpu_bytes_s if on_gpu else rates.cpu_bytes_s))
         if row_only:
-            compute_s += tensor.nbytes / rates.gpu_bytes_s
+            compute = compute.plus(tensor, tensor.nbytes / rates.gpu_bytes_s)
         in_batch = batch_bytes(tensor, shape, n_ubatch)
         batch_compute_s += in_batch / (rates.gpu_bytes_s if on_gpu else rates.cpu_bytes_s)
         if tiers[tensor.name] != NVME:
@@ -179,13 +204,13 @@ def predict(
             waited_s += seconds
             batch_read_s += in_batch / rates.random_bytes_s(record_bytes(tensor))
             fastest = max(fastest, rates.random_bytes_s(record_bytes(tensor)))
-    token_s = token_seconds(waited_s, ahead_s, compute_s)
+    token_s = token_seconds(waited_s, ahead_s, compute)
     # Products over many tokens are bound by arithmetic, not by the one pass over the weights.
-    batch_compute_s = max(batch_compute_s, compute_s * n_ubatch / PREFILL_REUSE)
+    batch_compute_s = max(batch_compute_s, compute.total_s * n_ubatch / PREFILL_REUSE)
     batch_s = max(batch_read_s, batch_compute_s)
     prediction = Prediction(
         read_s=waited_s + ahead_s,
-        compute_s=compute_s,
+        compute_s=compute.total_s,
         token_s=token_s,
         tok_s=1 / token_s if token_s else 0.0,
         bound_tok_s=fastest / streamed if streamed else math.inf,

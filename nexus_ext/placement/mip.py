@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any, Final
 
 from nexus_ext.placement import costs, ring
-from nexus_ext.placement.costs import Rates
+from nexus_ext.placement.costs import Compute, Rates
 from nexus_ext.placement.memory import MIB
 from nexus_ext.placement.plan import NVME
 from nexus_ext.placement.problem import Group, Problem, resident_bytes
@@ -227,21 +227,27 @@ class _Model:
         highs, problem, offload = self.highs, self.problem, self.offload
         overlapped = highs.addVariable(problem.fixed_ahead_s * _MS, highs.inf)
         highs.addConstr(overlapped - highs.qsum(self.ahead_ms) >= problem.fixed_ahead_s * _MS)
-        faster = []
+        dense, experts = [], []
         for i, (slot, variable) in enumerate(zip(offload.slots, self.on_gpu, strict=True)):
-            last = i == len(offload.slots) - 1
-            faster.append(self._gain_s(slot, head=last) * _MS * variable)
-        highs.addConstr(overlapped + highs.qsum(faster) >= problem.compute_s * _MS)
-        self.objective = 1.0 * overlapped + highs.qsum(self.waited_ms)
+            gain = self._gain(slot, head=i == len(offload.slots) - 1)
+            dense.append(gain.dense_s * _MS * variable)
+            experts.append(-gain.expert_s * _MS * variable)
+        highs.addConstr(overlapped + highs.qsum(dense) >= problem.compute.dense_s * _MS)
+        loss = costs.OVERLAP_LOSS
+        apart = [loss * part for part in self.ahead_ms] + [-loss * part for part in dense]
+        self.objective = (1 - loss) * overlapped + highs.qsum([*self.waited_ms, *experts, *apart])
 
-    def _gain_s(self, slot: Slot, *, head: bool) -> float:
+    def _gain(self, slot: Slot, *, head: bool) -> Compute:
         """Return the computing per token that moving a slot to the GPU saves."""
         shape, rates = self.offload.catalog.shape, self.offload.rates
-        gain = 1 / rates.cpu_bytes_s - 1 / rates.gpu_bytes_s
-        saved = sum(costs.token_bytes(t, shape) for t in slot.tensors) * gain
+        per_byte = 1 / rates.cpu_bytes_s - 1 / rates.gpu_bytes_s
+        saved = Compute()
+        for tensor in slot.tensors:
+            saved = saved.plus(tensor, costs.token_bytes(tensor, shape) * per_byte)
         for tensor in self.offload.catalog.tensors if head else ():
             if tensor.tied_output:
-                saved += tensor.nbytes * gain - tensor.row_nbytes / rates.cpu_bytes_s
+                row_s = tensor.row_nbytes / rates.cpu_bytes_s
+                saved = saved.plus(tensor, tensor.nbytes * per_byte - row_s)
         return saved
 
     def solve(self) -> Solution | None:

@@ -13,7 +13,7 @@ from typing import Final
 
 from nexus_ext.errors import UsageError
 from nexus_ext.placement import costs, ring
-from nexus_ext.placement.costs import PAGED, Rates
+from nexus_ext.placement.costs import PAGED, Compute, Rates
 from nexus_ext.placement.memory import PAGE
 from nexus_ext.placement.plan import GPU, HOST, NVME, RAM, TIERS, Pin
 from nexus_ext.types import Catalog, TensorInfo
@@ -88,7 +88,7 @@ class Problem:
     fixed_waited_s: float
     fixed_dense_bytes: int  # bytes of the settled ones that pass through the ring
     fixed_scratch: int
-    compute_s: float  # per token, wherever the weights come from
+    compute: Compute  # wherever the weights come from
     ring: ring.RingSize
 
     @property
@@ -108,17 +108,20 @@ def problem_of(
     free: dict[tuple[object, ...], list[TensorInfo]] = {}
     fixed: dict[str, str] = {}
     fixed_bytes = fixed_dense = fixed_scratch = 0
-    ahead_s = waited_s = compute_s = 0.0
+    ahead_s = waited_s = 0.0
+    compute = Compute()
     streamable = []
     for tensor in catalog.tensors:
         if tensor.name in on_gpu:
             fixed[tensor.name] = GPU
-            compute_s += costs.token_bytes(tensor, shape) / rates.gpu_bytes_s
+            used = costs.token_bytes(tensor, shape)
+            compute = compute.plus(tensor, used / rates.gpu_bytes_s)
             continue
         row_only = tensor.tied_output and bool(on_gpu)
-        compute_s += costs.token_bytes(tensor, shape, row_only=row_only) / rates.cpu_bytes_s
+        used = costs.token_bytes(tensor, shape, row_only=row_only)
+        compute = compute.plus(tensor, used / rates.cpu_bytes_s)
         if row_only:
-            compute_s += tensor.nbytes / rates.gpu_bytes_s
+            compute = compute.plus(tensor, tensor.nbytes / rates.gpu_bytes_s)
         ring_user = costs.is_dense(tensor) and not row_only
         default = None if tensor.role in PAGED else HOST
         tier = pinned[tensor.name][0] if tensor.name in pinned else default
@@ -161,7 +164,7 @@ def problem_of(
         fixed_waited_s=waited_s,
         fixed_dense_bytes=fixed_dense,
         fixed_scratch=fixed_scratch,
-        compute_s=compute_s,
+        compute=compute,
         ring=ring.ring_size(streamable, rates.disk_bytes_s),
     )
 
