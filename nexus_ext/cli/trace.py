@@ -68,6 +68,7 @@ def trace(
       nexus trace model.gguf -o model.nxtrace -n 200 "Once upon a time"
     """
     from nexus_ext.formats import open_gguf
+    from nexus_ext.routing import repeats
 
     text = _text(prompt, prompt_file)
     if n_predict is None:
@@ -81,11 +82,12 @@ def trace(
         found = record(llm, planned, text, request.n_ctx, n_predict, live)
     live.clear()
     data = found.to_bytes()
+    repeated = repeats(found)
     _write(file, data)
     output.line(
         f"{found.n_tokens} tokens in {len(found.passes)} passes, {len(found.layers)} layers; "
         f"a token uses {format_bytes(found.token_bytes)} of {format_bytes(found.expert_bytes)} "
-        "of experts"
+        f"of experts, {repeated:.0%} of them those of the token before"
     )
     output.note(f"The trace is in {file} ({format_bytes(len(data))}): nexus replay {file}")
     output.result(
@@ -99,6 +101,7 @@ def trace(
             "n_layers": len(found.layers),
             "token_bytes": found.token_bytes,
             "expert_bytes": found.expert_bytes,
+            "repeats": repeated,
         }
     )
 

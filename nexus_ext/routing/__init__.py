@@ -7,7 +7,7 @@ no clock, no model.
 from __future__ import annotations
 
 from nexus_ext.routing.policies import GLOBAL_LRU, NONE, ONLINE, POLICIES
-from nexus_ext.routing.replay import Replay, global_lru, replay
+from nexus_ext.routing.replay import Replay, global_lru, repeats, replay
 from nexus_ext.routing.report import Row, default_sizes, report, slots_of, slots_of_share
 from nexus_ext.routing.trace import RoutingTrace, TracedLayer
 
@@ -22,6 +22,7 @@ __all__ = [
     "TracedLayer",
     "default_sizes",
     "global_lru",
+    "repeats",
     "replay",
     "report",
     "slots_of",

@@ -78,6 +78,16 @@ def _drop_repeats(numbers: Integers) -> None:
         numbers[np.any(numbers[:, :k] == numbers[:, k : k + 1], axis=1), k] = -1
 
 
+def repeats(trace: RoutingTrace) -> float:
+    """Return the part of all experts used that the token before used as well."""
+    import numpy as np
+
+    used = decisions(trace)
+    now, before = used[1:, :, :, None], used[:-1, :, None, :]
+    repeated = np.any(now == before, axis=3) & (used[1:] >= 0)
+    return float(repeated.sum() / max((used[1:] >= 0).sum(), 1))
+
+
 def next_uses(used: Integers, n_experts: int) -> Integers:
     """Return for each use the token that uses the same expert of the layer next, else NEVER."""
     import numpy as np

@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     moe = kinds.add_parser("moe", help="mixture of experts")
     moe.add_argument("--arch", choices=MOE_ARCHITECTURES, default="qwen3moe")
     moe.add_argument("--expert-quant", type=str.upper, help="type of the experts, if another")
+    moe.add_argument("--skew", type=float, help="of the popularity of experts (gpt-oss)")
     moe.add_argument("--fused", action="store_true", help="gate and up projection in one tensor")
     for name, default in asdict(MoeDims()).items():
         moe.add_argument("--" + name.replace("_", "-"), type=int, default=default)
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dims=dims,
             expert_quant=args.expert_quant,
             fused=args.fused,
+            skew=args.skew,
             **common,
         )
     elif args.preset:

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from gguf import GGMLQuantizationType
 
-from tests.synth.blocks import block_elements, nbytes_of, pattern
+from tests.synth.blocks import WEIGHT_STD, block_elements, nbytes_of, pattern
 
 _IOV_LIMIT = 512
 _LARGE_TENSOR_NBYTES = 16 << 20
@@ -37,12 +38,14 @@ Value = bool | int | float | str | Typed | Sequence[str] | Sequence[int] | Seque
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor to write; `fill` is "random", or for F32 "ones", "minus ones" or "zeros"."""
+    """A tensor to write; `fill` is "random", or for F32 "ones", "minus ones", "hundredths" or
+    "zeros"."""
 
     name: str
     shape: tuple[int, ...]  # ggml order
     type_name: str = "F32"
     fill: str = "random"
+    std: float = WEIGHT_STD  # of random values; another one for F32 only
 
     @property
     def nbytes(self) -> int:
@@ -159,7 +162,13 @@ def _write_one(
 def _write_weights(descriptor: int, tensor: Tensor, seed: int, large: bool) -> None:
     """Repeat the pattern of the type, each tensor from a block of its own on."""
     start = 0
-    if tensor.fill == "random":
+    if tensor.fill == "random" and tensor.std != WEIGHT_STD:
+        if tensor.type_name != "F32":
+            raise ValueError(f"{tensor.name}: only F32 can have another spread")
+        rng = np.random.default_rng((seed, zlib.crc32(tensor.name.encode())))
+        values = rng.normal(0.0, tensor.std, tensor.nbytes // 4).astype(np.float32)
+        source = memoryview(values.tobytes())
+    elif tensor.fill == "random":
         source = memoryview(pattern(tensor.type_name, seed, large))
         block_nbytes = nbytes_of(tensor.type_name, (block_elements(tensor.type_name),))
         n_blocks = len(source) // block_nbytes
@@ -167,7 +176,7 @@ def _write_weights(descriptor: int, tensor: Tensor, seed: int, large: bool) -> N
     else:
         if tensor.type_name != "F32":
             raise ValueError(f"{tensor.name}: only F32 can be filled with {tensor.fill}")
-        number = {"ones": 1.0, "minus ones": -1.0, "zeros": 0.0}[tensor.fill]
+        number = {"ones": 1.0, "minus ones": -1.0, "hundredths": 0.01, "zeros": 0.0}[tensor.fill]
         source = memoryview(struct.pack("<f", number) * min(tensor.nbytes // 4, 1 << 18))
     left = tensor.nbytes
     views: list[memoryview] = []

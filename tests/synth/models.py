@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.synth.blocks import storable_type
+from tests.synth.blocks import WEIGHT_STD, storable_type
 from tests.synth.container import Tensor, Value, write_gguf
 from tests.synth.vocab import tokenizer_pairs
 
@@ -79,8 +79,8 @@ class _Builder:
         kind = storable_type(type_name or self.quant, shape[0])
         self.tensors.append(Tensor(name + ".weight", shape, kind))
 
-    def vector(self, name: str, *shape: int, fill: str = "ones") -> None:
-        self.tensors.append(Tensor(name, shape, "F32", fill))
+    def vector(self, name: str, *shape: int, fill: str = "ones", std: float = WEIGHT_STD) -> None:
+        self.tensors.append(Tensor(name, shape, "F32", fill, std))
 
     def attention(self, block: str, n_embd: int, n_q: int, n_kv: int, n_gate: int = 0) -> None:
         self.matrix(f"{block}.attn_q", n_embd, n_q + n_gate)
@@ -199,6 +199,7 @@ def write_moe(
     quant: str = "Q4_0",
     expert_quant: str | None = None,
     fused: bool = False,
+    skew: float | None = None,
     split: int | None = None,
     alignment: int = 32,
     seed: int = 0,
@@ -212,11 +213,17 @@ def write_moe(
     attention and a dense first layer, qwen3next and qwen35moe linear attention in every second.
     `fused` puts gate and up projection of FUSED_ARCHITECTURES in one tensor; `expert_quant` is the
     type of the experts where it is not `quant`.
+
+    `skew` makes some experts popular: the standard deviation of the bias that gpt-oss adds to the
+    logits of the router, which vary by about 1 from token to token. 0: all are as likely. None: a
+    small one, and biases everywhere.
     """
     if arch not in MOE_ARCHITECTURES:
         raise ValueError(f"arch is {arch!r}, known are {', '.join(MOE_ARCHITECTURES)}")
     if fused and arch not in FUSED_ARCHITECTURES:
         raise ValueError(f"llama.cpp loads no fused gate and up projection for {arch}")
+    if skew is not None and arch != "gpt-oss":
+        raise ValueError(f"the router of {arch} has no bias that could skew it; gpt-oss has")
     dims = dims or MoeDims()
     if arch == "olmoe":  # its norms of queries and keys have one shape
         dims = replace(dims, n_heads_kv=dims.n_heads)
@@ -226,7 +233,11 @@ def write_moe(
     pairs[f"{arch}.expert_used_count"] = dims.n_used
     builder.matrix("token_embd", dims.n_embd, dims.n_vocab)
     for layer in range(dims.n_layers):
-        _moe_layer(builder, pairs, arch, f"blk.{layer}", layer, dims, expert_quant, fused)
+        block = f"blk.{layer}"
+        _moe_layer(builder, pairs, arch, block, layer, dims, expert_quant, fused, skew is not None)
+        if arch == "gpt-oss":
+            std = WEIGHT_STD if skew is None else skew
+            builder.vector(f"{block}.ffn_gate_inp.bias", dims.n_experts, fill="random", std=std)
     builder.vector("output_norm.weight", dims.n_embd)
     builder.matrix("output", dims.n_embd, dims.n_vocab)
     return write_gguf(
@@ -285,10 +296,12 @@ def _moe_layer(
     dims: MoeDims,
     expert_quant: str | None,
     fused: bool,
+    skewed: bool,
 ) -> None:
     n_embd, n_ff = dims.n_embd, dims.n_ff
     head = n_embd // dims.n_heads
-    builder.vector(f"{block}.attn_norm.weight", n_embd)
+    # Untrained attention adds one mean to all tokens: little of it where routing is to differ.
+    builder.vector(f"{block}.attn_norm.weight", n_embd, fill="hundredths" if skewed else "ones")
     if arch == "deepseek2":
         _latent_attention(builder, pairs, block, dims)
     elif arch in HYBRID_ARCHITECTURES and layer % 2 == 0:
@@ -341,12 +354,11 @@ def _moe_layer(
             ("attn_k.bias", (head * dims.n_heads_kv,)),
             ("attn_v.bias", (head * dims.n_heads_kv,)),
             ("attn_output.bias", (n_embd,)),
-            ("ffn_gate_inp.bias", (dims.n_experts,)),
             ("ffn_gate_exps.bias", (n_ff, dims.n_experts)),
             ("ffn_up_exps.bias", (n_ff, dims.n_experts)),
             ("ffn_down_exps.bias", (n_embd, dims.n_experts)),
         ):
-            builder.vector(f"{block}.{name}", *extents, fill="random")
+            builder.vector(f"{block}.{name}", *extents, fill="zeros" if skewed else "random")
 
 
 def _latent_attention(

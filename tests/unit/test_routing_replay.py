@@ -16,6 +16,7 @@ from nexus_ext.routing import (
     TracedLayer,
     default_sizes,
     global_lru,
+    repeats,
     replay,
     report,
     slots_of,
@@ -79,6 +80,11 @@ def test_what_a_token_uses_is_held_before_anything_is_evicted() -> None:
 def test_an_expert_that_a_token_uses_twice_counts_once() -> None:
     [[result]] = replay(trace_of([[1, 1], [1, 2]]), ["lru"], [[2]])
     assert (result.uses, result.misses, result.read_bytes) == ((3,), (2,), 20)
+
+
+def test_repeats_are_counted_from_each_token_to_the_next() -> None:
+    assert repeats(trace_of([[0, 1], [1, 0], [2, 1]], [[0, 0], [0, 3], [4, 5]])) == 4 / 8
+    assert repeats(trace_of([[0, 1]])) == 0.0
 
 
 def test_a_layer_with_too_few_slots_for_a_token_has_no_cache() -> None:
