@@ -9,11 +9,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import nexus_ext._native as _native
+from nexus_ext.core_values import Event as Event
+from nexus_ext.core_values import FileIo as FileIo
+from nexus_ext.core_values import ModelStats as ModelStats
+from nexus_ext.core_values import Prediction as Prediction
 from nexus_ext.errors import (
     BackendUnavailable,
     FormatError,
@@ -34,78 +38,6 @@ BACKEND_PATH = Path(_native.__file__).parent / f"libggml-nexus{_SUFFIX}"
 
 Progress = Callable[[int, int], bool | None]
 """Called with (done, total) bytes; returning True stops the load."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelStats:
-    """What a model has done since it was opened or `reset_stats`. Names as in nexus_core.h."""
-
-    passes: int
-    segments: int
-    bytes_read: int
-    bytes_loaded: int
-    bytes_used: int
-    pieces: int
-    pieces_ready: int
-    pieces_dropped: int
-    demand_reads: int
-    whole_tensors: int
-    wait_ns: int
-    compute_ns: int
-    pass_ns: int
-    load_ns: int
-    retries: int
-    short_reads: int
-    bounces: int
-    expert_uses: int
-    expert_misses: int
-    expert_evictions: int
-    prefetched: int
-    prefetch_used: int
-    prefetch_wasted: int
-    preloaded: int
-    idle_ns: int
-    predict_ns: int
-    pinned_bytes: int
-    ring_bytes: int
-    scratch_bytes: int
-    host_bytes: int
-    cache_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """Whether experts are predicted, and why: nexus_predict.h."""
-
-    state: str  # "fixed", "watching", "no_stall", "no_idle", "trying", "slower", "faster"
-    on: bool
-    trials: int
-    switches: int
-    idle: float  # shares of the time of passes without prediction, as last watched
-    stall: float
-    on_s: float  # median pass of the last trial; 0: there was none
-    off_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class FileIo:
-    """How one file of a model is read."""
-
-    direct: bool
-    reason: str
-    offset_align: int
-    mem_align: int
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One entry of the trace: `kind` is a name, `a` and `b` as nexus_core.h explains."""
-
-    t_ns: int
-    kind: str
-    a: int
-    b: int
-
 
 _EVENTS = {
     getattr(lib, name): name.removeprefix("NX_EVENT_").lower()
@@ -364,6 +296,53 @@ class Model:
             at += n_tokens * n_used
         return entries
 
+    # -- how much of it is in memory: nexus_residency.h --------------------------
+
+    def promote(self, extents: Sequence[int], stop: StopFlag | None = None) -> int:
+        """Read elastic extents (numbers in the manifest's order) into memory; return bytes read.
+
+        Raises ReadFailed, ModelChanged, OutOfMemory, or Interrupted when `stop` was set; what was
+        complete by then stays.
+        """
+        array, done = ffi.new("uint32_t[]", list(extents)), ffi.new("uint64_t *")
+        abort = ffi.addressof(lib, "nx_flag_stop") if stop is not None else ffi.NULL
+        context = ffi.cast("void *", stop.address) if stop is not None else ffi.NULL
+        status = lib.nx_promote(self.pointer, array, len(array), abort, context, done)
+        if status != lib.NX_OK:
+            named = None if status == lib.NX_E_ABORTED else self.take_error("reading weights back")
+            if named is not None:
+                raise named
+            check(status, "reading weights back")
+        return int(done[0])
+
+    def demote(self, extents: Sequence[int]) -> int:
+        """Give the memory of elastic extents back; return how many bytes of weights went."""
+        array, done = ffi.new("uint32_t[]", list(extents)), ffi.new("uint64_t *")
+        check(lib.nx_demote(self.pointer, array, len(array), done), "evicting weights")
+        return int(done[0])
+
+    def resize_cache(self, group: int, n_slots: int) -> None:
+        """Let expert cache `group` have `n_slots` slots, at most as many as the manifest says."""
+        check(lib.nx_group_resize(self.pointer, group, n_slots), f"expert cache {group}")
+
+    def slot_bytes(self, group: int) -> int:
+        return int(lib.nx_group_slot_bytes(self.pointer, group))
+
+    def resident_bytes(self) -> int:
+        """Return the memory of promoted extents, the slack of direct reads included."""
+        return int(lib.nx_resident_bytes(self.pointer))
+
+    def extent_bytes(self, extent: int) -> int:
+        """Return the memory that promoting an extent takes; 0 for one that is not elastic."""
+        return int(lib.nx_extent_span(self.pointer, extent))
+
+    def is_resident(self, extent: int) -> bool:
+        return bool(lib.nx_extent_is_resident(self.pointer, extent))
+
+    def set_columns(self, on: bool) -> None:
+        """Compute products with several columns so that each comes out as if it were alone."""
+        lib.nx_model_set_columns(self.pointer, int(on))
+
     def attach_residual(self, tensor: str, codes: Any, scales: Any, k: int) -> None:
         """Correct the products of `tensor` with a single column in its `k` largest input channels.
 
@@ -409,6 +388,27 @@ class Model:
             lib.nx_model_close(self._model)
             lib.nx_model_release(self._model)
             self._model = None
+
+
+class StopFlag:
+    """A flag that native computations look at: `callback` is an abort callback of ggml's shape."""
+
+    def __init__(self) -> None:
+        self._flag = ffi.new("int *")
+        self.address = int(ffi.cast("uintptr_t", self._flag))
+        self.callback = int(ffi.cast("uintptr_t", ffi.addressof(lib, "nx_flag_callback")))
+
+    def set(self) -> None:
+        self._flag[0] = 1
+
+    def clear(self) -> bool:
+        """Forget it; return whether it was set."""
+        was = bool(self._flag[0])
+        self._flag[0] = 0
+        return was
+
+    def __bool__(self) -> bool:
+        return bool(self._flag[0])
 
 
 class interruptible:

@@ -172,6 +172,19 @@ static nx_status forget_failed(nx_group *g, const int32_t *experts, size_t n) {
     return NX_OK;
 }
 
+nx_status nx_cache_close_slots(nx_group *g, uint32_t n_slots) {
+    for (uint32_t s = n_slots; s < g->n_slots; s++) {
+        nx_record *r = &g->records[s];
+        if (r->in_use) return NX_E_BUSY;
+        for (uint32_t p = 0; p < g->n_parts && r->state == NX_RECORD_LOADING; p++) {
+            const nx_status status = nx_pager_wait(g->model, NX_NO_PIECE, &r->reads[p]);
+            if (status != NX_OK) return status;
+        }
+        forget(g, r);
+    }
+    return NX_OK;
+}
+
 static void touch(nx_group *g, nx_record *r) {
     if (r->ahead) nx_ahead_used(g, r);
     const double age = (double)(g->clock - r->last_use);
@@ -285,15 +298,50 @@ nx_status nx_experts_acquire(nx_group *g, const int32_t *experts, size_t n) {
     return status;
 }
 
+/* NX_OK and *there: this part of the record can be used. */
+static nx_status part_there(nx_group *g, nx_record *r, uint32_t part, bool *there) {
+    const nx_read *read = &r->reads[part];
+    *there = r->state == NX_RECORD_READY || read->done;
+    if (r->state == NX_RECORD_READY || !read->done) return NX_OK;
+    if (read->status != NX_OK) return nx_pager_fail(g->model, g->part[part], read);
+    if (arrived(r, g->n_parts) && !failed(r, g->n_parts)) r->state = NX_RECORD_READY;
+    return NX_OK;
+}
+
+nx_status nx_experts_next(nx_group *g, uint32_t part, int32_t *experts, size_t n, size_t *done) {
+    const size_t first = *done;
+    nx_read **pending = malloc((n - first + 1) * sizeof *pending);
+    nx_status status = pending ? NX_OK : NX_E_NOMEM;
+    if (status == NX_OK && nx_io_poll(g->model->io) != NX_OK) status = nx_engine_failed(g->model, errno);
+    while (status == NX_OK && *done == first && first < n) {
+        size_t n_pending = 0;
+        for (size_t i = first; i < n && status == NX_OK; i++) {
+            nx_record *r = &g->records[g->slot_of[experts[i]]];
+            bool there;
+            status = part_there(g, r, part, &there);
+            if (!there) pending[n_pending++] = &r->reads[part];
+            if (status != NX_OK || !there) continue;
+            const int32_t expert = experts[i];
+            experts[i] = experts[*done];
+            experts[(*done)++] = expert;
+        }
+        if (status == NX_OK && *done == first)
+            status = nx_pager_wait_any(g->model, NX_NO_PIECE, pending, n_pending);
+    }
+    free(pending);
+    return status;
+}
+
 nx_status nx_experts_wait(nx_group *g, uint32_t part, const int32_t *experts, size_t n) {
     for (size_t i = 0; i < n; i++) {
         nx_record *r = &g->records[g->slot_of[experts[i]]];
-        if (r->state == NX_RECORD_READY) continue;
-        nx_read *read = &r->reads[part];
-        nx_status status = nx_pager_wait(g->model, NX_NO_PIECE, read);
+        bool there;
+        nx_status status = part_there(g, r, part, &there);
+        if (status == NX_OK && !there) {
+            status = nx_pager_wait(g->model, NX_NO_PIECE, &r->reads[part]);
+            if (status == NX_OK) status = part_there(g, r, part, &there);
+        }
         if (status != NX_OK) return status;
-        if (read->status != NX_OK) return nx_pager_fail(g->model, g->part[part], read);
-        if (arrived(r, g->n_parts) && !failed(r, g->n_parts)) r->state = NX_RECORD_READY;
     }
     return NX_OK;
 }

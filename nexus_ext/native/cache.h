@@ -47,6 +47,8 @@ struct nx_group {
 
 nx_status nx_cache_init(nx_model *, nx_error *);
 void nx_cache_free(nx_model *);
+/* With the turn: slots from `n_slots` on hold nothing, and nothing is read into them. */
+nx_status nx_cache_close_slots(nx_group *, uint32_t n_slots);
 /* Bytes of one slot of a group with these parts. */
 uint64_t nx_record_layout(nx_group *);
 

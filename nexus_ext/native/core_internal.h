@@ -104,6 +104,10 @@ struct nx_model {
 
     uint8_t *pinned;
     uint64_t pinned_bytes, host_bytes;
+    uint8_t *elastic; /* addresses for elastic extents, see residency.c */
+    uint64_t elastic_reserved;
+    atomic_uint_least64_t elastic_bytes, generation;
+    atomic_bool columns; /* see nx_model_set_columns */
     pthread_mutex_t load_lock; /* guards load_io and the reads of pinned memory */
     nx_io *load_io;
     nx_read *load_reads; /* one per extent, used for ram */
@@ -137,11 +141,20 @@ nx_status nx_pager_init(nx_model *, nx_error *);
 /* Wait for a read of the turn, counted as waiting (`piece`: for the trace). NX_OK when it is done,
  * however it ended. */
 nx_status nx_pager_wait(nx_model *, uint32_t piece, nx_read *);
+/* The same until one of the n reads is done. */
+nx_status nx_pager_wait_any(nx_model *, uint32_t piece, nx_read *const *reads, size_t n);
 /* Note the failed read as the model's error; returns its status. */
 nx_status nx_pager_fail(nx_model *, const nx_extent *, const nx_read *);
 /* The engine itself has failed: what it had in hand stays where it is until it is destroyed. */
 nx_status nx_engine_failed(nx_model *, int sys_errno);
 void nx_pager_free(nx_model *);
+/* The turn without a graph; NX_E_CLOSED when there is none to be had any more. */
+nx_status nx_turn_take(nx_model *);
+void nx_turn_give(nx_model *);
+/* With the turn: nothing is read ahead any more, and what used to follow what is forgotten. */
+void nx_pager_forget(nx_model *);
+nx_status nx_residency_init(nx_model *, nx_error *);
+void nx_residency_free(nx_model *);
 void nx_event_add(nx_model *, nx_event_kind, uint32_t a, uint64_t b);
 void nx_read_error(nx_model *, const nx_extent *, const nx_read *, nx_error *);
 /* Publish an engine's counters. Only its driver may ask the engine; anyone may ask for statistics. */

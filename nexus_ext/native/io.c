@@ -348,14 +348,22 @@ nx_status nx_io_poll(nx_io *io) {
     return io->pushed ? turn(io, 0) : NX_OK;
 }
 
-nx_status nx_io_wait(nx_io *io, nx_read *read, int (*abort)(void *), void *ctx) {
-    if (!read->done && (read->nx_owner != io || read->nx_state == NX_READ_IDLE))
-        return NX_E_INVALID;
-    if (read->done) return read->status;
-    nx_io_raise(io, read);
+static bool any_done(nx_read *const *reads, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (reads[i]->done) return true;
+    return false;
+}
+
+nx_status nx_io_wait_any(nx_io *io, nx_read *const *reads, size_t n, int (*abort)(void *), void *ctx) {
+    for (size_t i = 0; i < n; i++)
+        if (!reads[i]->done && (reads[i]->nx_owner != io || reads[i]->nx_state == NX_READ_IDLE))
+            return NX_E_INVALID;
+    if (n == 0) return NX_E_INVALID;
+    if (any_done(reads, n)) return NX_OK;
+    for (size_t i = 0; i < n; i++) nx_io_raise(io, reads[i]);
     nx_status status = nx_io_poll(io);
     uint64_t asked_ns = 0;
-    while (status == NX_OK && !read->done) {
+    while (status == NX_OK && !any_done(reads, n)) {
         uint64_t arrived = io->stats.bytes_read;
         if (abort) {
             uint64_t now_ns = nx_io_now_ns();
@@ -369,9 +377,14 @@ nx_status nx_io_wait(nx_io *io, nx_read *read, int (*abort)(void *), void *ctx) 
         if (io->stats.bytes_read == arrived) asked_ns = 0; /* a signal, a timeout or a failure */
     }
     if (status == NX_OK && io->pushed) status = turn(io, 0);
-    if (read->done) return read->status;
-    read->sys_errno = io->broken;
+    if (any_done(reads, n)) return NX_OK;
+    for (size_t i = 0; i < n; i++) reads[i]->sys_errno = io->broken;
     return status;
+}
+
+nx_status nx_io_wait(nx_io *io, nx_read *read, int (*abort)(void *), void *ctx) {
+    const nx_status status = nx_io_wait_any(io, &read, 1, abort, ctx);
+    return status == NX_OK ? read->status : status;
 }
 
 int nx_io_cancel(nx_io *io, nx_read *read) {

@@ -219,6 +219,7 @@ static void model_free(nx_model *m) {
     nx_cache_free(m); /* after the engine: its reads wrote here */
     nx_attachments_free(m);
     nx_memory_unmap(m->pinned, m->pinned_bytes);
+    nx_residency_free(m);
     for (uint32_t i = 0; i < m->n_files; i++) {
         if (m->files[i].file) nx_file_close(m->files[i].file);
         if (m->files[i].fd >= 0) close(m->files[i].fd);
@@ -258,6 +259,7 @@ nx_status nx_model_create(const char *manifest, size_t manifest_bytes, const voi
     if (status == NX_OK) status = index_names(m, error);
     if (status == NX_OK) status = open_files(m, error);
     if (status == NX_OK) status = place_pinned(m, error);
+    if (status == NX_OK) status = nx_residency_init(m, error);
     if (status == NX_OK) status = nx_pager_init(m, error);
     if (status == NX_OK) status = nx_cache_init(m, error);
     if (status == NX_OK) {

@@ -243,8 +243,7 @@ static void learn_successors(nx_pager *p) {
     }
 }
 
-nx_status nx_turn_begin(nx_model *m, nx_extent *const *uses, size_t n_uses, nx_abort_fn abort, void *ctx) {
-    nx_pager *p = &m->pager;
+nx_status nx_turn_take(nx_model *m) {
     pthread_mutex_lock(&m->lock);
     atomic_fetch_add(&m->turn_waiters, 1);
     while (m->turn && !m->closed) pthread_cond_wait(&m->turn_free, &m->lock);
@@ -253,6 +252,31 @@ nx_status nx_turn_begin(nx_model *m, nx_extent *const *uses, size_t n_uses, nx_a
     if (!closed) m->turn = m->ran = true;
     pthread_mutex_unlock(&m->lock);
     if (closed) return NX_E_CLOSED;
+    m->pager.abort = NULL;
+    return NX_OK;
+}
+
+void nx_turn_give(nx_model *m) {
+    pthread_mutex_lock(&m->lock);
+    m->turn = false;
+    pthread_cond_signal(&m->turn_free);
+    if (m->closed) pthread_cond_broadcast(&m->turn_free);
+    pthread_mutex_unlock(&m->lock);
+}
+
+void nx_pager_forget(nx_model *m) {
+    nx_pager *p = &m->pager;
+    for (uint64_t i = p->tail_slot; i < p->head_slot; i++)
+        if (SLOT(p, i)->state == NX_SLOT_LOADING) drop(m, SLOT(p, i));
+    retire(p);
+    p->last_issued = p->last_used = NX_NO_PIECE;
+    p->n_order = p->issued = p->used = 0;
+    memset(p->successor, 0xff, m->n_pieces * sizeof *p->successor);
+}
+
+nx_status nx_turn_begin(nx_model *m, nx_extent *const *uses, size_t n_uses, nx_abort_fn abort, void *ctx) {
+    nx_pager *p = &m->pager;
+    if (nx_turn_take(m) != NX_OK) return NX_E_CLOSED;
     p->abort = abort;
     p->abort_ctx = ctx;
 
@@ -291,11 +315,7 @@ void nx_turn_end(nx_model *m, int failed) {
     else (void)issue(m); /* reads ahead for the next graph; an error shows up there */
     nx_stats_see(m->io, &m->run_seen);
     nx_event_add(m, NX_EVENT_PASS_END, (uint32_t)p->used, 0);
-    pthread_mutex_lock(&m->lock);
-    m->turn = false;
-    pthread_cond_signal(&m->turn_free);
-    if (m->closed) pthread_cond_broadcast(&m->turn_free);
-    pthread_mutex_unlock(&m->lock);
+    nx_turn_give(m);
 }
 
 /* -- pieces ------------------------------------------------------------------------------------- */
@@ -317,16 +337,21 @@ int nx_piece_ready(nx_model *m) {
     return s && s->read.done && s->read.status == NX_OK;
 }
 
-nx_status nx_pager_wait(nx_model *m, uint32_t piece, nx_read *read) {
-    if (read->done) return NX_OK;
+nx_status nx_pager_wait_any(nx_model *m, uint32_t piece, nx_read *const *reads, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (reads[i]->done) return NX_OK;
     const uint64_t begin = nx_now_ns();
-    nx_status status = nx_io_wait(m->io, read, m->pager.abort, m->pager.abort_ctx);
+    const nx_status status = nx_io_wait_any(m->io, reads, n, m->pager.abort, m->pager.abort_ctx);
     const uint64_t ns = nx_now_ns() - begin;
     NX_COUNT(m, wait_ns, ns);
     nx_event_add(m, NX_EVENT_WAIT, piece, ns);
     nx_stats_see(m->io, &m->run_seen);
-    if (read->done) return NX_OK; /* how it ended is for the caller to look at */
-    return status == NX_E_ABORTED ? status : nx_engine_failed(m, read->sys_errno);
+    if (status == NX_OK || status == NX_E_ABORTED) return status; /* how it ended is for the caller to look at */
+    return nx_engine_failed(m, reads[0]->sys_errno);
+}
+
+nx_status nx_pager_wait(nx_model *m, uint32_t piece, nx_read *read) {
+    return nx_pager_wait_any(m, piece, &read, 1);
 }
 
 nx_status nx_pager_fail(nx_model *m, const nx_extent *e, const nx_read *read) {

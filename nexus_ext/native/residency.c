@@ -228,7 +228,6 @@ nx_status nx_group_resize(nx_model *m, uint32_t group, uint32_t n_slots) {
     return status;
 }
 
-uint32_t nx_model_n_groups(const nx_model *m) { return m->n_groups; }
 uint64_t nx_group_slot_bytes(const nx_model *m, uint32_t group) {
     return group < m->n_groups ? m->groups[group].stride : 0;
 }

@@ -18,7 +18,7 @@ LAYERS = {
     for number, names in enumerate(
         (
             ("nexus_ext._version",),
-            ("nexus_ext", "nexus_ext.errors", "nexus_ext.types"),
+            ("nexus_ext", "nexus_ext.core_values", "nexus_ext.errors", "nexus_ext.types"),
             ("nexus_ext.units",),
             ("nexus_ext.codecs",),
             ("nexus_ext.formats",),

@@ -102,7 +102,7 @@ static int buffer_init_tensor(gx_buffer *b, gx_tensor *t) {
         return mprotect(begin, span, PROT_READ | PROT_WRITE) == 0 ? GX_SUCCESS : GX_ALLOC_FAILED;
     }
     *find_slot(own, t) = (struct tensor_extent){t, e};
-    if (e->tier == NX_TIER_RAM) t->data = e->pinned;
+    if (e->pinned) t->data = e->pinned;
     return nx_model_claim(own->model, e) == NX_OK ? GX_SUCCESS : GX_FAILED;
 }
 

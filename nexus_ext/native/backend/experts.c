@@ -78,35 +78,6 @@ static int hold(nxb_run *r, nx_group *group, const gx_tensor *ids, const int32_t
     return GX_SUCCESS;
 }
 
-/* Compute `node` with the records that are held, which are all. */
-static int with_records(nxb_run *r, int node_index, uint32_t part, const gx_tensor *ids) {
-    const nxb_decision *d = &r->decision;
-    const gx_tensor *node = r->nodes[node_index];
-    const nx_status ready = nx_experts_wait(d->group, part, d->experts, d->n_held);
-    if (ready != NX_OK) return nxb_status(ready);
-    const int64_t n_picked = ids->ne[0] * ids->ne[1];
-    int32_t *slots = malloc((size_t)n_picked * sizeof *slots);
-    if (!slots) return GX_ALLOC_FAILED;
-    for (int64_t t = 0; t < ids->ne[1]; t++)
-        for (int64_t k = 0; k < ids->ne[0]; k++)
-            slots[t * ids->ne[0] + k] = nx_expert_slot(d->group, picked(ids, t, k));
-    gx_tensor weight = *node->src[0], numbers = *ids, result = *node;
-    uint64_t stride;
-    weight.data = nx_group_part(d->group, part, &stride);
-    weight.nb[2] = stride;
-    weight.ne[2] = nx_group_slots(d->group);
-    weight.nb[3] = stride * (uint64_t)weight.ne[2];
-    numbers.data = slots;
-    numbers.nb[0] = sizeof *slots;
-    numbers.nb[1] = (size_t)ids->ne[0] * sizeof *slots;
-    numbers.nb[2] = numbers.nb[3] = (size_t)n_picked * sizeof *slots;
-    result.src[0] = &weight;
-    result.src[2] = &numbers;
-    const int status = nxb_compute_as(r, node_index, &result, 1);
-    free(slots);
-    return status;
-}
-
 /* -- without: waves ----------------------------------------------------------------------------- */
 
 static int no_scratch(nx_extent *e, uint64_t record_bytes) {
@@ -133,7 +104,18 @@ typedef struct waves {
     char *in, *out;     /* [rows] of x and of the result */
 } waves;
 
-static int waves_init(waves *w, size_t n) {
+static void place_experts(waves *w, size_t first, size_t end) {
+    for (size_t i = first; i < end; i++) {
+        w->place[w->experts[i]] = (int32_t)i;
+        w->offsets[i] = (uint64_t)w->experts[i] * w->record_bytes;
+    }
+}
+
+static int waves_init(waves *w, nxb_run *r, const nxb_use *use, const int32_t *experts, size_t n) {
+    nx_extent *e = use->extent;
+    const gx_tensor *node = r->nodes[use->node];
+    *w = (waves){.run = r, .node_index = use->node, .node = node, .x = node->src[1], .ids = node->src[2], .extent = e,
+                 .record_bytes = e->nbytes / (uint64_t)node->src[0]->ne[2], .experts = experts};
     const size_t n_picked = (size_t)(w->ids->ne[0] * w->ids->ne[1]);
     w->place = malloc((size_t)w->node->src[0]->ne[2] * sizeof *w->place);
     w->offsets = malloc(n * sizeof *w->offsets);
@@ -142,10 +124,7 @@ static int waves_init(waves *w, size_t n) {
     w->in = malloc(n_picked * (size_t)w->x->ne[0] * w->x->nb[0]);
     w->out = malloc(n_picked * (size_t)w->node->ne[0] * w->node->nb[0]);
     if (!w->place || !w->offsets || !w->numbers || !w->rows || !w->in || !w->out) return GX_ALLOC_FAILED;
-    for (size_t i = 0; i < n; i++) {
-        w->place[w->experts[i]] = (int32_t)i;
-        w->offsets[i] = (uint64_t)w->experts[i] * w->record_bytes;
-    }
+    place_experts(w, 0, n);
     return GX_SUCCESS;
 }
 
@@ -205,12 +184,12 @@ static int compute_wave(waves *w, size_t first, size_t count, const nx_group *sl
     return status;
 }
 
-/* With the experts of the decision that the cache holds. */
-static int held_wave(waves *w, uint32_t part) {
+/* With experts of the decision that the cache holds. */
+static int records_wave(waves *w, uint32_t part, size_t first, size_t count) {
     const nxb_decision *d = &w->run->decision;
     uint64_t stride;
     void *base = nx_group_part(d->group, part, &stride);
-    return compute_wave(w, 0, d->n_held, d->group, base, stride);
+    return compute_wave(w, first, count, d->group, base, stride);
 }
 
 /* A scratch area that has room for one expert only. */
@@ -240,7 +219,7 @@ static int in_halves(waves *w, size_t begin, size_t end, size_t most, uint32_t p
         status = nxb_status(nx_fetch_start(m, w->extent, half, w->offsets + next, count, w->record_bytes));
         next += count;
     }
-    if (status == GX_SUCCESS && begin > 0) status = held_wave(w, part);
+    if (status == GX_SUCCESS && begin > 0) status = records_wave(w, part, 0, begin);
     unsigned half = 0;
     for (size_t first = begin; first < end && status == GX_SUCCESS; half = 1 - half) {
         const size_t count = wave_size(first, end, most);
@@ -262,19 +241,66 @@ static int in_halves(waves *w, size_t begin, size_t end, size_t most, uint32_t p
 /* The first n_held of the n experts are held by the cache as the decision of this run. */
 static int run_waves(nxb_run *r, const nxb_use *use, uint32_t part, const int32_t *experts, size_t n, size_t n_held) {
     nx_extent *e = use->extent;
-    const gx_tensor *node = r->nodes[use->node];
-    waves w = {.run = r, .node_index = use->node, .node = node, .x = node->src[1], .ids = node->src[2], .extent = e,
-               .record_bytes = e->nbytes / (uint64_t)node->src[0]->ne[2], .experts = experts};
+    waves w;
+    int status = waves_init(&w, r, use, experts, n);
     const size_t most = nx_fetch_max(e->model, w.record_bytes);
-    if (most == 0) return no_scratch(e, w.record_bytes);
-    int status = waves_init(&w, n);
+    if (status == GX_SUCCESS && most == 0) status = no_scratch(e, w.record_bytes);
     if (status == GX_SUCCESS && n_held)
         status = nxb_status(nx_experts_wait(r->decision.group, part, experts, n_held));
     if (status == GX_SUCCESS && most > 1) {
         status = in_halves(&w, n_held, n, most / 2, part);
     } else if (status == GX_SUCCESS) {
-        if (n_held) status = held_wave(&w, part);
+        if (n_held) status = records_wave(&w, part, 0, n_held);
         if (status == GX_SUCCESS) status = one_by_one(&w, n_held, n);
+    }
+    waves_free(&w);
+    return status;
+}
+
+/* -- with records -------------------------------------------------------------------------------- */
+
+/* Compute `node` with the records that are held, which are all and are there. */
+static int all_records(nxb_run *r, int node_index, uint32_t part, const gx_tensor *ids) {
+    const nxb_decision *d = &r->decision;
+    const gx_tensor *node = r->nodes[node_index];
+    const int64_t n_picked = ids->ne[0] * ids->ne[1];
+    int32_t *slots = malloc((size_t)n_picked * sizeof *slots);
+    if (!slots) return GX_ALLOC_FAILED;
+    for (int64_t t = 0; t < ids->ne[1]; t++)
+        for (int64_t k = 0; k < ids->ne[0]; k++)
+            slots[t * ids->ne[0] + k] = nx_expert_slot(d->group, picked(ids, t, k));
+    gx_tensor weight = *node->src[0], numbers = *ids, result = *node;
+    uint64_t stride;
+    weight.data = nx_group_part(d->group, part, &stride);
+    weight.nb[2] = stride;
+    weight.ne[2] = nx_group_slots(d->group);
+    weight.nb[3] = stride * (uint64_t)weight.ne[2];
+    numbers.data = slots;
+    numbers.nb[0] = sizeof *slots;
+    numbers.nb[1] = (size_t)ids->ne[0] * sizeof *slots;
+    numbers.nb[2] = numbers.nb[3] = (size_t)n_picked * sizeof *slots;
+    result.src[0] = &weight;
+    result.src[2] = &numbers;
+    const int status = nxb_compute_as(r, node_index, &result, 1);
+    free(slots);
+    return status;
+}
+
+/* The same while some are still being read: in the order in which they arrive. */
+static int with_records(nxb_run *r, const nxb_use *use, uint32_t part, const gx_tensor *ids) {
+    nxb_decision *d = &r->decision;
+    size_t done = 0;
+    nx_status ready = nx_experts_next(d->group, part, d->experts, d->n, &done);
+    if (ready != NX_OK) return nxb_status(ready);
+    if (done == d->n) return all_records(r, use->node, part, ids);
+    waves w;
+    int status = waves_init(&w, r, use, d->experts, d->n);
+    for (size_t first = 0; status == GX_SUCCESS && first < d->n; first = done) {
+        if (first == done) {
+            status = nxb_status(nx_experts_next(d->group, part, d->experts, d->n, &done));
+            place_experts(&w, first, d->n);
+        }
+        if (status == GX_SUCCESS) status = records_wave(&w, part, first, done - first);
     }
     waves_free(&w);
     return status;
@@ -284,7 +310,7 @@ static int run_waves(nxb_run *r, const nxb_use *use, uint32_t part, const int32_
 
 static int run_held(nxb_run *r, const nxb_use *use, uint32_t part, const gx_tensor *ids) {
     const nxb_decision *d = &r->decision;
-    return d->n_held == d->n ? with_records(r, use->node, part, ids)
+    return d->n_held == d->n ? with_records(r, use, part, ids)
                              : run_waves(r, use, part, d->experts, d->n, d->n_held);
 }
 

@@ -15,6 +15,7 @@
 #include <string.h>
 
 #include "nexus_predict.h"
+#include "nexus_residency.h"
 #include "walk.h"
 
 #define MAX_BATCH 16 /* slabs in one call of the delegate */
@@ -62,8 +63,12 @@ static int add_model(run *r, nx_model *m) {
     if (r->n_models == NXB_MAX_MODELS) return GX_FAILED;
     /* Sorted, so that two graphs that use the same two models take their turns in the same order. */
     size_t at = r->n_models++;
-    for (; at > 0 && r->models[at - 1] > m; at--) r->models[at] = r->models[at - 1];
+    for (; at > 0 && r->models[at - 1] > m; at--) {
+        r->models[at] = r->models[at - 1];
+        r->generation[at] = r->generation[at - 1];
+    }
     r->models[at] = m;
+    r->generation[at] = nx_residency_generation(m);
     return GX_SUCCESS;
 }
 
@@ -81,7 +86,7 @@ static int find_uses(run *r, size_t *n_uses) {
             const nx_attachment *attached = nx_extent_attached(e);
             if (attached && s == 0 && node->src[0] == weight && status == GX_SUCCESS)
                 status = nxb_ours_note(r->own, i, attached);
-            if (status == GX_SUCCESS && e->tier == NX_TIER_NVME)
+            if (status == GX_SUCCESS && nx_extent_tier(e) == NX_TIER_NVME)
                 status = add_use(r->own, n_uses,
                                  (nxb_use){.node = i, .kind = kind_of(node, s, weight), .extent = e, .weight = weight});
             if (status != GX_SUCCESS) return status;
@@ -350,18 +355,36 @@ static int walk(run *r, size_t n_uses) {
     return status == GX_SUCCESS ? nxb_flush(r, gx.graph_n_nodes(r->graph)) : status;
 }
 
+/* Whether a weight has come or gone between the look at the graph and the turns, which keep it from doing so. */
+static bool is_stale(const run *r) {
+    for (size_t i = 0; i < r->n_models; i++)
+        if (nx_residency_generation(r->models[i]) != r->generation[i]) return true;
+    return false;
+}
+
+static int begin_graph(run *r, size_t *n_uses, size_t *begun) {
+    for (;;) {
+        r->n_models = *n_uses = *begun = 0;
+        nxb_ours_clear(r->own);
+        int status = find_uses(r, n_uses);
+        r->n_uses = *n_uses;
+        if (status == GX_SUCCESS && r->n_models) status = begin_turns(r, *n_uses, begun);
+        if (status != GX_SUCCESS || !is_stale(r)) return status;
+        while (*begun) nx_turn_end(r->models[--*begun], 1);
+    }
+}
+
 int nxb_graph_compute(gx_backend *backend, gx_graph *graph) {
     nxb_backend *own = backend->context;
     run r = {.own = own, .graph = graph, .nodes = gx.graph_nodes(graph)};
     size_t n_uses = 0, begun = 0;
-    nxb_ours_clear(own);
-    int status = find_uses(&r, &n_uses);
-    r.n_uses = n_uses;
-    if (status == GX_SUCCESS && r.n_models == 0) return gx.backend_graph_compute_async(own->cpu, graph);
     const uint64_t begin = nx_now_ns();
-    if (status == GX_SUCCESS) status = begin_turns(&r, n_uses, &begun);
+    int status = begin_graph(&r, &n_uses, &begun);
+    if (status == GX_SUCCESS && r.n_models == 0) return gx.backend_graph_compute_async(own->cpu, graph);
+    if (status == GX_SUCCESS) status = nxb_columns_begin(&r);
     if (status == GX_SUCCESS) status = walk(&r, n_uses);
     release_held(&r);
+    nxb_columns_end(&r);
     nxb_experts_release(&r);
     free(r.decision.experts);
     for (size_t i = 0; i < begun; i++) {

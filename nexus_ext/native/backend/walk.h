@@ -38,6 +38,9 @@ typedef struct nxb_run {
     void *placed_home[64];
     size_t n_placed;
     nxb_decision decision;
+    uint64_t generation[NXB_MAX_MODELS]; /* of each model's residency, when its uses were looked up */
+    struct nxb_column *columns;          /* nodes that others stand for, see columns.c */
+    size_t n_columns;
     size_t n_uses;
     bool decides, decides_for_many; /* routers: any, and for more than one token */
 } nxb_run;
@@ -57,6 +60,10 @@ int nxb_status(nx_status);
 int nxb_flush(nxb_run *, int end);
 /* Compute nodes that stand for node `node`; the original stays as it is. */
 int nxb_compute_as(nxb_run *, int node, gx_tensor *as, size_t n);
+
+/* From begin to end, products stand in the graph as nexus_residency.h says of nx_model_set_columns. */
+int nxb_columns_begin(nxb_run *);
+void nxb_columns_end(nxb_run *);
 
 int nxb_run_experts(nxb_run *, const nxb_use *);
 void nxb_experts_release(nxb_run *);

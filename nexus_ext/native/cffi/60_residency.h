@@ -4,7 +4,6 @@ nx_status nx_promote(nx_model *, const uint32_t *extents, size_t n, int (*abort)
                      uint64_t *bytes);
 nx_status nx_demote(nx_model *, const uint32_t *extents, size_t n, uint64_t *bytes);
 nx_status nx_group_resize(nx_model *, uint32_t group, uint32_t n_slots);
-uint32_t nx_model_n_groups(const nx_model *);
 uint64_t nx_group_slot_bytes(const nx_model *, uint32_t group);
 uint64_t nx_resident_bytes(const nx_model *);
 uint64_t nx_extent_span(const nx_model *, uint32_t extent);

@@ -1,4 +1,4 @@
-/* Written by build.py with cffi 2.1.1 from a7a055ffd7543a81a485480bc70c9cfafa161801cc70eb7921c22c9b4503ec21. */
+/* Written by build.py with cffi 2.1.1 from 66dfceee01d32ed5f952d3faab74599905286749b0eaf22a57058e9d3adcc804. */
 #define _CFFI_
 
 /* We try to define Py_LIMITED_API before including Python.h.
@@ -585,6 +585,7 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 #include "nexus_core.h"
 #include "nexus_predict.h"
 #include "nexus_membench.h"
+#include "nexus_residency.h"
 #include "nexus_kernels.h"
 #include "nexus_attach.h"
 #include "nexus_residual.h"
@@ -593,241 +594,271 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 /************************************************************/
 
 static void *_cffi_types[] = {
-/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 141), // FILE *()(nx_model *, int *)
-/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 226), // nx_model *
-/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 161), // int *
+/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 171), // FILE *()(nx_model *, int *)
+/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 256), // nx_model *
+/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 191), // int *
 /*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 205), // _Bool()(void *)
-/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 234), // void *
+/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 235), // _Bool()(void *)
+/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 264), // void *
 /*  6 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  7 */ _CFFI_OP(_CFFI_OP_FUNCTION, 35), // char const *()(nx_isa)
+/*  7 */ _CFFI_OP(_CFFI_OP_FUNCTION, 42), // char const *()(nx_isa)
 /*  8 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // nx_isa
 /*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION, 35), // char const *()(nx_model const *)
-/* 11 */ _CFFI_OP(_CFFI_OP_POINTER, 226), // nx_model const *
+/* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION, 42), // char const *()(nx_model const *)
+/* 11 */ _CFFI_OP(_CFFI_OP_POINTER, 256), // nx_model const *
 /* 12 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION, 35), // char const *()(nx_status)
+/* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION, 42), // char const *()(nx_status)
 /* 14 */ _CFFI_OP(_CFFI_OP_ENUM, 3), // nx_status
 /* 15 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 35), // char const *()(void)
+/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 42), // char const *()(void)
 /* 17 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION, 161), // int()(nx_isa)
+/* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION, 191), // int()(nx_isa)
 /* 19 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
 /* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 21 */ _CFFI_OP(_CFFI_OP_FUNCTION, 161), // int()(nx_model *, uint64_t)
+/* 21 */ _CFFI_OP(_CFFI_OP_FUNCTION, 191), // int()(nx_model *, uint64_t)
 /* 22 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 23 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
 /* 24 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 25 */ _CFFI_OP(_CFFI_OP_FUNCTION, 161), // int()(void *, uint64_t, uint64_t)
-/* 26 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 27 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 28 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 29 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 30 */ _CFFI_OP(_CFFI_OP_FUNCTION, 161), // int()(void)
+/* 25 */ _CFFI_OP(_CFFI_OP_FUNCTION, 191), // int()(nx_model const *, uint32_t)
+/* 26 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 27 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
+/* 28 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 29 */ _CFFI_OP(_CFFI_OP_FUNCTION, 191), // int()(void *)
+/* 30 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
 /* 31 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 32 */ _CFFI_OP(_CFFI_OP_FUNCTION, 8), // nx_isa()(void)
-/* 33 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 34 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_io_mode, nx_file * *)
-/* 35 */ _CFFI_OP(_CFFI_OP_POINTER, 206), // char const *
-/* 36 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_io_mode
-/* 37 */ _CFFI_OP(_CFFI_OP_POINTER, 150), // nx_file * *
+/* 32 */ _CFFI_OP(_CFFI_OP_FUNCTION, 191), // int()(void *, uint64_t, uint64_t)
+/* 33 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 34 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 35 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 36 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 37 */ _CFFI_OP(_CFFI_OP_FUNCTION, 191), // int()(void)
 /* 38 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_probe_options const *, nx_probe_result *)
-/* 40 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
-/* 41 */ _CFFI_OP(_CFFI_OP_POINTER, 228), // nx_probe_options const *
-/* 42 */ _CFFI_OP(_CFFI_OP_POINTER, 229), // nx_probe_result *
-/* 43 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 44 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, size_t, void const *, size_t, nx_model * *, nx_error *)
-/* 45 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
-/* 46 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
-/* 47 */ _CFFI_OP(_CFFI_OP_POINTER, 234), // void const *
-/* 48 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 49 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // nx_model * *
-/* 50 */ _CFFI_OP(_CFFI_OP_POINTER, 219), // nx_error *
-/* 51 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 52 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(float const *, size_t, uint32_t, uint32_t, uint32_t, uint32_t, uint8_t *, float *)
-/* 53 */ _CFFI_OP(_CFFI_OP_POINTER, 106), // float const *
-/* 54 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 55 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
-/* 56 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 57 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 58 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 59 */ _CFFI_OP(_CFFI_OP_POINTER, 233), // uint8_t *
-/* 60 */ _CFFI_OP(_CFFI_OP_POINTER, 106), // float *
-/* 61 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 62 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_isa)
-/* 63 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
-/* 64 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 65 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_membench_options const *, nx_membench_result *)
-/* 66 */ _CFFI_OP(_CFFI_OP_POINTER, 224), // nx_membench_options const *
-/* 67 */ _CFFI_OP(_CFFI_OP_POINTER, 225), // nx_membench_result *
+/* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION, 8), // nx_isa()(void)
+/* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 41 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_io_mode, nx_file * *)
+/* 42 */ _CFFI_OP(_CFFI_OP_POINTER, 236), // char const *
+/* 43 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_io_mode
+/* 44 */ _CFFI_OP(_CFFI_OP_POINTER, 180), // nx_file * *
+/* 45 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 46 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_probe_options const *, nx_probe_result *)
+/* 47 */ _CFFI_OP(_CFFI_OP_NOOP, 42),
+/* 48 */ _CFFI_OP(_CFFI_OP_POINTER, 258), // nx_probe_options const *
+/* 49 */ _CFFI_OP(_CFFI_OP_POINTER, 259), // nx_probe_result *
+/* 50 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 51 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, size_t, void const *, size_t, nx_model * *, nx_error *)
+/* 52 */ _CFFI_OP(_CFFI_OP_NOOP, 42),
+/* 53 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
+/* 54 */ _CFFI_OP(_CFFI_OP_POINTER, 264), // void const *
+/* 55 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 56 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // nx_model * *
+/* 57 */ _CFFI_OP(_CFFI_OP_POINTER, 249), // nx_error *
+/* 58 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 59 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(float const *, size_t, uint32_t, uint32_t, uint32_t, uint32_t, uint8_t *, float *)
+/* 60 */ _CFFI_OP(_CFFI_OP_POINTER, 132), // float const *
+/* 61 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 62 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 63 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 64 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 65 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 66 */ _CFFI_OP(_CFFI_OP_POINTER, 263), // uint8_t *
+/* 67 */ _CFFI_OP(_CFFI_OP_POINTER, 132), // float *
 /* 68 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 69 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *)
-/* 70 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 71 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
-/* 72 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 73 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, uint32_t)
-/* 74 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 75 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
-/* 76 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 77 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 78 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, void const *, uint64_t, float const *, uint64_t, uint32_t, nx_error *)
-/* 79 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 80 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
-/* 81 */ _CFFI_OP(_CFFI_OP_NOOP, 47),
-/* 82 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 83 */ _CFFI_OP(_CFFI_OP_NOOP, 53),
-/* 84 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 85 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 86 */ _CFFI_OP(_CFFI_OP_NOOP, 50),
-/* 87 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, int(*)(void *, uint64_t, uint64_t), void *)
-/* 89 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 90 */ _CFFI_OP(_CFFI_OP_POINTER, 25), // int(*)(void *, uint64_t, uint64_t)
-/* 91 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 92 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 93 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nx_fault const *)
-/* 94 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 95 */ _CFFI_OP(_CFFI_OP_POINTER, 221), // nx_fault const *
-/* 96 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 97 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
-/* 98 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 99 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 100 */ _CFFI_OP(_CFFI_OP_POINTER, 223), // nx_file_info *
-/* 101 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 102 */ _CFFI_OP(_CFFI_OP_FUNCTION, 46), // size_t()(float const *, uint32_t, uint32_t, float, float, uint32_t *)
-/* 103 */ _CFFI_OP(_CFFI_OP_NOOP, 53),
-/* 104 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 105 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 106 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13), // float
-/* 107 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13),
-/* 108 */ _CFFI_OP(_CFFI_OP_POINTER, 55), // uint32_t *
-/* 109 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 110 */ _CFFI_OP(_CFFI_OP_FUNCTION, 46), // size_t()(float const *, uint32_t, uint32_t, uint32_t *)
-/* 111 */ _CFFI_OP(_CFFI_OP_NOOP, 53),
-/* 112 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 113 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 114 */ _CFFI_OP(_CFFI_OP_NOOP, 108),
-/* 115 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 116 */ _CFFI_OP(_CFFI_OP_FUNCTION, 46), // size_t()(nx_model *, int32_t *, size_t)
-/* 117 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 118 */ _CFFI_OP(_CFFI_OP_POINTER, 216), // int32_t *
-/* 119 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 120 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 121 */ _CFFI_OP(_CFFI_OP_FUNCTION, 46), // size_t()(nx_model *, nx_event *, size_t)
-/* 122 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 123 */ _CFFI_OP(_CFFI_OP_POINTER, 220), // nx_event *
-/* 124 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 125 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 126 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // uint32_t()(nx_model const *)
-/* 127 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 128 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 129 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // uint32_t()(nx_model const *, uint32_t, uint32_t *)
-/* 130 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 69 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_isa)
+/* 70 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
+/* 71 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 72 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_membench_options const *, nx_membench_result *)
+/* 73 */ _CFFI_OP(_CFFI_OP_POINTER, 254), // nx_membench_options const *
+/* 74 */ _CFFI_OP(_CFFI_OP_POINTER, 255), // nx_membench_result *
+/* 75 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 76 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *)
+/* 77 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 78 */ _CFFI_OP(_CFFI_OP_NOOP, 42),
+/* 79 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 80 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, uint32_t)
+/* 81 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 82 */ _CFFI_OP(_CFFI_OP_NOOP, 42),
+/* 83 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 84 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 85 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, void const *, uint64_t, float const *, uint64_t, uint32_t, nx_error *)
+/* 86 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 87 */ _CFFI_OP(_CFFI_OP_NOOP, 42),
+/* 88 */ _CFFI_OP(_CFFI_OP_NOOP, 54),
+/* 89 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 90 */ _CFFI_OP(_CFFI_OP_NOOP, 60),
+/* 91 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 92 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 93 */ _CFFI_OP(_CFFI_OP_NOOP, 57),
+/* 94 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 95 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, int(*)(void *, uint64_t, uint64_t), void *)
+/* 96 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 97 */ _CFFI_OP(_CFFI_OP_POINTER, 32), // int(*)(void *, uint64_t, uint64_t)
+/* 98 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 99 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 100 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nx_fault const *)
+/* 101 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 102 */ _CFFI_OP(_CFFI_OP_POINTER, 251), // nx_fault const *
+/* 103 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 104 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, int(*)(void *), void *, uint64_t *)
+/* 105 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 106 */ _CFFI_OP(_CFFI_OP_POINTER, 27), // uint32_t const *
+/* 107 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 108 */ _CFFI_OP(_CFFI_OP_POINTER, 29), // int(*)(void *)
+/* 109 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 110 */ _CFFI_OP(_CFFI_OP_POINTER, 23), // uint64_t *
+/* 111 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 112 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, uint64_t *)
+/* 113 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 114 */ _CFFI_OP(_CFFI_OP_NOOP, 106),
+/* 115 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 116 */ _CFFI_OP(_CFFI_OP_NOOP, 110),
+/* 117 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 118 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t, uint32_t)
+/* 119 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 120 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 121 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 122 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 123 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
+/* 124 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 125 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 126 */ _CFFI_OP(_CFFI_OP_POINTER, 253), // nx_file_info *
+/* 127 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 128 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(float const *, uint32_t, uint32_t, float, float, uint32_t *)
+/* 129 */ _CFFI_OP(_CFFI_OP_NOOP, 60),
+/* 130 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 131 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 132 */ _CFFI_OP(_CFFI_OP_NOOP, 108),
-/* 133 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 134 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *)
-/* 135 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 136 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 137 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(uint32_t)
+/* 132 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13), // float
+/* 133 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13),
+/* 134 */ _CFFI_OP(_CFFI_OP_POINTER, 27), // uint32_t *
+/* 135 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 136 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(float const *, uint32_t, uint32_t, uint32_t *)
+/* 137 */ _CFFI_OP(_CFFI_OP_NOOP, 60),
 /* 138 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 139 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 140 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(FILE *)
-/* 141 */ _CFFI_OP(_CFFI_OP_POINTER, 204), // FILE *
-/* 142 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 143 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(float const *, uint32_t const *, size_t, float *)
-/* 144 */ _CFFI_OP(_CFFI_OP_NOOP, 53),
-/* 145 */ _CFFI_OP(_CFFI_OP_POINTER, 55), // uint32_t const *
-/* 146 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 147 */ _CFFI_OP(_CFFI_OP_NOOP, 60),
-/* 148 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 149 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(nx_file *)
-/* 150 */ _CFFI_OP(_CFFI_OP_POINTER, 222), // nx_file *
+/* 139 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 140 */ _CFFI_OP(_CFFI_OP_NOOP, 134),
+/* 141 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 142 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(nx_model *, int32_t *, size_t)
+/* 143 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 144 */ _CFFI_OP(_CFFI_OP_POINTER, 246), // int32_t *
+/* 145 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 146 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 147 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(nx_model *, nx_event *, size_t)
+/* 148 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 149 */ _CFFI_OP(_CFFI_OP_POINTER, 250), // nx_event *
+/* 150 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 151 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 152 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(nx_file const *, nx_file_info *)
-/* 153 */ _CFFI_OP(_CFFI_OP_POINTER, 222), // nx_file const *
-/* 154 */ _CFFI_OP(_CFFI_OP_NOOP, 100),
-/* 155 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 156 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(nx_model *)
-/* 157 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 158 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 159 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(nx_model *, int)
-/* 160 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 161 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
+/* 152 */ _CFFI_OP(_CFFI_OP_FUNCTION, 27), // uint32_t()(nx_model const *)
+/* 153 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 154 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 155 */ _CFFI_OP(_CFFI_OP_FUNCTION, 27), // uint32_t()(nx_model const *, uint32_t, uint32_t *)
+/* 156 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 157 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 158 */ _CFFI_OP(_CFFI_OP_NOOP, 134),
+/* 159 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 160 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *)
+/* 161 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
 /* 162 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 163 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(nx_model *, nx_error *)
-/* 164 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 165 */ _CFFI_OP(_CFFI_OP_NOOP, 50),
+/* 163 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *, uint32_t)
+/* 164 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 165 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 166 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 167 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(nx_model *, nx_prediction *)
-/* 168 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 169 */ _CFFI_OP(_CFFI_OP_POINTER, 227), // nx_prediction *
-/* 170 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 171 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(nx_model *, nx_stats *)
-/* 172 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 173 */ _CFFI_OP(_CFFI_OP_POINTER, 231), // nx_stats *
-/* 174 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 175 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(nx_model *, uint32_t, uint64_t *)
-/* 176 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 177 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 178 */ _CFFI_OP(_CFFI_OP_POINTER, 23), // uint64_t *
-/* 179 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 180 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(nx_model *, uint32_t, uint64_t const *)
-/* 181 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 182 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 183 */ _CFFI_OP(_CFFI_OP_POINTER, 23), // uint64_t const *
-/* 184 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 185 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(nx_residual_matrix const *, uint32_t const *, float const *, size_t, uint32_t, uint32_t, float *, float *)
-/* 186 */ _CFFI_OP(_CFFI_OP_POINTER, 230), // nx_residual_matrix const *
-/* 187 */ _CFFI_OP(_CFFI_OP_NOOP, 145),
-/* 188 */ _CFFI_OP(_CFFI_OP_NOOP, 53),
-/* 189 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 190 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 191 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 192 */ _CFFI_OP(_CFFI_OP_NOOP, 60),
-/* 193 */ _CFFI_OP(_CFFI_OP_NOOP, 60),
-/* 194 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 195 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(nx_residual_matrix const *, uint32_t, uint32_t, float *, size_t)
-/* 196 */ _CFFI_OP(_CFFI_OP_NOOP, 186),
-/* 197 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 198 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 199 */ _CFFI_OP(_CFFI_OP_NOOP, 60),
-/* 200 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 201 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 202 */ _CFFI_OP(_CFFI_OP_FUNCTION, 234), // void()(void)
-/* 203 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 204 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // FILE
-/* 205 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
-/* 206 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
-/* 207 */ _CFFI_OP(_CFFI_OP_ARRAY, 206), // char[128]
-/* 208 */ (_cffi_opcode_t)(128),
-/* 209 */ _CFFI_OP(_CFFI_OP_ARRAY, 206), // char[256]
-/* 210 */ (_cffi_opcode_t)(256),
-/* 211 */ _CFFI_OP(_CFFI_OP_ARRAY, 206), // char[512]
-/* 212 */ (_cffi_opcode_t)(512),
-/* 213 */ _CFFI_OP(_CFFI_OP_ARRAY, 206), // char[96]
-/* 214 */ (_cffi_opcode_t)(96),
-/* 215 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
-/* 216 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
-/* 217 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
-/* 218 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // nx_control_state
-/* 219 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_error
-/* 220 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_event
-/* 221 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_fault
-/* 222 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // nx_file
-/* 223 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_file_info
-/* 224 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_membench_options
-/* 225 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_result
-/* 226 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // nx_model
-/* 227 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_prediction
-/* 228 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_probe_options
-/* 229 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_probe_result
-/* 230 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // nx_residual_matrix
-/* 231 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_stats
-/* 232 */ _CFFI_OP(_CFFI_OP_POINTER, 233), // uint8_t const *
-/* 233 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
-/* 234 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
+/* 167 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(uint32_t)
+/* 168 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 169 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 170 */ _CFFI_OP(_CFFI_OP_FUNCTION, 264), // void()(FILE *)
+/* 171 */ _CFFI_OP(_CFFI_OP_POINTER, 234), // FILE *
+/* 172 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 173 */ _CFFI_OP(_CFFI_OP_FUNCTION, 264), // void()(float const *, uint32_t const *, size_t, float *)
+/* 174 */ _CFFI_OP(_CFFI_OP_NOOP, 60),
+/* 175 */ _CFFI_OP(_CFFI_OP_NOOP, 106),
+/* 176 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 177 */ _CFFI_OP(_CFFI_OP_NOOP, 67),
+/* 178 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 179 */ _CFFI_OP(_CFFI_OP_FUNCTION, 264), // void()(nx_file *)
+/* 180 */ _CFFI_OP(_CFFI_OP_POINTER, 252), // nx_file *
+/* 181 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 182 */ _CFFI_OP(_CFFI_OP_FUNCTION, 264), // void()(nx_file const *, nx_file_info *)
+/* 183 */ _CFFI_OP(_CFFI_OP_POINTER, 252), // nx_file const *
+/* 184 */ _CFFI_OP(_CFFI_OP_NOOP, 126),
+/* 185 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 186 */ _CFFI_OP(_CFFI_OP_FUNCTION, 264), // void()(nx_model *)
+/* 187 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 188 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 189 */ _CFFI_OP(_CFFI_OP_FUNCTION, 264), // void()(nx_model *, int)
+/* 190 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 191 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
+/* 192 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 193 */ _CFFI_OP(_CFFI_OP_FUNCTION, 264), // void()(nx_model *, nx_error *)
+/* 194 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 195 */ _CFFI_OP(_CFFI_OP_NOOP, 57),
+/* 196 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 197 */ _CFFI_OP(_CFFI_OP_FUNCTION, 264), // void()(nx_model *, nx_prediction *)
+/* 198 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 199 */ _CFFI_OP(_CFFI_OP_POINTER, 257), // nx_prediction *
+/* 200 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 201 */ _CFFI_OP(_CFFI_OP_FUNCTION, 264), // void()(nx_model *, nx_stats *)
+/* 202 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 203 */ _CFFI_OP(_CFFI_OP_POINTER, 261), // nx_stats *
+/* 204 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 205 */ _CFFI_OP(_CFFI_OP_FUNCTION, 264), // void()(nx_model *, uint32_t, uint64_t *)
+/* 206 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 207 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 208 */ _CFFI_OP(_CFFI_OP_NOOP, 110),
+/* 209 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 210 */ _CFFI_OP(_CFFI_OP_FUNCTION, 264), // void()(nx_model *, uint32_t, uint64_t const *)
+/* 211 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 212 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 213 */ _CFFI_OP(_CFFI_OP_POINTER, 23), // uint64_t const *
+/* 214 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 215 */ _CFFI_OP(_CFFI_OP_FUNCTION, 264), // void()(nx_residual_matrix const *, uint32_t const *, float const *, size_t, uint32_t, uint32_t, float *, float *)
+/* 216 */ _CFFI_OP(_CFFI_OP_POINTER, 260), // nx_residual_matrix const *
+/* 217 */ _CFFI_OP(_CFFI_OP_NOOP, 106),
+/* 218 */ _CFFI_OP(_CFFI_OP_NOOP, 60),
+/* 219 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 220 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 221 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 222 */ _CFFI_OP(_CFFI_OP_NOOP, 67),
+/* 223 */ _CFFI_OP(_CFFI_OP_NOOP, 67),
+/* 224 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 225 */ _CFFI_OP(_CFFI_OP_FUNCTION, 264), // void()(nx_residual_matrix const *, uint32_t, uint32_t, float *, size_t)
+/* 226 */ _CFFI_OP(_CFFI_OP_NOOP, 216),
+/* 227 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 228 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 229 */ _CFFI_OP(_CFFI_OP_NOOP, 67),
+/* 230 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 231 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 232 */ _CFFI_OP(_CFFI_OP_FUNCTION, 264), // void()(void)
+/* 233 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 234 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // FILE
+/* 235 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
+/* 236 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/* 237 */ _CFFI_OP(_CFFI_OP_ARRAY, 236), // char[128]
+/* 238 */ (_cffi_opcode_t)(128),
+/* 239 */ _CFFI_OP(_CFFI_OP_ARRAY, 236), // char[256]
+/* 240 */ (_cffi_opcode_t)(256),
+/* 241 */ _CFFI_OP(_CFFI_OP_ARRAY, 236), // char[512]
+/* 242 */ (_cffi_opcode_t)(512),
+/* 243 */ _CFFI_OP(_CFFI_OP_ARRAY, 236), // char[96]
+/* 244 */ (_cffi_opcode_t)(96),
+/* 245 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
+/* 246 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
+/* 247 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
+/* 248 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // nx_control_state
+/* 249 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_error
+/* 250 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_event
+/* 251 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_fault
+/* 252 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // nx_file
+/* 253 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_file_info
+/* 254 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_membench_options
+/* 255 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_result
+/* 256 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // nx_model
+/* 257 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_prediction
+/* 258 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_probe_options
+/* 259 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_probe_result
+/* 260 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // nx_residual_matrix
+/* 261 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_stats
+/* 262 */ _CFFI_OP(_CFFI_OP_POINTER, 263), // uint8_t const *
+/* 263 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
+/* 264 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
 
 static int _cffi_const_NX_CONTROL_FIXED(unsigned long long *o)
@@ -1275,10 +1306,10 @@ _cffi_f_nx_cache_set_policy(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(35), arg1, (char **)&x1);
+      _cffi_type(42), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(35), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(42), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1298,6 +1329,172 @@ _cffi_f_nx_cache_set_policy(PyObject *self, PyObject *args)
 #  define _cffi_f_nx_cache_set_policy _cffi_d_nx_cache_set_policy
 #endif
 
+static nx_status _cffi_d_nx_demote(nx_model * x0, uint32_t const * x1, size_t x2, uint64_t * x3)
+{
+  return nx_demote(x0, x1, x2, x3);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_demote(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  uint32_t const * x1;
+  size_t x2;
+  uint64_t * x3;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+
+  if (!PyArg_UnpackTuple(args, "nx_demote", 4, 4, &arg0, &arg1, &arg2, &arg3))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(106), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(106), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, size_t);
+  if (x2 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(110), arg3, (char **)&x3);
+  if (datasize != 0) {
+    x3 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(110), arg3, (char **)&x3,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_demote(x0, x1, x2, x3); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_demote _cffi_d_nx_demote
+#endif
+
+static int _cffi_d_nx_extent_is_resident(nx_model const * x0, uint32_t x1)
+{
+  return nx_extent_is_resident(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_extent_is_resident(PyObject *self, PyObject *args)
+{
+  nx_model const * x0;
+  uint32_t x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "nx_extent_is_resident", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(11), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(11), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, uint32_t);
+  if (x1 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_extent_is_resident(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_extent_is_resident _cffi_d_nx_extent_is_resident
+#endif
+
+static uint64_t _cffi_d_nx_extent_span(nx_model const * x0, uint32_t x1)
+{
+  return nx_extent_span(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_extent_span(PyObject *self, PyObject *args)
+{
+  nx_model const * x0;
+  uint32_t x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  uint64_t result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "nx_extent_span", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(11), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(11), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, uint32_t);
+  if (x1 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_extent_span(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, uint64_t);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_extent_span _cffi_d_nx_extent_span
+#endif
+
 static void _cffi_d_nx_file_close(nx_file * x0)
 {
   nx_file_close(x0);
@@ -1311,10 +1508,10 @@ _cffi_f_nx_file_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(150), arg0, (char **)&x0);
+      _cffi_type(180), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(150), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(180), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1353,19 +1550,19 @@ _cffi_f_nx_file_get_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(153), arg0, (char **)&x0);
+      _cffi_type(183), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(153), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(183), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(100), arg1, (char **)&x1);
+      _cffi_type(126), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_file_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(100), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(126), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1408,22 +1605,22 @@ _cffi_f_nx_file_open(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(35), arg0, (char **)&x0);
+      _cffi_type(42), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(35), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(42), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
-  if (_cffi_to_c((char *)&x1, _cffi_type(36), arg1) < 0)
+  if (_cffi_to_c((char *)&x1, _cffi_type(43), arg1) < 0)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(37), arg2, (char **)&x2);
+      _cffi_type(44), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_file * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(37), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(44), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1441,6 +1638,82 @@ _cffi_f_nx_file_open(PyObject *self, PyObject *args)
 }
 #else
 #  define _cffi_f_nx_file_open _cffi_d_nx_file_open
+#endif
+
+static _Bool _cffi_d_nx_flag_callback(void * x0)
+{
+  return nx_flag_callback(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_flag_callback(PyObject *self, PyObject *arg0)
+{
+  void * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  _Bool result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(5), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (void *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(5), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_flag_callback(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c__Bool(result);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_flag_callback _cffi_d_nx_flag_callback
+#endif
+
+static int _cffi_d_nx_flag_stop(void * x0)
+{
+  return nx_flag_stop(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_flag_stop(PyObject *self, PyObject *arg0)
+{
+  void * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(5), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (void *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(5), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_flag_stop(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_flag_stop _cffi_d_nx_flag_stop
 #endif
 
 static uint32_t _cffi_d_nx_group_experts(nx_model const * x0, uint32_t x1, uint32_t * x2)
@@ -1479,10 +1752,10 @@ _cffi_f_nx_group_experts(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(108), arg2, (char **)&x2);
+      _cffi_type(134), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(108), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(134), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1500,6 +1773,108 @@ _cffi_f_nx_group_experts(PyObject *self, PyObject *args)
 }
 #else
 #  define _cffi_f_nx_group_experts _cffi_d_nx_group_experts
+#endif
+
+static nx_status _cffi_d_nx_group_resize(nx_model * x0, uint32_t x1, uint32_t x2)
+{
+  return nx_group_resize(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_group_resize(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  uint32_t x1;
+  uint32_t x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "nx_group_resize", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, uint32_t);
+  if (x1 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x2 = _cffi_to_c_int(arg2, uint32_t);
+  if (x2 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_group_resize(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_group_resize _cffi_d_nx_group_resize
+#endif
+
+static uint64_t _cffi_d_nx_group_slot_bytes(nx_model const * x0, uint32_t x1)
+{
+  return nx_group_slot_bytes(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_group_slot_bytes(PyObject *self, PyObject *args)
+{
+  nx_model const * x0;
+  uint32_t x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  uint64_t result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "nx_group_slot_bytes", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(11), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(11), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, uint32_t);
+  if (x1 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_group_slot_bytes(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, uint64_t);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_group_slot_bytes _cffi_d_nx_group_slot_bytes
 #endif
 
 static void _cffi_d_nx_interrupt_arm(void)
@@ -1661,28 +2036,28 @@ _cffi_f_nx_io_probe(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(35), arg0, (char **)&x0);
+      _cffi_type(42), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(35), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(42), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(41), arg1, (char **)&x1);
+      _cffi_type(48), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_probe_options const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(41), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(48), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(42), arg2, (char **)&x2);
+      _cffi_type(49), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_probe_result *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(42), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(49), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1750,7 +2125,7 @@ _cffi_f_nx_kernels_isa_name(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(35));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(42));
   return pyresult;
 }
 #else
@@ -1834,7 +2209,7 @@ _cffi_f_nx_kernels_why(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(35));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(42));
   return pyresult;
 }
 #else
@@ -1898,19 +2273,19 @@ _cffi_f_nx_membench_read(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(66), arg0, (char **)&x0);
+      _cffi_type(73), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_membench_options const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(66), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(73), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(67), arg1, (char **)&x1);
+      _cffi_type(74), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_membench_result *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(67), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(74), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1972,19 +2347,19 @@ _cffi_f_nx_model_attach_residual(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(35), arg1, (char **)&x1);
+      _cffi_type(42), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(35), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(42), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(47), arg2, (char **)&x2);
+      _cffi_type(54), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(47), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(54), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1994,10 +2369,10 @@ _cffi_f_nx_model_attach_residual(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(53), arg4, (char **)&x4);
+      _cffi_type(60), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(53), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(60), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2011,10 +2386,10 @@ _cffi_f_nx_model_attach_residual(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(50), arg7, (char **)&x7);
+      _cffi_type(57), arg7, (char **)&x7);
   if (datasize != 0) {
     x7 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(50), arg7, (char **)&x7,
+    if (_cffi_convert_array_argument(_cffi_type(57), arg7, (char **)&x7,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2209,10 +2584,10 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(35), arg0, (char **)&x0);
+      _cffi_type(42), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(35), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(42), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2222,10 +2597,10 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(47), arg2, (char **)&x2);
+      _cffi_type(54), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(47), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(54), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2235,19 +2610,19 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(49), arg4, (char **)&x4);
+      _cffi_type(56), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (nx_model * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(49), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(56), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(50), arg5, (char **)&x5);
+      _cffi_type(57), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(50), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(57), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2299,10 +2674,10 @@ _cffi_f_nx_model_events(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(123), arg1, (char **)&x1);
+      _cffi_type(149), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_event *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(123), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(149), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2362,10 +2737,10 @@ _cffi_f_nx_model_file_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(100), arg2, (char **)&x2);
+      _cffi_type(126), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_file_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(100), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(126), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2416,7 +2791,7 @@ _cffi_f_nx_model_finish_load(PyObject *self, PyObject *args)
       return NULL;
   }
 
-  x1 = (int(*)(void *, uint64_t, uint64_t))_cffi_to_c_pointer(arg1, _cffi_type(90));
+  x1 = (int(*)(void *, uint64_t, uint64_t))_cffi_to_c_pointer(arg1, _cffi_type(97));
   if (x1 == (int(*)(void *, uint64_t, uint64_t))NULL && PyErr_Occurred())
     return NULL;
 
@@ -2472,10 +2847,10 @@ _cffi_f_nx_model_get_stats(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(173), arg1, (char **)&x1);
+      _cffi_type(203), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_stats *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(173), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(203), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2525,10 +2900,10 @@ _cffi_f_nx_model_inject(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(95), arg1, (char **)&x1);
+      _cffi_type(102), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_fault const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(95), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(102), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2578,7 +2953,7 @@ _cffi_f_nx_model_io_engine(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(35));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(42));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -2614,10 +2989,10 @@ _cffi_f_nx_model_last_error(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(50), arg1, (char **)&x1);
+      _cffi_type(57), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(50), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(57), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2747,6 +3122,52 @@ _cffi_f_nx_model_reset_stats(PyObject *self, PyObject *arg0)
 #  define _cffi_f_nx_model_reset_stats _cffi_d_nx_model_reset_stats
 #endif
 
+static void _cffi_d_nx_model_set_columns(nx_model * x0, int x1)
+{
+  nx_model_set_columns(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_set_columns(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  int x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "nx_model_set_columns", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, int);
+  if (x1 == (int)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_model_set_columns(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_model_set_columns _cffi_d_nx_model_set_columns
+#endif
+
 static nx_status _cffi_d_nx_model_set_residual_k(nx_model * x0, char const * x1, uint32_t x2)
 {
   return nx_model_set_residual_k(x0, x1, x2);
@@ -2779,10 +3200,10 @@ _cffi_f_nx_model_set_residual_k(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(35), arg1, (char **)&x1);
+      _cffi_type(42), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(35), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(42), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2851,7 +3272,7 @@ _cffi_f_nx_model_stream(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(141));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(171));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -2872,10 +3293,10 @@ _cffi_f_nx_model_stream_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(141), arg0, (char **)&x0);
+      _cffi_type(171), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (FILE *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(141), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(171), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2975,10 +3396,10 @@ _cffi_f_nx_popularity_get(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(178), arg2, (char **)&x2);
+      _cffi_type(110), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(178), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(110), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3032,10 +3453,10 @@ _cffi_f_nx_popularity_set(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(183), arg2, (char **)&x2);
+      _cffi_type(213), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (uint64_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(183), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(213), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3083,10 +3504,10 @@ _cffi_f_nx_predict_get(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(169), arg1, (char **)&x1);
+      _cffi_type(199), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_prediction *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(169), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(199), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3136,10 +3557,10 @@ _cffi_f_nx_predict_set(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(35), arg1, (char **)&x1);
+      _cffi_type(42), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(35), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(42), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3157,6 +3578,131 @@ _cffi_f_nx_predict_set(PyObject *self, PyObject *args)
 }
 #else
 #  define _cffi_f_nx_predict_set _cffi_d_nx_predict_set
+#endif
+
+static nx_status _cffi_d_nx_promote(nx_model * x0, uint32_t const * x1, size_t x2, int(* x3)(void *), void * x4, uint64_t * x5)
+{
+  return nx_promote(x0, x1, x2, x3, x4, x5);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_promote(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  uint32_t const * x1;
+  size_t x2;
+  int(* x3)(void *);
+  void * x4;
+  uint64_t * x5;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+  PyObject *arg4;
+  PyObject *arg5;
+
+  if (!PyArg_UnpackTuple(args, "nx_promote", 6, 6, &arg0, &arg1, &arg2, &arg3, &arg4, &arg5))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(106), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(106), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, size_t);
+  if (x2 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x3 = (int(*)(void *))_cffi_to_c_pointer(arg3, _cffi_type(108));
+  if (x3 == (int(*)(void *))NULL && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(5), arg4, (char **)&x4);
+  if (datasize != 0) {
+    x4 = ((size_t)datasize) <= 640 ? (void *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(5), arg4, (char **)&x4,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(110), arg5, (char **)&x5);
+  if (datasize != 0) {
+    x5 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(110), arg5, (char **)&x5,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_promote(x0, x1, x2, x3, x4, x5); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_promote _cffi_d_nx_promote
+#endif
+
+static uint64_t _cffi_d_nx_resident_bytes(nx_model const * x0)
+{
+  return nx_resident_bytes(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_resident_bytes(PyObject *self, PyObject *arg0)
+{
+  nx_model const * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  uint64_t result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(11), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(11), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_resident_bytes(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, uint64_t);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_resident_bytes _cffi_d_nx_resident_bytes
 #endif
 
 static void _cffi_d_nx_residual_add(nx_residual_matrix const * x0, uint32_t const * x1, float const * x2, size_t x3, uint32_t x4, uint32_t x5, float * x6, float * x7)
@@ -3190,28 +3736,28 @@ _cffi_f_nx_residual_add(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(186), arg0, (char **)&x0);
+      _cffi_type(216), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_residual_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(186), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(216), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(145), arg1, (char **)&x1);
+      _cffi_type(106), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(145), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(106), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(53), arg2, (char **)&x2);
+      _cffi_type(60), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(53), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(60), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3229,19 +3775,19 @@ _cffi_f_nx_residual_add(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(60), arg6, (char **)&x6);
+      _cffi_type(67), arg6, (char **)&x6);
   if (datasize != 0) {
     x6 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(60), arg6, (char **)&x6,
+    if (_cffi_convert_array_argument(_cffi_type(67), arg6, (char **)&x6,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(60), arg7, (char **)&x7);
+      _cffi_type(67), arg7, (char **)&x7);
   if (datasize != 0) {
     x7 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(60), arg7, (char **)&x7,
+    if (_cffi_convert_array_argument(_cffi_type(67), arg7, (char **)&x7,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3286,10 +3832,10 @@ _cffi_f_nx_residual_decode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(186), arg0, (char **)&x0);
+      _cffi_type(216), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_residual_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(186), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(216), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3303,10 +3849,10 @@ _cffi_f_nx_residual_decode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(60), arg3, (char **)&x3);
+      _cffi_type(67), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(60), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(67), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3363,10 +3909,10 @@ _cffi_f_nx_residual_encode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(53), arg0, (char **)&x0);
+      _cffi_type(60), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(53), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(60), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3392,19 +3938,19 @@ _cffi_f_nx_residual_encode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(59), arg6, (char **)&x6);
+      _cffi_type(66), arg6, (char **)&x6);
   if (datasize != 0) {
     x6 = ((size_t)datasize) <= 640 ? (uint8_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(59), arg6, (char **)&x6,
+    if (_cffi_convert_array_argument(_cffi_type(66), arg6, (char **)&x6,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(60), arg7, (char **)&x7);
+      _cffi_type(67), arg7, (char **)&x7);
   if (datasize != 0) {
     x7 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(60), arg7, (char **)&x7,
+    if (_cffi_convert_array_argument(_cffi_type(67), arg7, (char **)&x7,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3447,19 +3993,19 @@ _cffi_f_nx_residual_products(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(53), arg0, (char **)&x0);
+      _cffi_type(60), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(53), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(60), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(145), arg1, (char **)&x1);
+      _cffi_type(106), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(145), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(106), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3469,10 +4015,10 @@ _cffi_f_nx_residual_products(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(60), arg3, (char **)&x3);
+      _cffi_type(67), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(60), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(67), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3547,10 +4093,10 @@ _cffi_f_nx_residual_select(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(53), arg0, (char **)&x0);
+      _cffi_type(60), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(53), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(60), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3564,10 +4110,10 @@ _cffi_f_nx_residual_select(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(108), arg3, (char **)&x3);
+      _cffi_type(134), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(108), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(134), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3616,10 +4162,10 @@ _cffi_f_nx_residual_select_buckets(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(53), arg0, (char **)&x0);
+      _cffi_type(60), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(53), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(60), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3641,10 +4187,10 @@ _cffi_f_nx_residual_select_buckets(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(108), arg5, (char **)&x5);
+      _cffi_type(134), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(108), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(134), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3780,10 +4326,10 @@ _cffi_f_nx_routing_take(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(118), arg1, (char **)&x1);
+      _cffi_type(144), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (int32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(118), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(144), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3829,7 +4375,7 @@ _cffi_f_nx_status_text(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(35));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(42));
   return pyresult;
 }
 #else
@@ -3855,7 +4401,7 @@ _cffi_f_nx_version(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(35));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(42));
   return pyresult;
 }
 #else
@@ -4001,59 +4547,69 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "NX_OK", (void *)_cffi_const_NX_OK, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_RESIDUAL_LINE", (void *)_cffi_const_NX_RESIDUAL_LINE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "nx_cache_preload", (void *)_cffi_f_nx_cache_preload, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 21), (void *)_cffi_d_nx_cache_preload },
-  { "nx_cache_set_policy", (void *)_cffi_f_nx_cache_set_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 69), (void *)_cffi_d_nx_cache_set_policy },
-  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 149), (void *)_cffi_d_nx_file_close },
-  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 152), (void *)_cffi_d_nx_file_get_info },
-  { "nx_file_open", (void *)_cffi_f_nx_file_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 34), (void *)_cffi_d_nx_file_open },
-  { "nx_group_experts", (void *)_cffi_f_nx_group_experts, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 129), (void *)_cffi_d_nx_group_experts },
-  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 202), (void *)_cffi_d_nx_interrupt_arm },
-  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 202), (void *)_cffi_d_nx_interrupt_disarm },
-  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 202), (void *)_cffi_d_nx_interrupt_request },
-  { "nx_interrupted", (void *)_cffi_f_nx_interrupted, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 30), (void *)_cffi_d_nx_interrupted },
+  { "nx_cache_set_policy", (void *)_cffi_f_nx_cache_set_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 76), (void *)_cffi_d_nx_cache_set_policy },
+  { "nx_demote", (void *)_cffi_f_nx_demote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 112), (void *)_cffi_d_nx_demote },
+  { "nx_extent_is_resident", (void *)_cffi_f_nx_extent_is_resident, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 25), (void *)_cffi_d_nx_extent_is_resident },
+  { "nx_extent_span", (void *)_cffi_f_nx_extent_span, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 163), (void *)_cffi_d_nx_extent_span },
+  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 179), (void *)_cffi_d_nx_file_close },
+  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 182), (void *)_cffi_d_nx_file_get_info },
+  { "nx_file_open", (void *)_cffi_f_nx_file_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 41), (void *)_cffi_d_nx_file_open },
+  { "nx_flag_callback", (void *)_cffi_f_nx_flag_callback, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 4), (void *)_cffi_d_nx_flag_callback },
+  { "nx_flag_stop", (void *)_cffi_f_nx_flag_stop, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 29), (void *)_cffi_d_nx_flag_stop },
+  { "nx_group_experts", (void *)_cffi_f_nx_group_experts, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 155), (void *)_cffi_d_nx_group_experts },
+  { "nx_group_resize", (void *)_cffi_f_nx_group_resize, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 118), (void *)_cffi_d_nx_group_resize },
+  { "nx_group_slot_bytes", (void *)_cffi_f_nx_group_slot_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 163), (void *)_cffi_d_nx_group_slot_bytes },
+  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 232), (void *)_cffi_d_nx_interrupt_arm },
+  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 232), (void *)_cffi_d_nx_interrupt_disarm },
+  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 232), (void *)_cffi_d_nx_interrupt_request },
+  { "nx_interrupted", (void *)_cffi_f_nx_interrupted, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 37), (void *)_cffi_d_nx_interrupted },
   { "nx_interrupted_callback", (void *)_cffi_f_nx_interrupted_callback, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 4), (void *)_cffi_d_nx_interrupted_callback },
-  { "nx_io_probe", (void *)_cffi_f_nx_io_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 39), (void *)_cffi_d_nx_io_probe },
-  { "nx_kernels_isa", (void *)_cffi_f_nx_kernels_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 32), (void *)_cffi_d_nx_kernels_isa },
+  { "nx_io_probe", (void *)_cffi_f_nx_io_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 46), (void *)_cffi_d_nx_io_probe },
+  { "nx_kernels_isa", (void *)_cffi_f_nx_kernels_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 39), (void *)_cffi_d_nx_kernels_isa },
   { "nx_kernels_isa_name", (void *)_cffi_f_nx_kernels_isa_name, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 7), (void *)_cffi_d_nx_kernels_isa_name },
   { "nx_kernels_isa_usable", (void *)_cffi_f_nx_kernels_isa_usable, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 18), (void *)_cffi_d_nx_kernels_isa_usable },
-  { "nx_kernels_use_isa", (void *)_cffi_f_nx_kernels_use_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 62), (void *)_cffi_d_nx_kernels_use_isa },
+  { "nx_kernels_use_isa", (void *)_cffi_f_nx_kernels_use_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 69), (void *)_cffi_d_nx_kernels_use_isa },
   { "nx_kernels_why", (void *)_cffi_f_nx_kernels_why, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_kernels_why },
-  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 156), (void *)_cffi_d_nx_loading_set },
-  { "nx_membench_read", (void *)_cffi_f_nx_membench_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 65), (void *)_cffi_d_nx_membench_read },
-  { "nx_model_attach_residual", (void *)_cffi_f_nx_model_attach_residual, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 78), (void *)_cffi_d_nx_model_attach_residual },
-  { "nx_model_attached_bytes", (void *)_cffi_f_nx_model_attached_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 134), (void *)_cffi_d_nx_model_attached_bytes },
-  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 156), (void *)_cffi_d_nx_model_clear_error },
-  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 156), (void *)_cffi_d_nx_model_clear_faults },
-  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 156), (void *)_cffi_d_nx_model_close },
-  { "nx_model_create", (void *)_cffi_f_nx_model_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 44), (void *)_cffi_d_nx_model_create },
-  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 121), (void *)_cffi_d_nx_model_events },
-  { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 97), (void *)_cffi_d_nx_model_file_info },
-  { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 88), (void *)_cffi_d_nx_model_finish_load },
-  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 171), (void *)_cffi_d_nx_model_get_stats },
-  { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 93), (void *)_cffi_d_nx_model_inject },
+  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 186), (void *)_cffi_d_nx_loading_set },
+  { "nx_membench_read", (void *)_cffi_f_nx_membench_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 72), (void *)_cffi_d_nx_membench_read },
+  { "nx_model_attach_residual", (void *)_cffi_f_nx_model_attach_residual, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 85), (void *)_cffi_d_nx_model_attach_residual },
+  { "nx_model_attached_bytes", (void *)_cffi_f_nx_model_attached_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 160), (void *)_cffi_d_nx_model_attached_bytes },
+  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 186), (void *)_cffi_d_nx_model_clear_error },
+  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 186), (void *)_cffi_d_nx_model_clear_faults },
+  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 186), (void *)_cffi_d_nx_model_close },
+  { "nx_model_create", (void *)_cffi_f_nx_model_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 51), (void *)_cffi_d_nx_model_create },
+  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 147), (void *)_cffi_d_nx_model_events },
+  { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 123), (void *)_cffi_d_nx_model_file_info },
+  { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 95), (void *)_cffi_d_nx_model_finish_load },
+  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 201), (void *)_cffi_d_nx_model_get_stats },
+  { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 100), (void *)_cffi_d_nx_model_inject },
   { "nx_model_io_engine", (void *)_cffi_f_nx_model_io_engine, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 10), (void *)_cffi_d_nx_model_io_engine },
-  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 163), (void *)_cffi_d_nx_model_last_error },
-  { "nx_model_n_groups", (void *)_cffi_f_nx_model_n_groups, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 126), (void *)_cffi_d_nx_model_n_groups },
-  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 156), (void *)_cffi_d_nx_model_release },
-  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 156), (void *)_cffi_d_nx_model_reset_stats },
-  { "nx_model_set_residual_k", (void *)_cffi_f_nx_model_set_residual_k, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 73), (void *)_cffi_d_nx_model_set_residual_k },
+  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 193), (void *)_cffi_d_nx_model_last_error },
+  { "nx_model_n_groups", (void *)_cffi_f_nx_model_n_groups, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 152), (void *)_cffi_d_nx_model_n_groups },
+  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 186), (void *)_cffi_d_nx_model_release },
+  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 186), (void *)_cffi_d_nx_model_reset_stats },
+  { "nx_model_set_columns", (void *)_cffi_f_nx_model_set_columns, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 189), (void *)_cffi_d_nx_model_set_columns },
+  { "nx_model_set_residual_k", (void *)_cffi_f_nx_model_set_residual_k, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 80), (void *)_cffi_d_nx_model_set_residual_k },
   { "nx_model_stream", (void *)_cffi_f_nx_model_stream, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 0), (void *)_cffi_d_nx_model_stream },
-  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 140), (void *)_cffi_d_nx_model_stream_close },
-  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 159), (void *)_cffi_d_nx_model_trace },
-  { "nx_popularity_get", (void *)_cffi_f_nx_popularity_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 175), (void *)_cffi_d_nx_popularity_get },
-  { "nx_popularity_set", (void *)_cffi_f_nx_popularity_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 180), (void *)_cffi_d_nx_popularity_set },
-  { "nx_predict_get", (void *)_cffi_f_nx_predict_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 167), (void *)_cffi_d_nx_predict_get },
-  { "nx_predict_set", (void *)_cffi_f_nx_predict_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 69), (void *)_cffi_d_nx_predict_set },
-  { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 90), (void *)nx_python_progress },
-  { "nx_residual_add", (void *)_cffi_f_nx_residual_add, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 185), (void *)_cffi_d_nx_residual_add },
-  { "nx_residual_decode", (void *)_cffi_f_nx_residual_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 195), (void *)_cffi_d_nx_residual_decode },
-  { "nx_residual_encode", (void *)_cffi_f_nx_residual_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 52), (void *)_cffi_d_nx_residual_encode },
-  { "nx_residual_products", (void *)_cffi_f_nx_residual_products, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 143), (void *)_cffi_d_nx_residual_products },
-  { "nx_residual_row_bytes", (void *)_cffi_f_nx_residual_row_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 137), (void *)_cffi_d_nx_residual_row_bytes },
-  { "nx_residual_select", (void *)_cffi_f_nx_residual_select, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 110), (void *)_cffi_d_nx_residual_select },
-  { "nx_residual_select_buckets", (void *)_cffi_f_nx_residual_select_buckets, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 102), (void *)_cffi_d_nx_residual_select_buckets },
-  { "nx_routing_lost", (void *)_cffi_f_nx_routing_lost, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 134), (void *)_cffi_d_nx_routing_lost },
-  { "nx_routing_record", (void *)_cffi_f_nx_routing_record, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 159), (void *)_cffi_d_nx_routing_record },
-  { "nx_routing_take", (void *)_cffi_f_nx_routing_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 116), (void *)_cffi_d_nx_routing_take },
+  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 170), (void *)_cffi_d_nx_model_stream_close },
+  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 189), (void *)_cffi_d_nx_model_trace },
+  { "nx_popularity_get", (void *)_cffi_f_nx_popularity_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 205), (void *)_cffi_d_nx_popularity_get },
+  { "nx_popularity_set", (void *)_cffi_f_nx_popularity_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 210), (void *)_cffi_d_nx_popularity_set },
+  { "nx_predict_get", (void *)_cffi_f_nx_predict_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 197), (void *)_cffi_d_nx_predict_get },
+  { "nx_predict_set", (void *)_cffi_f_nx_predict_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 76), (void *)_cffi_d_nx_predict_set },
+  { "nx_promote", (void *)_cffi_f_nx_promote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 104), (void *)_cffi_d_nx_promote },
+  { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 97), (void *)nx_python_progress },
+  { "nx_resident_bytes", (void *)_cffi_f_nx_resident_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 160), (void *)_cffi_d_nx_resident_bytes },
+  { "nx_residual_add", (void *)_cffi_f_nx_residual_add, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 215), (void *)_cffi_d_nx_residual_add },
+  { "nx_residual_decode", (void *)_cffi_f_nx_residual_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 225), (void *)_cffi_d_nx_residual_decode },
+  { "nx_residual_encode", (void *)_cffi_f_nx_residual_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 59), (void *)_cffi_d_nx_residual_encode },
+  { "nx_residual_products", (void *)_cffi_f_nx_residual_products, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 173), (void *)_cffi_d_nx_residual_products },
+  { "nx_residual_row_bytes", (void *)_cffi_f_nx_residual_row_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 167), (void *)_cffi_d_nx_residual_row_bytes },
+  { "nx_residual_select", (void *)_cffi_f_nx_residual_select, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 136), (void *)_cffi_d_nx_residual_select },
+  { "nx_residual_select_buckets", (void *)_cffi_f_nx_residual_select_buckets, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 128), (void *)_cffi_d_nx_residual_select_buckets },
+  { "nx_routing_lost", (void *)_cffi_f_nx_routing_lost, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 160), (void *)_cffi_d_nx_routing_lost },
+  { "nx_routing_record", (void *)_cffi_f_nx_routing_record, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 189), (void *)_cffi_d_nx_routing_record },
+  { "nx_routing_take", (void *)_cffi_f_nx_routing_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 142), (void *)_cffi_d_nx_routing_take },
   { "nx_status_text", (void *)_cffi_f_nx_status_text, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 13), (void *)_cffi_d_nx_status_text },
   { "nx_version", (void *)_cffi_f_nx_version, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_version },
 };
@@ -4064,7 +4620,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 14) },
   { "sys_errno", offsetof(nx_error, sys_errno),
                  sizeof(((nx_error *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 161) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 191) },
   { "offset", offsetof(nx_error, offset),
               sizeof(((nx_error *)0)->offset),
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -4073,22 +4629,22 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "path", offsetof(nx_error, path),
             sizeof(((nx_error *)0)->path),
-            _CFFI_OP(_CFFI_OP_NOOP, 211) },
+            _CFFI_OP(_CFFI_OP_NOOP, 241) },
   { "tensor", offsetof(nx_error, tensor),
               sizeof(((nx_error *)0)->tensor),
-              _CFFI_OP(_CFFI_OP_NOOP, 207) },
+              _CFFI_OP(_CFFI_OP_NOOP, 237) },
   { "text", offsetof(nx_error, text),
             sizeof(((nx_error *)0)->text),
-            _CFFI_OP(_CFFI_OP_NOOP, 209) },
+            _CFFI_OP(_CFFI_OP_NOOP, 239) },
   { "t_ns", offsetof(nx_event, t_ns),
             sizeof(((nx_event *)0)->t_ns),
             _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "kind", offsetof(nx_event, kind),
             sizeof(((nx_event *)0)->kind),
-            _CFFI_OP(_CFFI_OP_NOOP, 55) },
+            _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "a", offsetof(nx_event, a),
          sizeof(((nx_event *)0)->a),
-         _CFFI_OP(_CFFI_OP_NOOP, 55) },
+         _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "b", offsetof(nx_event, b),
          sizeof(((nx_event *)0)->b),
          _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -4100,10 +4656,10 @@ static const struct _cffi_field_s _cffi_fields[] = {
                   _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "kind", offsetof(nx_fault, kind),
             sizeof(((nx_fault *)0)->kind),
-            _CFFI_OP(_CFFI_OP_NOOP, 161) },
+            _CFFI_OP(_CFFI_OP_NOOP, 191) },
   { "count", offsetof(nx_fault, count),
              sizeof(((nx_fault *)0)->count),
-             _CFFI_OP(_CFFI_OP_NOOP, 216) },
+             _CFFI_OP(_CFFI_OP_NOOP, 246) },
   { "nbytes", offsetof(nx_file_info, nbytes),
               sizeof(((nx_file_info *)0)->nbytes),
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -4115,25 +4671,25 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "mtime_ns", offsetof(nx_file_info, mtime_ns),
                 sizeof(((nx_file_info *)0)->mtime_ns),
-                _CFFI_OP(_CFFI_OP_NOOP, 217) },
+                _CFFI_OP(_CFFI_OP_NOOP, 247) },
   { "offset_align", offsetof(nx_file_info, offset_align),
                     sizeof(((nx_file_info *)0)->offset_align),
-                    _CFFI_OP(_CFFI_OP_NOOP, 55) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "mem_align", offsetof(nx_file_info, mem_align),
                  sizeof(((nx_file_info *)0)->mem_align),
-                 _CFFI_OP(_CFFI_OP_NOOP, 55) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "direct", offsetof(nx_file_info, direct),
               sizeof(((nx_file_info *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 161) },
+              _CFFI_OP(_CFFI_OP_NOOP, 191) },
   { "reason", offsetof(nx_file_info, reason),
               sizeof(((nx_file_info *)0)->reason),
-              _CFFI_OP(_CFFI_OP_NOOP, 213) },
+              _CFFI_OP(_CFFI_OP_NOOP, 243) },
   { "sys_errno", offsetof(nx_file_info, sys_errno),
                  sizeof(((nx_file_info *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 161) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 191) },
   { "n_threads", offsetof(nx_membench_options, n_threads),
                  sizeof(((nx_membench_options *)0)->n_threads),
-                 _CFFI_OP(_CFFI_OP_NOOP, 55) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "buffer_bytes", offsetof(nx_membench_options, buffer_bytes),
                     sizeof(((nx_membench_options *)0)->buffer_bytes),
                     _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -4142,7 +4698,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "bytes_s", offsetof(nx_membench_result, bytes_s),
                sizeof(((nx_membench_result *)0)->bytes_s),
-               _CFFI_OP(_CFFI_OP_NOOP, 215) },
+               _CFFI_OP(_CFFI_OP_NOOP, 245) },
   { "bytes", offsetof(nx_membench_result, bytes),
              sizeof(((nx_membench_result *)0)->bytes),
              _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -4154,19 +4710,19 @@ static const struct _cffi_field_s _cffi_fields[] = {
                     _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "n_threads", offsetof(nx_membench_result, n_threads),
                  sizeof(((nx_membench_result *)0)->n_threads),
-                 _CFFI_OP(_CFFI_OP_NOOP, 55) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "n_passes", offsetof(nx_membench_result, n_passes),
                 sizeof(((nx_membench_result *)0)->n_passes),
-                _CFFI_OP(_CFFI_OP_NOOP, 55) },
+                _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "checksum", offsetof(nx_membench_result, checksum),
                 sizeof(((nx_membench_result *)0)->checksum),
                 _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "state", offsetof(nx_prediction, state),
              sizeof(((nx_prediction *)0)->state),
-             _CFFI_OP(_CFFI_OP_NOOP, 218) },
+             _CFFI_OP(_CFFI_OP_NOOP, 248) },
   { "on", offsetof(nx_prediction, on),
           sizeof(((nx_prediction *)0)->on),
-          _CFFI_OP(_CFFI_OP_NOOP, 161) },
+          _CFFI_OP(_CFFI_OP_NOOP, 191) },
   { "trials", offsetof(nx_prediction, trials),
               sizeof(((nx_prediction *)0)->trials),
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -4175,25 +4731,25 @@ static const struct _cffi_field_s _cffi_fields[] = {
                 _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "idle", offsetof(nx_prediction, idle),
             sizeof(((nx_prediction *)0)->idle),
-            _CFFI_OP(_CFFI_OP_NOOP, 215) },
+            _CFFI_OP(_CFFI_OP_NOOP, 245) },
   { "stall", offsetof(nx_prediction, stall),
              sizeof(((nx_prediction *)0)->stall),
-             _CFFI_OP(_CFFI_OP_NOOP, 215) },
+             _CFFI_OP(_CFFI_OP_NOOP, 245) },
   { "on_ns", offsetof(nx_prediction, on_ns),
              sizeof(((nx_prediction *)0)->on_ns),
-             _CFFI_OP(_CFFI_OP_NOOP, 215) },
+             _CFFI_OP(_CFFI_OP_NOOP, 245) },
   { "off_ns", offsetof(nx_prediction, off_ns),
               sizeof(((nx_prediction *)0)->off_ns),
-              _CFFI_OP(_CFFI_OP_NOOP, 215) },
+              _CFFI_OP(_CFFI_OP_NOOP, 245) },
   { "block_bytes", offsetof(nx_probe_options, block_bytes),
                    sizeof(((nx_probe_options *)0)->block_bytes),
-                   _CFFI_OP(_CFFI_OP_NOOP, 55) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "depth", offsetof(nx_probe_options, depth),
              sizeof(((nx_probe_options *)0)->depth),
-             _CFFI_OP(_CFFI_OP_NOOP, 55) },
+             _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "random", offsetof(nx_probe_options, random),
               sizeof(((nx_probe_options *)0)->random),
-              _CFFI_OP(_CFFI_OP_NOOP, 161) },
+              _CFFI_OP(_CFFI_OP_NOOP, 191) },
   { "max_bytes", offsetof(nx_probe_options, max_bytes),
                  sizeof(((nx_probe_options *)0)->max_bytes),
                  _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -4202,7 +4758,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "engine", offsetof(nx_probe_options, engine),
               sizeof(((nx_probe_options *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 161) },
+              _CFFI_OP(_CFFI_OP_NOOP, 191) },
   { "seed", offsetof(nx_probe_options, seed),
             sizeof(((nx_probe_options *)0)->seed),
             _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -4214,28 +4770,28 @@ static const struct _cffi_field_s _cffi_fields[] = {
           _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "direct", offsetof(nx_probe_result, direct),
               sizeof(((nx_probe_result *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 161) },
+              _CFFI_OP(_CFFI_OP_NOOP, 191) },
   { "engine", offsetof(nx_probe_result, engine),
               sizeof(((nx_probe_result *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 161) },
+              _CFFI_OP(_CFFI_OP_NOOP, 191) },
   { "how_cold", offsetof(nx_probe_result, how_cold),
                 sizeof(((nx_probe_result *)0)->how_cold),
-                _CFFI_OP(_CFFI_OP_NOOP, 213) },
+                _CFFI_OP(_CFFI_OP_NOOP, 243) },
   { "sys_errno", offsetof(nx_probe_result, sys_errno),
                  sizeof(((nx_probe_result *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 161) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 191) },
   { "n_in", offsetof(nx_residual_matrix, n_in),
             sizeof(((nx_residual_matrix *)0)->n_in),
-            _CFFI_OP(_CFFI_OP_NOOP, 55) },
+            _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "n_out", offsetof(nx_residual_matrix, n_out),
              sizeof(((nx_residual_matrix *)0)->n_out),
-             _CFFI_OP(_CFFI_OP_NOOP, 55) },
+             _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "codes", offsetof(nx_residual_matrix, codes),
              sizeof(((nx_residual_matrix *)0)->codes),
-             _CFFI_OP(_CFFI_OP_NOOP, 232) },
+             _CFFI_OP(_CFFI_OP_NOOP, 262) },
   { "scales", offsetof(nx_residual_matrix, scales),
               sizeof(((nx_residual_matrix *)0)->scales),
-              _CFFI_OP(_CFFI_OP_NOOP, 53) },
+              _CFFI_OP(_CFFI_OP_NOOP, 60) },
   { "passes", offsetof(nx_stats, passes),
               sizeof(((nx_stats *)0)->passes),
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -4332,41 +4888,41 @@ static const struct _cffi_field_s _cffi_fields[] = {
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "$nx_error", 219, _CFFI_F_CHECK_FIELDS,
+  { "$nx_error", 249, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_error), offsetof(struct _cffi_align_typedef_nx_error, y), 0, 7 },
-  { "$nx_event", 220, _CFFI_F_CHECK_FIELDS,
+  { "$nx_event", 250, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_event), offsetof(struct _cffi_align_typedef_nx_event, y), 7, 4 },
-  { "$nx_fault", 221, _CFFI_F_CHECK_FIELDS,
+  { "$nx_fault", 251, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_fault), offsetof(struct _cffi_align_typedef_nx_fault, y), 11, 4 },
-  { "$nx_file_info", 223, _CFFI_F_CHECK_FIELDS,
+  { "$nx_file_info", 253, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_file_info), offsetof(struct _cffi_align_typedef_nx_file_info, y), 15, 9 },
-  { "$nx_membench_options", 224, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_options", 254, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_options), offsetof(struct _cffi_align_typedef_nx_membench_options, y), 24, 3 },
-  { "$nx_membench_result", 225, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_result", 255, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_result), offsetof(struct _cffi_align_typedef_nx_membench_result, y), 27, 7 },
-  { "$nx_prediction", 227, _CFFI_F_CHECK_FIELDS,
+  { "$nx_prediction", 257, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_prediction), offsetof(struct _cffi_align_typedef_nx_prediction, y), 34, 8 },
-  { "$nx_probe_options", 228, _CFFI_F_CHECK_FIELDS,
+  { "$nx_probe_options", 258, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_probe_options), offsetof(struct _cffi_align_typedef_nx_probe_options, y), 42, 7 },
-  { "$nx_probe_result", 229, _CFFI_F_CHECK_FIELDS,
+  { "$nx_probe_result", 259, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_probe_result), offsetof(struct _cffi_align_typedef_nx_probe_result, y), 49, 6 },
-  { "$nx_residual_matrix", 230, _CFFI_F_CHECK_FIELDS,
+  { "$nx_residual_matrix", 260, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_residual_matrix), offsetof(struct _cffi_align_typedef_nx_residual_matrix, y), 55, 4 },
-  { "$nx_stats", 231, _CFFI_F_CHECK_FIELDS,
+  { "$nx_stats", 261, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_stats), offsetof(struct _cffi_align_typedef_nx_stats, y), 59, 31 },
-  { "_IO_FILE", 204, _CFFI_F_OPAQUE,
+  { "_IO_FILE", 234, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_file", 222, _CFFI_F_OPAQUE,
+  { "nx_file", 252, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_model", 226, _CFFI_F_OPAQUE,
+  { "nx_model", 256, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
 };
 
 static const struct _cffi_enum_s _cffi_enums[] = {
-  { "$nx_control_state", 218, _cffi_prim_int(sizeof(nx_control_state), ((nx_control_state)-1) <= 0),
+  { "$nx_control_state", 248, _cffi_prim_int(sizeof(nx_control_state), ((nx_control_state)-1) <= 0),
     "NX_CONTROL_FIXED,NX_CONTROL_WATCHING,NX_CONTROL_NO_STALL,NX_CONTROL_NO_IDLE,NX_CONTROL_TRYING,NX_CONTROL_SLOWER,"
     "NX_CONTROL_FASTER" },
-  { "$nx_io_mode", 36, _cffi_prim_int(sizeof(nx_io_mode), ((nx_io_mode)-1) <= 0),
+  { "$nx_io_mode", 43, _cffi_prim_int(sizeof(nx_io_mode), ((nx_io_mode)-1) <= 0),
     "NX_IO_DIRECT,NX_IO_BUFFERED" },
   { "$nx_isa", 8, _cffi_prim_int(sizeof(nx_isa), ((nx_isa)-1) <= 0),
     "NX_ISA_REF,NX_ISA_AVX2,NX_ISA_AVX512,NX_ISA_NEON,NX_ISA_COUNT" },
@@ -4376,23 +4932,23 @@ static const struct _cffi_enum_s _cffi_enums[] = {
 };
 
 static const struct _cffi_typename_s _cffi_typenames[] = {
-  { "FILE", 204 },
-  { "nx_control_state", 218 },
-  { "nx_error", 219 },
-  { "nx_event", 220 },
-  { "nx_fault", 221 },
-  { "nx_file", 222 },
-  { "nx_file_info", 223 },
-  { "nx_io_mode", 36 },
+  { "FILE", 234 },
+  { "nx_control_state", 248 },
+  { "nx_error", 249 },
+  { "nx_event", 250 },
+  { "nx_fault", 251 },
+  { "nx_file", 252 },
+  { "nx_file_info", 253 },
+  { "nx_io_mode", 43 },
   { "nx_isa", 8 },
-  { "nx_membench_options", 224 },
-  { "nx_membench_result", 225 },
-  { "nx_model", 226 },
-  { "nx_prediction", 227 },
-  { "nx_probe_options", 228 },
-  { "nx_probe_result", 229 },
-  { "nx_residual_matrix", 230 },
-  { "nx_stats", 231 },
+  { "nx_membench_options", 254 },
+  { "nx_membench_result", 255 },
+  { "nx_model", 256 },
+  { "nx_prediction", 257 },
+  { "nx_probe_options", 258 },
+  { "nx_probe_result", 259 },
+  { "nx_residual_matrix", 260 },
+  { "nx_stats", 261 },
   { "nx_status", 14 },
 };
 
@@ -4403,12 +4959,12 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   _cffi_enums,
   _cffi_typenames,
-  95,  /* num_globals */
+  105,  /* num_globals */
   14,  /* num_struct_unions */
   4,  /* num_enums */
   18,  /* num_typenames */
   NULL,  /* no includes */
-  235,  /* num_types */
+  265,  /* num_types */
   1,  /* flags */
 };
 

@@ -48,8 +48,9 @@ typedef struct nx_extent {
     uint64_t row_bytes;
     uint32_t first_piece, n_pieces; /* slabs, numbered through the model; nvme only */
     uint64_t slab_rows;             /* rows of every piece but the last */
-    void *pinned;                   /* ram: where the bytes are; valid from creation on */
+    void *pinned;                   /* ram and elastic: where the bytes are; valid from creation on */
     uint64_t virtual_offset;        /* in the stream that llama.cpp loads from */
+    int elastic;                    /* its tier changes between ram and nvme: nexus_residency.h */
     int claimed;                    /* load: a tensor of the runtime stands for this extent */
     nx_group *group;                /* nvme experts with a cache; NULL: none */
     uint32_t group_part;            /* which part of the group's records it is */
@@ -221,6 +222,9 @@ NX_API size_t nx_experts_favour(nx_group *, int32_t *experts, size_t n);
 NX_API nx_status nx_experts_acquire(nx_group *, const int32_t *experts, size_t n);
 /* Wait until this part of all of them is there. */
 NX_API nx_status nx_experts_wait(nx_group *, uint32_t part, const int32_t *experts, size_t n);
+/* In the order of arrival: of experts[*done .. n), bring those of which this part is there to the front and
+ * add how many they are to *done. Waits only while there is none. */
+NX_API nx_status nx_experts_next(nx_group *, uint32_t part, int32_t *experts, size_t n, size_t *done);
 NX_API void nx_experts_release(nx_group *, const int32_t *experts, size_t n);
 /* Where a held expert is; part `part` of slot s lies at the returned address + s * *stride. */
 NX_API int32_t nx_expert_slot(const nx_group *, int32_t expert);

@@ -186,6 +186,12 @@ nx_status nx_io_poll(nx_io *io);
 nx_status nx_io_wait(nx_io *io, nx_read *read, int (*abort)(void *), void *ctx);
 
 /*
+ * The same until any one of the n reads is done: NX_OK, whatever became of it. NX_E_INVALID: n is 0,
+ * or one of them was never submitted to this nx_io.
+ */
+nx_status nx_io_wait_any(nx_io *io, nx_read *const *reads, size_t n, int (*abort)(void *), void *ctx);
+
+/*
  * 1: nothing of it had been issued; it is dequeued, done, NX_E_ABORTED. 0: it completes normally,
  * or is not queued here.
  */

@@ -28,7 +28,6 @@ NX_API nx_status nx_demote(nx_model *, const uint32_t *extents, size_t n, uint64
 /* Let the expert cache number `group` (in the order of the manifest) have this many slots, at most as many
  * as its manifest says; records in closed slots are forgotten and their memory is given back. */
 NX_API nx_status nx_group_resize(nx_model *, uint32_t group, uint32_t n_slots);
-NX_API uint32_t nx_model_n_groups(const nx_model *);
 NX_API uint64_t nx_group_slot_bytes(const nx_model *, uint32_t group);
 
 /* Bytes of promoted extents; of those in memory or reserved for reading, the slack of direct reads included. */
