@@ -16,6 +16,7 @@ from nexus_ext.errors import FormatError, UsageError
 RAW: Final = "raw"
 # Where the built-in codecs are, imported when they are used.
 _BUILTIN: Final = {
+    "ans": "nexus_ext.codecs.ans:AnsCodec",
     "zstd": "nexus_ext.codecs.zstd:ZstdCodec",
 }
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")

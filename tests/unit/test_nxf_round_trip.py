@@ -50,9 +50,10 @@ def assert_same(originals: list[Path], tmp_path: Path, codec: str = "raw") -> No
         assert (out / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize("codec", ["raw", "ans"])
 @pytest.mark.parametrize("model", MODELS, ids=lambda path: path.name)
-def test_every_model_comes_back(model: Path, tmp_path: Path) -> None:
-    assert_same([model], tmp_path)
+def test_every_model_comes_back(model: Path, codec: str, tmp_path: Path) -> None:
+    assert_same([model], tmp_path, codec)
 
 
 def test_split_files_come_back_under_the_names_that_llama_cpp_looks_for(tmp_path: Path) -> None:
@@ -75,6 +76,7 @@ def test_all_types_come_back(tmp_path: Path) -> None:
     ]
     paths = write_gguf(tmp_path / "m.gguf", {"general.architecture": "llama"}, tensors)
     assert_same(paths, tmp_path)
+    assert_same(paths, tmp_path, "ans")
 
 
 def string(text: bytes) -> bytes:
@@ -205,7 +207,7 @@ def test_zstd_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_codec_that_is_not_there_is_named(tmp_path: Path) -> None:
     (gguf,) = write_moe(tmp_path / "m.gguf", dims=MoeDims(n_layers=1))
-    with pytest.raises(UsageError, match="no codec 'lz77'; known are raw, zstd"):
+    with pytest.raises(UsageError, match="no codec 'lz77'; known are raw, ans, zstd"):
         there(gguf, tmp_path / "m.nxf", "lz77")
     assert not list(tmp_path.glob("*.nxf*"))
-    assert Codecs().names() == ("raw", "zstd")
+    assert Codecs().names() == ("raw", "ans", "zstd")

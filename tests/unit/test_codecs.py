@@ -1,0 +1,153 @@
+"""Codecs give back what they got, refuse what they did not write, and come in by a hook."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import EntryPoint
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nexus_ext import hookimpl
+from nexus_ext.codecs import Codec, builtin
+from nexus_ext.codecs.ans import LAYOUTS, AnsCodec, decode_by, paths
+from nexus_ext.errors import FormatError, PluginError, UsageError
+from nexus_ext.formats.ggml_types import ggml_types
+from nexus_ext.plugins import Plugins
+from tests.synth.blocks import WEIGHT_TYPES, pattern
+
+ANS = AnsCodec()
+N_BYTES = 200_000
+
+
+def round_trip(raw: bytes, type_name: str) -> int:
+    """Return the stored bytes; every path must decode them."""
+    stored = memoryview(ANS.encode(memoryview(raw), type_name))
+    for path in paths().values():
+        out = bytearray(len(raw))
+        decode_by(path, stored, memoryview(out))
+        assert out == raw
+    return len(stored)
+
+
+@pytest.mark.parametrize("type_name", [*WEIGHT_TYPES, "F64", "I8", "unheard of"])
+def test_every_type_comes_back(type_name: str) -> None:
+    raw = pattern(type_name if type_name in WEIGHT_TYPES else "Q8_0", 0, False)[:N_BYTES]
+    assert round_trip(raw, type_name) <= len(raw) + 300
+
+
+def test_bfloat16_of_gaussian_weights_gets_smaller_by_30_percent() -> None:
+    assert round_trip(pattern("BF16", 1, False), "BF16") < 0.70 * len(pattern("BF16", 1, False))
+
+
+def test_float16_and_float32_lose_what_their_exponents_waste() -> None:
+    assert round_trip(pattern("F16", 1, False), "F16") < 0.87 * len(pattern("F16", 1, False))
+    assert round_trip(pattern("F32", 1, False), "F32") < 0.87 * len(pattern("F32", 1, False))
+    halves = np.frombuffer(pattern("BF16", 1, False), "<u2")
+    widened = (halves.astype("<u4") << 16).tobytes()  # F32 made of BF16: two bytes are zero
+    assert round_trip(widened, "F32") < 0.36 * len(widened)
+
+
+def test_layouts_are_those_of_the_blocks_of_ggml() -> None:
+    known = {kind.name: kind for kind in ggml_types().values()}
+    for name, (rotate, block, planes) in LAYOUTS.items():
+        assert known[name].block_nbytes == block, name
+        covered = sorted(i for offset, width in planes for i in range(offset, offset + width))
+        assert covered == list(range(block)), name
+        assert not rotate or block % rotate == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=3000), st.sampled_from(sorted(LAYOUTS)))
+def test_any_bytes_come_back(raw: bytes, type_name: str) -> None:
+    round_trip(raw, type_name)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=400), st.integers(0, 5000))
+def test_what_was_not_encoded_is_refused(stored: bytes, size: int) -> None:
+    for path in paths().values():
+        with pytest.raises(FormatError, match="are no encoding of"):
+            decode_by(path, memoryview(b"\x02" + stored), memoryview(bytearray(size)))
+
+
+def test_the_hash_of_the_core_is_xxh3() -> None:
+    lib, ffi = (getattr(importlib.import_module("nexus_ext._native"), n) for n in ("lib", "ffi"))
+    data = np.random.default_rng(0).bytes(70_000)
+    for size in [*range(520), 1023, 1024, 1025, 2048, 4097, 65_536, 70_000]:
+        found = lib.nx_xxh3_64(ffi.from_buffer(data), size)
+        assert found == xxhash.xxh3_64_intdigest(data[:size]), size
+
+
+def test_zstd_refuses_what_is_no_frame_of_the_size() -> None:
+    pytest.importorskip("zstandard")
+    codec = builtin().get("zstd")
+    raw = bytes(1000)
+    stored = codec.encode(memoryview(raw), "F32")
+    out = bytearray(1000)
+    codec.decode(memoryview(stored), memoryview(out))
+    assert out == raw
+    for wrong, size in (
+        (stored, 999),
+        (stored[:-1], 1000),
+        (b"no frame", 8),
+        (stored + b"x", 1000),
+    ):
+        with pytest.raises(FormatError, match="zstd"):
+            codec.decode(memoryview(wrong), memoryview(bytearray(size)))
+
+
+class Reversed:
+    """A codec that saves nothing, to see that it is used."""
+
+    def __init__(self, name: str = "x-reversed") -> None:
+        self.name = name
+
+    def encode(self, raw: memoryview, type_name: str) -> bytes:
+        return bytes(raw)[::-1][: len(raw) // 2]
+
+    def decode(self, stored: memoryview, out: memoryview) -> None:
+        out[:] = bytes(len(out))
+
+
+class Plugin:
+    def __init__(self, codec: object) -> None:
+        self._codec = codec
+
+    @hookimpl
+    def nexus_codec(self) -> Codec | None:
+        return self._codec  # type: ignore[return-value]
+
+
+def plugins_with(monkeypatch: pytest.MonkeyPatch, *codecs: object) -> Plugins:
+    found = {f"p{i}": Plugin(codec) for i, codec in enumerate(codecs)}
+    monkeypatch.setattr(EntryPoint, "load", lambda self: found[self.name])
+    entries = [EntryPoint(name, "nowhere", "nexus_ext") for name in found]
+    return Plugins(found=entries, environ={})
+
+
+def test_a_plugin_adds_a_codec(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = Reversed()
+    codecs = plugins_with(monkeypatch, codec, None).codecs()
+    assert codecs.get("x-reversed") is codec
+    assert "x-reversed" in codecs.names()
+    with pytest.raises(UsageError, match="no codec 'other'"):
+        codecs.get("other")
+
+
+@pytest.mark.parametrize(
+    ("codec", "what"),
+    [
+        (Reversed("ans"), "has the name 'ans', which 'nexus_ext' has"),
+        (Reversed("not a name"), "is no Codec"),
+        (object(), "is no Codec"),
+    ],
+)
+def test_a_plugin_that_would_change_the_meaning_of_files_is_refused(
+    codec: object, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(PluginError, match=what):
+        plugins_with(monkeypatch, codec).codecs()
