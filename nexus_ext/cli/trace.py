@@ -174,6 +174,7 @@ def _loaded(model: str, planned: Planned, request: PlanRequest) -> Iterator[Llam
         model,
         plan=planned.plan,
         hardware=planned.hardware,
+        warm_start=False,
         n_ctx=request.n_ctx,
         n_batch=request.n_batch,
         n_ubatch=request.n_ubatch,

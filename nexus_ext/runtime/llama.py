@@ -29,6 +29,7 @@ from nexus_ext.runtime.amx import amx_works
 from nexus_ext.runtime.loading import loads
 from nexus_ext.runtime.manifest import manifest
 from nexus_ext.runtime.planning import Planned, plan_model
+from nexus_ext.runtime.popularity import WarmStart, wanted
 from nexus_ext.runtime.stats import RunStats, run_stats
 from nexus_ext.units import parse_bytes
 
@@ -53,6 +54,7 @@ class NexusHandle:
         self.plan = planned.plan
         self.io_mode = planned.io_mode
         self.model = model
+        self.warm_start: WarmStart | None = None
         self.info = ModelInfo(
             path=path,
             fingerprint=self.catalog.fingerprint,
@@ -144,6 +146,8 @@ class Llama(llama_cpp.Llama):
         pins: (regex, tier) pairs, or `Pin`s: tensors that the plan must not move.
         hardware: a profile to plan for; None: this machine, measured once and remembered.
         progress: called with (done, total) bytes while resident weights are read; True stops.
+        warm_start: remember which experts a mixture uses most, and have them read before the first
+            request; None: unless NEXUS_WARM_START is 0.
 
     `n_gpu_layers=None` (the default) lets the plan decide; a number is obeyed.
 
@@ -162,6 +166,7 @@ class Llama(llama_cpp.Llama):
         pins: Iterable[Pin | tuple[str, str]] = (),
         hardware: HardwareProfile | None = None,
         progress: core.Progress | None = None,
+        warm_start: bool | None = None,
         n_gpu_layers: int | None = None,
         **arguments: Any,
     ) -> None:
@@ -198,6 +203,9 @@ class Llama(llama_cpp.Llama):
             if model is not None:
                 model.finish_load(progress)
             self._watch_context()
+            if model is not None and planned.plan.expert_caches and wanted(warm_start):
+                handle.warm_start = WarmStart(model, planned.catalog)
+                handle.warm_start.start()
         except BaseException:
             self._free(model)
             raise
@@ -270,6 +278,8 @@ class Llama(llama_cpp.Llama):
     def close(self) -> None:
         """Give back every byte. The object cannot be used any more."""
         handle, self._nexus = self._nexus, None
+        if handle is not None and handle.warm_start is not None:
+            handle.warm_start.stop()
         self._free(handle.model if handle else None)
         if handle is not None:
             handle.model = None

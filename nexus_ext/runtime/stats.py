@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nexus_ext.core import ModelStats, Prediction
-from nexus_ext.runtime.prediction import describe
+from nexus_ext.runtime.expert_prediction import describe
 
 
 @dataclass(frozen=True, slots=True)

@@ -271,7 +271,13 @@ def _open(job: Job) -> Any:
 
     assert job.plan is not None and job.hardware is not None, "a paged run follows a plan"
     hardware = HardwareProfile.from_json(job.hardware)
-    return Llama(job.model, plan=Plan.from_json(job.plan), hardware=hardware, **arguments)
+    return Llama(
+        job.model,
+        plan=Plan.from_json(job.plan),
+        hardware=hardware,
+        warm_start=False,  # a run says nothing about the ones before it
+        **arguments,
+    )
 
 
 def prompt_tokens(llm: Any, job: Job) -> list[int]:

@@ -109,7 +109,8 @@ def cached(
     path: Path, slots: int, *, wave: int = 4, io_mode: str = "direct", **arguments: Any
 ) -> Iterator[Llama]:
     plan = expert_plan(path, slots, wave=wave, io_mode=io_mode)
-    llm = Llama(path, plan=plan, **{**TINY, "logits_all": True, **arguments})
+    arguments = {"logits_all": True, "warm_start": False, **arguments}
+    llm = Llama(path, plan=plan, **{**TINY, **arguments})
     try:
         yield llm
     finally:

@@ -79,11 +79,12 @@ def decode(
     model: Path, slots: int, policy: str, tokens: list[int]
 ) -> tuple[RoutingTrace, int, int]:
     """Run tokens one at a time: what the routers decided, and uses and misses of the cache."""
-    llm = Llama(model, plan=with_cache(model, slots), **SMALL)
+    llm = Llama(model, plan=with_cache(model, slots), warm_start=False, **SMALL)
     try:
         core, catalog = llm.nexus.model, llm.nexus.catalog
         assert core is not None
         core.set_cache_policy(policy)
+        core.set_predictor("none")  # a replay knows nothing of what is read ahead
         core.record_routing(True)
         before = core.stats()
         for token in tokens:
