@@ -14,6 +14,7 @@ import click
 from nexus_ext.cli.live import Live
 from nexus_ext.cli.options import PlanOptions, output_options, plan_options
 from nexus_ext.cli.output import Output
+from nexus_ext.cli.trace_predictors import Predictions, fields, show
 from nexus_ext.errors import NexusError, UsageError
 from nexus_ext.units import format_bytes
 
@@ -46,6 +47,11 @@ DEFAULT_N = 64
     metavar="N",
     help=f"Tokens to generate after the text.  [default: {DEFAULT_N}; 0 after a file]",
 )
+@click.option(
+    "--predictors",
+    is_flag=True,
+    help="Also tell how well experts could have been predicted, layer by layer.",
+)
 @plan_options
 @output_options
 def trace(
@@ -54,6 +60,7 @@ def trace(
     file: str,
     prompt_file: str | None,
     n_predict: int | None,
+    predictors: bool,
     planning: PlanOptions,
     output: Output,
 ) -> None:
@@ -66,6 +73,7 @@ def trace(
     Examples:
       nexus trace model.gguf --ram 8G -o model.nxtrace --prompt-file text.txt
       nexus trace model.gguf -o model.nxtrace -n 200 "Once upon a time"
+      nexus trace model.gguf -o model.nxtrace --predictors --prompt-file text.txt
     """
     from nexus_ext.formats import open_gguf
     from nexus_ext.routing import repeats
@@ -79,8 +87,10 @@ def trace(
     planned, request = _traceable(model, planning, catalog)
     live = Live(output)
     with _loaded(model, planned, request) as llm:
-        found = record(llm, planned, text, request.n_ctx, n_predict, live)
+        predictions = Predictions(len(_layers(catalog))) if predictors else None
+        found = record(llm, planned, text, request.n_ctx, n_predict, live, predictions)
     live.clear()
+    accuracies = predictions.accuracies(found) if predictions else []
     data = found.to_bytes()
     repeated = repeats(found)
     _write(file, data)
@@ -89,6 +99,8 @@ def trace(
         f"a token uses {format_bytes(found.token_bytes)} of {format_bytes(found.expert_bytes)} "
         f"of experts, {repeated:.0%} of them those of the token before"
     )
+    if predictors:
+        show(accuracies, output)
     output.note(f"The trace is in {file} ({format_bytes(len(data))}): nexus replay {file}")
     output.result(
         {
@@ -102,6 +114,7 @@ def trace(
             "token_bytes": found.token_bytes,
             "expert_bytes": found.expert_bytes,
             "repeats": repeated,
+            "predictors": fields(accuracies),
         }
     )
 
@@ -193,9 +206,19 @@ def _loaded(model: str, planned: Planned, request: PlanRequest) -> Iterator[Llam
 
 
 def record(
-    llm: Any, planned: Planned, text: bytes, n_ctx: int, n_predict: int, live: Live
+    llm: Any,
+    planned: Planned,
+    text: bytes,
+    n_ctx: int,
+    n_predict: int,
+    live: Live,
+    predictions: Predictions | None = None,
 ) -> RoutingTrace:
-    """Evaluate `text` in windows of the context, then generate; return what the routers decided."""
+    """Evaluate `text` in windows of the context, then generate; return what the routers decided.
+
+    What they would have decided one layer earlier goes to `predictions`.
+    """
+    from nexus_ext.core import GATE_ROUTED
     from nexus_ext.placement.experts import slot_bytes
     from nexus_ext.routing import RoutingTrace, TracedLayer
 
@@ -211,13 +234,18 @@ def record(
     n_used = [0] * len(layers)
     passes: list[int] = []
     n_tokens = 0
-    model.record_routing(True)
+    model.record_routing(True, predictions=predictions is not None)
     for n_evaluated in _run(llm, text, n_ctx, n_predict):
         n_tokens += n_evaluated
         while entries := model.take_routing():
-            for extent, tokens in entries:
+            for number_and_kind, tokens in entries:
+                kind, extent = divmod(number_and_kind, GATE_ROUTED)
                 layer = place.get(extent)
                 if layer is None:
+                    continue
+                if kind:
+                    assert predictions is not None  # or none are recorded
+                    predictions.add(kind, layer, tokens)
                     continue
                 for experts in tokens:
                     n_used[layer] = len(experts)

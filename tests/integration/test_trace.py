@@ -159,6 +159,46 @@ def test_a_prompt_is_continued_token_by_token(model: Path, hardware: Path, tmp_p
     assert 1 <= len(trace.passes) <= 6 and trace.passes[1:] == (1,) * (len(trace.passes) - 1)
 
 
+def test_predictors_are_compared_layer_by_layer(
+    model: Path, hardware: Path, tmp_path: Path
+) -> None:
+    """The control is a gate on its own input: it must be right about everything."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    arguments = (
+        "trace",
+        model,
+        "-o",
+        tmp_path / "t",
+        "-f",
+        text,
+        "-c",
+        "128",
+        "-n",
+        "9",
+        "-t",
+        "1",
+    )
+    arguments = (*arguments, "--hardware", hardware, "--predictors")
+    found = call(*arguments, "--json").json
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for one in found["predictors"]:
+        by_name.setdefault(one["predictor"], []).append(one)
+    n = found["n_layers"]
+    assert {name: len(of_name) for name, of_name in by_name.items()} == {
+        "gate": n - 1,  # of the first layer nothing is known before it
+        "previous": n,
+        "popular": n,
+        "control": n,
+    }
+    assert all(one["slots"] == one["exact"] == 1.0 for one in by_name["control"])
+    for one in found["predictors"]:
+        assert 0 <= one["exact"] <= one["slots"] <= 1
+        assert one["n_tokens"] == found["n_tokens"] - (one["predictor"] in ("previous", "popular"))
+    shown = call(*arguments)
+    assert shown.status == 0 and "control" in shown.out and "100.0%" in shown.out
+
+
 @pytest.fixture(scope="module")
 def trace_file(hardware: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("trace")
