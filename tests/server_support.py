@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -42,7 +43,12 @@ class LiveServer:
         self.url = f"http://127.0.0.1:{self.port}"
         config = uvicorn.Config(app, log_level="warning", lifespan="on", **settings)
         self.server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self.server.run, args=([self._socket],))
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+
+    async def _run(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        await self.server.serve([self._socket])
 
     def __enter__(self) -> LiveServer:
         self._thread.start()

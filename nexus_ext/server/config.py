@@ -58,7 +58,7 @@ class ServerConfig(_Section):
     request_timeout_s: float = Field(default=3600, gt=0)
     body_timeout_s: float = Field(default=30, gt=0)
     send_timeout_s: float = Field(default=60, gt=0)
-    shutdown_s: float = Field(default=10, ge=0)
+    shutdown_s: int = Field(default=10, ge=1)
     log_prompts: bool = False
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from nexus_ext.server.errors import as_nexus_error
 from nexus_ext.server.http import ENVELOPES, Api
+
+_log = logging.getLogger("nexus_ext.server")
 
 # Errors show before the first token; after this long the stream begins without one, so that the
 # client hears that it is not forgotten (`: ping` comments follow).
@@ -93,6 +96,9 @@ class _Closing(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
+        except TimeoutError:
+            # Nothing can be told to a client that does not read. TCP gives it up (see `serving`).
+            _log.info("a client did not read its stream and was given up")
         finally:
             await self.source.close()
 

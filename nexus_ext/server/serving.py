@@ -1,0 +1,109 @@
+"""Running the application: sockets, signals, and an end within a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from sse_starlette.sse import AppStatus
+
+from nexus_ext.errors import UsageError
+from nexus_ext.multiplexer.api import Engine
+from nexus_ext.server.app import create_app
+from nexus_ext.server.config import Config
+from nexus_ext.store import Library
+
+_log = logging.getLogger("nexus_ext.server")
+_BACKLOG = 512
+
+
+def bind(host: str, port: int, send_timeout_s: float = 60) -> socket.socket:
+    """Return a listening socket. Raises UsageError when the address cannot be had.
+
+    The system drops connections whose client has taken nothing for `send_timeout_s` (Linux).
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        # With the protocol named: asyncio switches Nagle's algorithm off only then.
+        made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            milliseconds = max(1, round(send_timeout_s * 1000))
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+        made.bind(address)
+        made.listen(_BACKLOG)
+    except OSError as error:
+        raise UsageError(
+            f"{host}:{port} cannot be listened on: {error.strerror or error}",
+            hint="another server may have it: give --port, or stop that one",
+        ) from error
+    return made
+
+
+def url_of(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(
+    engine: Engine,
+    library: Library,
+    config: Config,
+    *,
+    ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT; running requests get `shutdown_s` to end. Closes the engine.
+
+    `ready` is called with the address once connections are taken.
+    """
+    server = config.server
+    with bind(server.host, server.port, server.send_timeout_s) as listening:
+        if server.host not in ("127.0.0.1", "::1", "localhost") and not server.api_keys:
+            _log.warning("everyone who reaches %s may ask: api_keys is empty", url_of(listening))
+        # Streams end with their requests, not with the first signal.
+        AppStatus.disable_automatic_graceful_drain()
+        settings = uvicorn.Config(
+            create_app(engine, library, config),
+            lifespan="on",
+            log_config=None,
+            access_log=False,  # ours says less of who asked and nothing of what
+            server_header=False,
+            timeout_graceful_shutdown=server.shutdown_s,
+        )
+        running = _Server(settings, lambda: ready(url_of(listening)))
+        asyncio.run(running.serve(sockets=[listening]))
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which tells when it takes connections."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """End at the first signal, and do not raise it again behind: the end was in good order."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
