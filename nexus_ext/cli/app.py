@@ -30,6 +30,15 @@ BROKEN_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
 # name -> ("module:command", one line of help), in the order in which help lists them.
 COMMANDS = {
     "run": ("nexus_ext.cli.run:run", "Run a model: one prompt, or a chat with -i."),
+    "serve": ("nexus_ext.cli.serve:serve", "Serve models over HTTP: OpenAI, Ollama."),
+    "pull": ("nexus_ext.cli.models:pull", "Download a model from Hugging Face."),
+    "create": ("nexus_ext.cli.models:create", "Give a model a name."),
+    "list": ("nexus_ext.cli.models:list_", "List models by name."),
+    "show": ("nexus_ext.cli.models:show", "Show what a name means."),
+    "cp": ("nexus_ext.cli.models:cp", "Give a model one more name."),
+    "rm": ("nexus_ext.cli.models:rm", "Remove a name."),
+    "ps": ("nexus_ext.cli.remote:ps", "List models that a server has loaded."),
+    "stop": ("nexus_ext.cli.remote:stop", "Put a model out of a server's memory."),
     "demo": ("nexus_ext.cli.demo:demo", "Run a small model in less memory than its weights."),
     "plan": ("nexus_ext.cli.plan:plan", "Show where every byte would go, and the speed."),
     "inspect": ("nexus_ext.cli.inspect:inspect", "Show what is in a model file."),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nexus_ext.cli import accounting
+from nexus_ext.cli.library import model_at
 from nexus_ext.cli.live import Live
 from nexus_ext.cli.options import PlanOptions, output_options, plan_options
 from nexus_ext.cli.output import Output
@@ -50,7 +51,7 @@ def run(
     choosing: SamplingOptions,
     output: Output,
 ) -> int:
-    """Run MODEL: answer PROMPT, or chat.
+    """Run MODEL, a file or a name (`nexus list`): answer PROMPT, or chat.
 
     PROMPT "-", or none when stdin is a pipe, is read from stdin. Without a prompt on a terminal a
     chat begins. The answer goes to stdout, everything else to stderr. Ctrl-C ends the answer.
@@ -58,6 +59,7 @@ def run(
     \b
     Examples:
       nexus run model.gguf --ram 4G "Once upon a time"
+      nexus run qwen3:8b "Name a city."
       nexus run model.gguf --ram 4G -n 200 --temp 0 - < prompt.txt
       nexus run model.gguf --ram 4G -i --system "You are brief."
       nexus run model.gguf --plan plan.json --json-schema '{"type": "object"}' "Name a city."
@@ -69,7 +71,14 @@ def run(
     if prompt == "-" or (prompt is None and not interactive):
         prompt = _stdin_prompt()
     live = Live(output)
-    with open_session(model, planning, plan_file, choosing.repeat_last_n, live) as session:
+    stored = model_at(model)
+    if stored is not None:
+        choosing = choosing.with_parameters(stored.parameters)
+        system = system if system is not None else stored.system
+    path = model if stored is None else stored.path
+    with open_session(path, planning, plan_file, choosing.repeat_last_n, live) as session:
+        if stored is not None and stored.template is not None:
+            session.use_template(stored.template)
         with_template = session.has_template if as_chat is None else as_chat
         if interactive:
             from nexus_ext.cli.chat import chat

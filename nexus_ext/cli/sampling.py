@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import secrets
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -15,6 +16,15 @@ from nexus_ext.errors import UsageError
 
 if TYPE_CHECKING:
     from nexus_ext.cli.session import Session
+
+
+# Names that stores have for our options.
+_STORED: Final = {
+    "temperature": "temp",
+    "mirostat": "mirostat_mode",
+    "num_predict": "n_predict",
+    "stop": "stops",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +39,19 @@ class SamplingOptions:
     grammar_file: str | None
     json_schema: str | None
     json_schema_file: str | None
+    given: frozenset[str] = frozenset()  # which options the command line has
+
+    def with_parameters(self, parameters: Mapping[str, object]) -> SamplingOptions:
+        """Return options in which a stored model's parameters stand for what was not given."""
+        mine = {_STORED.get(name, name): value for name, value in parameters.items()}
+        left = {name: value for name, value in mine.items() if name not in self.given}
+        sampling: Any = {name: left[name] for name in Sampling.__slots__ if name in left}
+        others: Any = {name: left[name] for name in ("repeat_last_n", "n_predict") if name in left}
+        if "seed" in left and isinstance(seed := left["seed"], int) and seed >= 0:
+            others["seed"] = seed % 2**32
+        if "stops" in left and isinstance(stops := left["stops"], list):
+            others["stops"] = tuple(stops)
+        return replace(self, sampling=replace(self.sampling, **sampling), **others)
 
     def grammar(self, session: Session) -> Any:
         """Return the grammar that was asked for, if one was."""
@@ -124,10 +147,14 @@ def sampling_options(function: Function) -> Function:
         sampling = Sampling(**{name: kwargs.pop(name) for name in Sampling.__slots__})
         if sampling.mirostat_mode > 2:
             raise UsageError(f"--mirostat is {sampling.mirostat_mode}, not 0, 1 or 2")
-        names = [n for n in SamplingOptions.__slots__ if n not in ("sampling", "seed")]
+        names = [n for n in SamplingOptions.__slots__ if n not in ("sampling", "seed", "given")]
+        context = click.get_current_context()
+        default = click.core.ParameterSource.DEFAULT
+        given = {n for n in context.params if context.get_parameter_source(n) is not default}
         choosing = SamplingOptions(
             sampling=sampling,
             seed=secrets.randbits(32) if seed < 0 else seed,
+            given=frozenset(given),
             **{name: kwargs.pop(name) for name in names},
         )
         return function(*args, choosing=choosing, **kwargs)

@@ -105,7 +105,18 @@ class Session:
     @property
     def has_template(self) -> bool:
         """Whether the model says itself how a chat is written."""
-        return "tokenizer.chat_template" in self.llm.metadata
+        return "tokenizer.chat_template" in self.llm.metadata or self.llm.chat_handler is not None
+
+    def use_template(self, template: str) -> None:
+        """Write chats with this Jinja template instead of the model's own."""
+        llm: Any = self.llm
+
+        def text(token: int) -> str:
+            return str(llm._model.token_get_text(token)) if token >= 0 else ""
+
+        formatter = sys.modules["llama_cpp.llama_chat_format"].Jinja2ChatFormatter
+        made = formatter(template, eos_token=text(llm.token_eos()), bos_token=text(llm.token_bos()))
+        llm.chat_handler = made.to_chat_handler()
 
     def complete(self, text: str) -> list[int]:
         """Return the tokens of a plain prompt."""

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -75,26 +75,30 @@ class EngineConfig(_Section):
     """[engine]: the budget and what a model gets of it unless it says otherwise."""
 
     ram: Bytes | None = None
-    weights: Bytes | None = None
-    n_ctx: int = Field(default=4096, ge=1)
-    n_batch: int = Field(default=512, ge=1)
+    budget: Bytes | None = None
+    n_ctx: int = Field(default=4096, ge=0)
     n_parallel: int = Field(default=4, ge=1)
+    n_batch: int = Field(default=512, ge=4)
     n_threads: int = Field(default=0, ge=0)
+    kv_type: Literal["f16", "f32", "bf16", "q8_0"] = "f16"
     max_queue: int = Field(default=64, ge=1)
     keep_alive_s: float = 300
-    sessions: str | None = None  # a folder for KV states of conversations that were put aside
-    sessions_ram: Bytes = 256 << 20
+    sessions: str | None = None
+    sessions_ram: Bytes | None = None
+    sessions_disk: Bytes = 0
     trace: bool = False
 
 
 class ModelConfig(_Section):
     """[model."NAME"]: what one model has of its own."""
 
-    n_ctx: int | None = Field(default=None, ge=1)
+    n_ctx: int | None = Field(default=None, ge=0)
+    n_parallel: int | None = Field(default=None, ge=1)
+    kv_type: Literal["f16", "f32", "bf16", "q8_0"] | None = None
     keep_alive_s: float | None = None
     pinned: bool = False
-    priority: int = 0
-    share: float | None = Field(default=None, gt=0, le=1)
+    priority: int = Field(default=0, ge=0)
+    share: Bytes = 0
 
 
 class Config(_Section):

@@ -54,7 +54,7 @@ def url_of(listening: socket.socket) -> str:
 
 
 def serve(
-    engine: Engine,
+    make_engine: Callable[[], Engine],
     library: Library,
     config: Config,
     *,
@@ -62,24 +62,34 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT; running requests get `shutdown_s` to end. Closes the engine.
 
-    `ready` is called with the address once connections are taken.
+    `make_engine` is called inside of the event loop, `ready` with the address once connections
+    are taken.
     """
     server = config.server
     with bind(server.host, server.port, server.send_timeout_s) as listening:
         if server.host not in ("127.0.0.1", "::1", "localhost") and not server.api_keys:
             _log.warning("everyone who reaches %s may ask: api_keys is empty", url_of(listening))
         # Streams end with their requests, not with the first signal.
-        AppStatus.disable_automatic_graceful_drain()
-        settings = uvicorn.Config(
-            create_app(engine, library, config),
-            lifespan="on",
-            log_config=None,
-            access_log=False,  # ours says less of who asked and nothing of what
-            server_header=False,
-            timeout_graceful_shutdown=server.shutdown_s,
-        )
-        running = _Server(settings, lambda: ready(url_of(listening)))
-        asyncio.run(running.serve(sockets=[listening]))
+        AppStatus.enable_automatic_graceful_drain = False
+        asyncio.run(_serve(make_engine, library, config, listening, ready))
+
+
+async def _serve(
+    make_engine: Callable[[], Engine],
+    library: Library,
+    config: Config,
+    listening: socket.socket,
+    ready: Callable[[str], None],
+) -> None:
+    settings = uvicorn.Config(
+        create_app(make_engine(), library, config),
+        lifespan="on",
+        log_config=None,
+        access_log=False,  # ours says less of who asked and nothing of what
+        server_header=False,
+        timeout_graceful_shutdown=config.server.shutdown_s,
+    )
+    await _Server(settings, lambda: ready(url_of(listening))).serve(sockets=[listening])
 
 
 class _Server(uvicorn.Server):

@@ -299,7 +299,7 @@ class Slow:
 engine.gate = Slow()
 library = library_with(Path({store!r}), Path({model!r}))
 config = Config(server=ServerConfig(port=0, shutdown_s={shutdown}))
-serve(engine, library, config, ready=lambda url: print(url, flush=True))
+serve(lambda: engine, library, config, ready=lambda url: print(url, flush=True))
 print("closed", engine.closed, engine.n_running, flush=True)
 """
 

@@ -17,7 +17,9 @@ def test_the_example_says_the_defaults_and_every_key(tmp_path: Path) -> None:
     (tmp_path / "nexus.toml").write_text(example())
     config = load_config(tmp_path / "nexus.toml", environment=NOTHING)
     assert config.model_copy(update={"model": {}}) == Config()
-    assert config.model["qwen3:8b"] == ModelConfig(n_ctx=16384, keep_alive_s=-1, share=0.5)
+    assert config.model["qwen3:8b"] == ModelConfig(
+        n_ctx=16384, n_parallel=2, kv_type="q8_0", keep_alive_s=-1, share=1 << 30
+    )
     for section, model in Config.model_fields.items():
         if section != "model":
             names = set(type(model.get_default()).model_fields)
@@ -63,7 +65,7 @@ def test_without_a_file_the_defaults_hold() -> None:
         ('[engine]\nram = "lots"', "lots"),
         ('server = "x"', "server"),
         ("[server", "no TOML"),
-        ("[model.x]\nshare = 2.0", "model.x.share"),
+        ("[model.x]\npriority = -1", "model.x.priority"),
     ],
 )
 def test_a_mistake_is_named(tmp_path: Path, text: str, word: str) -> None:
