@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 from nexus_ext.errors import UsageError
 from nexus_ext.hardware.memory import available_bytes
-from nexus_ext.multiplexer.api import Engine
+from nexus_ext.multiplexer.engine import Multiplexer
+from nexus_ext.multiplexer.settings import ModelSpec, Settings
 from nexus_ext.server.config import Config, ModelConfig
 from nexus_ext.store import Library
 
 _PART_OF_FREE = 0.8
 
 
-def _part(module: str, name: str) -> Any:
-    return getattr(importlib.import_module(f"nexus_ext.multiplexer.{module}"), name)
-
-
-def make_engine(library: Library, config: Config) -> Engine:
+def make_engine(library: Library, config: Config) -> Multiplexer:
     """Return the engine of a server. Called inside of the event loop that uses it."""
     engine = config.engine
-    settings = _part("settings", "Settings")(
+    settings = Settings(
         budget_bytes=budget_bytes(config),
         n_ctx=engine.n_ctx,
         n_parallel=engine.n_parallel,
@@ -35,12 +29,12 @@ def make_engine(library: Library, config: Config) -> Engine:
         session_directory=engine.sessions,
     )
 
-    def find(name: str) -> Any:
+    def find(name: str) -> ModelSpec:
         stored = library.find(name)
         full = str(stored.name)
         own = config.model.get(full) or config.model.get(name) or ModelConfig()
         asked = stored.parameters.get("num_ctx")
-        return _part("settings", "ModelSpec")(
+        return ModelSpec(
             name=full,
             path=stored.path,
             n_ctx=own.n_ctx if own.n_ctx is not None or not isinstance(asked, int) else asked,
@@ -52,8 +46,7 @@ def make_engine(library: Library, config: Config) -> Engine:
             priority=own.priority,
         )
 
-    made: Engine = _part("engine", "Multiplexer")(find, settings)
-    return made
+    return Multiplexer(find, settings)
 
 
 def budget_bytes(config: Config) -> int:
@@ -64,5 +57,5 @@ def budget_bytes(config: Config) -> int:
             raise UsageError("both ram and budget are given", hint="leave one of them out")
         return engine.budget
     if engine.ram is not None:
-        return int(_part("settings", "Settings").budget_of_ram(engine.ram))
-    return int(_part("settings", "Settings").budget_of_ram(int(available_bytes() * _PART_OF_FREE)))
+        return Settings.budget_of_ram(engine.ram)
+    return Settings.budget_of_ram(int(available_bytes() * _PART_OF_FREE))
