@@ -65,7 +65,18 @@ class Meter:
 )
 @click.option("--shard-size", "shard_nbytes", type=SIZE, metavar="SIZE", help="Size of NXF shards.")
 @click.option("--no-sha256", is_flag=True, help="Do not record the SHA-256 of the GGUF files.")
-@click.option("--threads", "n_threads", type=click.IntRange(min=1), help="Threads that encode.")
+@click.option(
+    "--type",
+    "type_name",
+    metavar="TYPE",
+    help="Type of the weights of a folder: auto, f32, f16, bf16, q8_0, q4_k_m, tq2_0, ...  "
+    "[default: auto, as they are stored]",
+)
+@click.option("--pre", metavar="NAME", help="llama.cpp's pre-tokenizer, if the folder is silent.")
+@click.option("--name", metavar="NAME", help="Name of the model.  [default: that of the folder]")
+@click.option(
+    "--threads", "n_threads", type=click.IntRange(min=1), help="Threads that encode or quantize."
+)
 @click.option("--force", "overwrite", is_flag=True, help="Overwrite what is at TARGET.")
 @click.option("--tensors", is_flag=True, help="Report every tensor.")
 @output_options
@@ -76,6 +87,9 @@ def convert(
     rules: tuple[str, ...],
     shard_nbytes: int | None,
     no_sha256: bool,
+    type_name: str | None,
+    pre: str | None,
+    name: str | None,
     n_threads: int | None,
     overwrite: bool,
     tensors: bool,
@@ -86,8 +100,12 @@ def convert(
     GGUF to NXF and back gives the same files, byte for byte. Of a split GGUF, name any part. A
     conversion to NXF that was stopped goes on where it was when it is started again.
 
+    A folder of the Hugging Face hub (config.json, safetensors, tokenizer) becomes either. Weights
+    keep the type in which most are stored, unless --type names another; llama.cpp quantizes.
+
     \b
     Examples:
+      nexus convert Qwen3-8B/ qwen3-8b.gguf --type q4_k_m
       nexus convert model.gguf model.nxf
       nexus convert model.gguf model.nxf --codec ans --rule "token_embd=raw"
       nexus convert model.nxf model.gguf
@@ -101,9 +119,17 @@ def convert(
         overwrite=overwrite,
     )
     kinds = (kind_of_source(source), kind_of_target(target))
+    if kinds[0] == "folder":
+        from nexus_ext.cli.convert_folder import convert_folder
+
+        convert_folder(source, target, type_name, pre, name, wishes, output, tensors=tensors)
+        return
+    for option, given in (("--type", type_name), ("--pre", pre), ("--name", name)):
+        if given is not None:
+            raise UsageError(f"{option} is for folders of the hub, {source} is a {kinds[0]} file")
     converter = CONVERTERS.get(kinds)
     if converter is None:
-        known = ", ".join(f"{a} to {b}" for a, b in CONVERTERS)
+        known = ", ".join(f"{a} to {b}" for a, b in (*CONVERTERS, ("folder", "gguf or nxf")))
         raise UsageError(
             f"there is no conversion of {source} ({kinds[0]}) to {target} ({kinds[1]})",
             hint=f"There are: {known}.",
@@ -147,7 +173,7 @@ def parse_rule(text: str) -> tuple[str, str]:
     return pattern, codec
 
 
-def _to_nxf(source: str, target: str, wishes: Wishes, meter: Meter) -> Report:
+def to_nxf(source: str, target: str, wishes: Wishes, meter: Meter) -> Report:
     from nexus_ext.formats.nxf_convert import gguf_to_nxf
     from nexus_ext.formats.nxf_layout import Rules
     from nexus_ext.formats.sources import open_source
@@ -185,8 +211,8 @@ def _to_gguf(source: str, target: str, wishes: Wishes, meter: Meter) -> Report:
 
 Converter = Callable[[str, str, Wishes, Meter], "Report"]
 CONVERTERS: dict[tuple[str, str], Converter] = {
-    ("gguf", "nxf"): _to_nxf,
-    ("nxf", "nxf"): _to_nxf,
+    ("gguf", "nxf"): to_nxf,
+    ("nxf", "nxf"): to_nxf,
     ("nxf", "gguf"): _to_gguf,
 }
 
