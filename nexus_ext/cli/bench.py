@@ -143,6 +143,25 @@ def show(result: Bench, output: Output) -> None:
             f"{format_bytes(bound.read_per_token_bytes)} per token / "
             f"{_rate(bound.disk_bytes_s)} = {bound.tok_s:.2f} tok/s; reached: {bound.fraction:.0%}"
         )
+    if result.shares:
+        output.heading("Overlap of reading and computing, of the median run")
+        output.table(
+            ("phase", ">reading s", ">computing s", ">took s", ">longer / took"),
+            [
+                (
+                    s.phase,
+                    *(f"{n:.2f}" for n in (s.read_s, s.compute_s, s.seconds)),
+                    f"{s.fraction:.0%}",
+                )
+                for s in result.shares
+            ],
+        )
+    if result.loading is not None:
+        loading = result.loading
+        output.line(
+            f"loading: {format_bytes(loading.nbytes)} became resident at {_rate(loading.bytes_s)}, "
+            f"{loading.fraction:.0%} of the disk"
+        )
     for text in result.notes:
         output.note(text)
 

@@ -66,6 +66,7 @@ class Phase:
     engine_read_bytes: int | None
     device_read_bytes: int | None  # the kernel's count, page cache hits left out
     wait_s: float | None
+    compute_s: float | None  # inside the delegate
 
     @property
     def tok_s(self) -> float:
@@ -80,6 +81,8 @@ class Run:
     died: str = ""
     cached_before_bytes: int | None = None  # of the model's files, in the page cache
     load_s: float = 0.0
+    loaded_bytes: int | None = None  # that became resident
+    loaded_s: float | None = None  # from the first to the last read of them
     prefill: Phase | None = None
     decode: Phase | None = None
     token_s: tuple[float, ...] = ()
@@ -124,6 +127,26 @@ class Bound:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """What part of a phase (the median run) its longer side took: 1.0 is perfect overlap."""
+
+    phase: str
+    read_s: float  # its bytes from the disk, at the disk's rate in this measurement
+    compute_s: float
+    seconds: float
+    fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How fast resident weights were read."""
+
+    nbytes: int
+    bytes_s: Spread
+    fraction: float  # of the disk's rate in this measurement
+
+
+@dataclass(frozen=True, slots=True)
 class Bench:
     """All that was measured, and what it comes to."""
 
@@ -141,6 +164,8 @@ class Bench:
     paged: Summary
     stock: Summary | None
     bound: Bound | None
+    shares: tuple[Share, ...]
+    loading: Loading | None
     decode_ratio: float | None  # paged / stock, of the medians
     prefill_ratio: float | None
     notes: tuple[str, ...]
@@ -232,6 +257,7 @@ def _run(job: Job, files: list[str], group: MemoryGroup | None) -> Run:
         if job.side == "paged":
             raise OutOfMemory(str(error), hint="give --ram less than --limit") from error
         return Run(job.side, died=str(error), cached_before_bytes=cached)
+    loaded = report["load"] or {}
     peak, source = report["peak_bytes"], "VmHWM, mapped files included"
     if group is not None and group.usage().peak_bytes is not None:
         peak, source = group.usage().peak_bytes, "cgroup, page cache included"
@@ -239,6 +265,8 @@ def _run(job: Job, files: list[str], group: MemoryGroup | None) -> Run:
         side=job.side,
         cached_before_bytes=cached,
         load_s=report["load_ns"] / 1e9,
+        loaded_bytes=loaded.get("bytes_loaded"),
+        loaded_s=loaded.get("load_s"),
         prefill=_phase(report["prefill"], len(report["prompt"])),
         decode=_phase(report["decode"], job.n_decode) if job.n_decode else None,
         token_s=tuple(ns / 1e9 for ns in report["token_ns"]),
@@ -256,6 +284,7 @@ def _phase(report: dict[str, Any], n_tokens: int) -> Phase:
         engine_read_bytes=stats["bytes_read"] if stats else None,
         device_read_bytes=report["device_read_bytes"],
         wait_s=stats["wait_s"] if stats else None,
+        compute_s=stats["compute_s"] if stats else None,
     )
 
 
@@ -287,6 +316,8 @@ def _result(
         paged=paged,
         stock=stock,
         bound=bound_of(paged, disk) if active else None,
+        shares=shares_of(runs, disk) if active else (),
+        loading=loading_of(runs, disk) if active else None,
         decode_ratio=_ratio(paged.decode_tok_s, stock.decode_tok_s if stock else None),
         prefill_ratio=_ratio(paged.prefill_tok_s, stock.prefill_tok_s if stock else None),
         notes=tuple(_notes(planned, runs, disk)),
@@ -331,6 +362,35 @@ def bound_of(summary: Summary, disk: tuple[DiskSample, ...]) -> Bound | None:
     rate = Spread.of([sample.bytes_s for sample in disk])
     tok_s = rate.median / read
     return Bound(read, rate, tok_s, summary.decode_tok_s.median / tok_s)
+
+
+def shares_of(runs: tuple[Run, ...], disk: tuple[DiskSample, ...]) -> tuple[Share, ...]:
+    """Return how well the paged runs overlapped reading with computing."""
+    rate = statistics.median(sample.bytes_s for sample in disk)
+    alive = [run for run in runs if run.side == "paged" and not run.died]
+    found = []
+    for name, phases in (
+        ("prefill", [run.prefill for run in alive]),
+        ("decode", [run.decode for run in alive]),
+    ):
+        known = [p for p in phases if p is not None and p.compute_s is not None]
+        if not known:
+            continue
+        phase = sorted(known, key=lambda p: p.seconds)[len(known) // 2]
+        read_s, compute_s = (disk_read(phase) or 0) / rate, phase.compute_s or 0.0
+        fraction = max(read_s, compute_s) / phase.seconds
+        found.append(Share(name, read_s, compute_s, phase.seconds, fraction))
+    return tuple(found)
+
+
+def loading_of(runs: tuple[Run, ...], disk: tuple[DiskSample, ...]) -> Loading | None:
+    """Return how fast the paged runs read what stays resident; None: nothing does."""
+    loads = [(run.loaded_bytes, run.loaded_s) for run in runs if run.loaded_bytes and run.loaded_s]
+    if not loads:
+        return None
+    speed = Spread.of([nbytes / seconds for nbytes, seconds in loads if nbytes and seconds])
+    rate = statistics.median(sample.bytes_s for sample in disk)
+    return Loading(loads[0][0] or 0, speed, speed.median / rate)
 
 
 def _ratio(a: Spread | None, b: Spread | None) -> float | None:

@@ -197,6 +197,9 @@ class _Run:
         self.load_ns = time.perf_counter_ns() - begin
         self.load_read_bytes = _since(read)
         self.handle: Any = getattr(self.llm, "nexus", None)
+        self.loaded = None
+        if self.handle is not None and self.handle.active:
+            self.loaded = asdict(self.handle.stats())
         self.n_vocab = int(self.llm.n_vocab())
         self.n_past = 0
 
@@ -330,6 +333,7 @@ def work(job: Job) -> dict[str, Any]:
         "chosen": chosen,  # greedily, after the prompt and after each token behind it
         "load_ns": run.load_ns,
         "load_read_bytes": run.load_read_bytes,
+        "load": run.loaded,
         "prefill": prefill_report,
         "decode": decode_report,
         "token_ns": token_ns,

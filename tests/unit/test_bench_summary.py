@@ -19,6 +19,8 @@ from nexus_ext.runtime.bench import (
     cached_bytes,
     context_for,
     drop_files,
+    loading_of,
+    shares_of,
     summarize,
 )
 
@@ -26,8 +28,10 @@ DISK = tuple(DiskSample(rate, direct=True) for rate in (900.0, 1000.0, 1600.0))
 
 
 def run(side: Side = "paged", *, seconds: float = 2.0, device: int | None = 4000) -> Run:
-    phase = Phase(seconds, 4, 4000 if side == "paged" else None, device, 0.5)
-    return Run(side, load_s=1.0, prefill=phase, decode=phase, peak_bytes=7, peak_source="test")
+    paged = side == "paged"
+    phase = Phase(seconds, 4, 4000 if paged else None, device, 0.5, 1.5 if paged else None)
+    loaded = {"loaded_bytes": 3000, "loaded_s": seconds} if paged else {}
+    return Run(side, load_s=1.0, **loaded, prefill=phase, decode=phase, peak_bytes=7)
 
 
 def test_rates_are_medians_with_their_spread() -> None:
@@ -50,6 +54,26 @@ def test_there_is_no_bound_of_the_disk_when_the_page_cache_served(device: int) -
 
 def test_the_engine_counts_where_the_kernel_does_not() -> None:
     assert summarize("paged", (run(device=None),)).read_per_token_bytes == 1000.0
+
+
+def test_the_longer_of_reading_and_computing_is_compared_with_what_a_phase_took() -> None:
+    runs = (run(seconds=8), run(seconds=5), run(seconds=2), run("stock", seconds=1))
+    for share in shares_of(runs, DISK):
+        assert (share.read_s, share.compute_s, share.seconds) == (4.0, 1.5, 5)
+        assert share.fraction == 0.8
+    computed = shares_of((run(seconds=2, device=1000),), DISK)
+    assert [(share.phase, share.fraction) for share in computed] == [
+        ("prefill", 0.75),
+        ("decode", 0.75),
+    ]
+    assert shares_of((run("stock"), Run("paged", died="gone")), DISK) == ()
+
+
+def test_loading_is_compared_with_the_disk() -> None:
+    loading = loading_of((run(seconds=2), run(seconds=4), run("stock")), DISK)
+    assert loading is not None and loading.nbytes == 3000
+    assert (loading.bytes_s.median, loading.fraction) == (1125.0, 1.125)
+    assert loading_of((run("stock"),), DISK) is None
 
 
 def test_a_killed_side_is_a_result() -> None:
