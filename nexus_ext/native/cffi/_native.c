@@ -1,4 +1,4 @@
-/* Written by build.py with cffi 2.1.1 from e195f07e96da2f2689283e53fb492807dbd10d6bd04f208b98725d4e3b97bf16. */
+/* Written by build.py with cffi 2.1.1 from 181a5c1c3228f10885c6fa78256ac2fc3b8a8b8a7e9beaefbd440ac28f5b99af. */
 #define _CFFI_
 
 /* We try to define Py_LIMITED_API before including Python.h.
@@ -586,6 +586,7 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 #include "nexus_predict.h"
 #include "nexus_membench.h"
 #include "nexus_codec.h"
+#include "nexus_imatrix.h"
 #include "nexus_residency.h"
 #include "nexus_kernels.h"
 #include "nexus_attach.h"
@@ -595,79 +596,79 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 /************************************************************/
 
 static void *_cffi_types[] = {
-/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 201), // FILE *()(nx_model *, int *)
-/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 287), // nx_model *
-/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 221), // int *
+/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 219), // FILE *()(nx_model *, int *)
+/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 310), // nx_model *
+/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 242), // int *
 /*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 265), // _Bool()(void *)
-/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 297), // void *
+/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 286), // _Bool()(void *)
+/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 320), // void *
 /*  6 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /*  7 */ _CFFI_OP(_CFFI_OP_FUNCTION, 44), // char const *()(nx_isa)
 /*  8 */ _CFFI_OP(_CFFI_OP_ENUM, 3), // nx_isa
 /*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION, 44), // char const *()(nx_model const *)
-/* 11 */ _CFFI_OP(_CFFI_OP_POINTER, 287), // nx_model const *
+/* 11 */ _CFFI_OP(_CFFI_OP_POINTER, 310), // nx_model const *
 /* 12 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION, 44), // char const *()(nx_status)
 /* 14 */ _CFFI_OP(_CFFI_OP_ENUM, 4), // nx_status
 /* 15 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 44), // char const *()(void)
 /* 17 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION, 221), // int()(nx_isa)
+/* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION, 242), // int()(nx_isa)
 /* 19 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
 /* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 21 */ _CFFI_OP(_CFFI_OP_FUNCTION, 221), // int()(nx_model *, uint64_t)
+/* 21 */ _CFFI_OP(_CFFI_OP_FUNCTION, 242), // int()(nx_model *, uint64_t)
 /* 22 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 23 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
 /* 24 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 25 */ _CFFI_OP(_CFFI_OP_FUNCTION, 221), // int()(nx_model const *, uint32_t)
+/* 25 */ _CFFI_OP(_CFFI_OP_FUNCTION, 242), // int()(nx_model const *, uint32_t)
 /* 26 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
 /* 27 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
 /* 28 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 29 */ _CFFI_OP(_CFFI_OP_FUNCTION, 221), // int()(void *)
+/* 29 */ _CFFI_OP(_CFFI_OP_FUNCTION, 242), // int()(void *)
 /* 30 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
 /* 31 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 32 */ _CFFI_OP(_CFFI_OP_FUNCTION, 221), // int()(void *, uint64_t, uint64_t)
+/* 32 */ _CFFI_OP(_CFFI_OP_FUNCTION, 242), // int()(void *, uint64_t, uint64_t)
 /* 33 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
 /* 34 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 35 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 36 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 37 */ _CFFI_OP(_CFFI_OP_FUNCTION, 221), // int()(void)
+/* 37 */ _CFFI_OP(_CFFI_OP_FUNCTION, 242), // int()(void)
 /* 38 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION, 80), // nx_ans_path()(void)
 /* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 41 */ _CFFI_OP(_CFFI_OP_FUNCTION, 8), // nx_isa()(void)
 /* 42 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 43 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_io_mode, nx_file * *)
-/* 44 */ _CFFI_OP(_CFFI_OP_POINTER, 266), // char const *
+/* 44 */ _CFFI_OP(_CFFI_OP_POINTER, 287), // char const *
 /* 45 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // nx_io_mode
-/* 46 */ _CFFI_OP(_CFFI_OP_POINTER, 210), // nx_file * *
+/* 46 */ _CFFI_OP(_CFFI_OP_POINTER, 228), // nx_file * *
 /* 47 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 48 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_probe_options const *, nx_probe_result *)
 /* 49 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
-/* 50 */ _CFFI_OP(_CFFI_OP_POINTER, 289), // nx_probe_options const *
-/* 51 */ _CFFI_OP(_CFFI_OP_POINTER, 290), // nx_probe_result *
+/* 50 */ _CFFI_OP(_CFFI_OP_POINTER, 312), // nx_probe_options const *
+/* 51 */ _CFFI_OP(_CFFI_OP_POINTER, 313), // nx_probe_result *
 /* 52 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 53 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, size_t, void const *, size_t, nx_model * *, nx_error *)
 /* 54 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
 /* 55 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
-/* 56 */ _CFFI_OP(_CFFI_OP_POINTER, 297), // void const *
+/* 56 */ _CFFI_OP(_CFFI_OP_POINTER, 320), // void const *
 /* 57 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 58 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // nx_model * *
-/* 59 */ _CFFI_OP(_CFFI_OP_POINTER, 280), // nx_error *
+/* 59 */ _CFFI_OP(_CFFI_OP_POINTER, 302), // nx_error *
 /* 60 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 61 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(float const *, size_t, uint32_t, uint32_t, uint32_t, uint32_t, uint8_t *, float *)
-/* 62 */ _CFFI_OP(_CFFI_OP_POINTER, 155), // float const *
+/* 62 */ _CFFI_OP(_CFFI_OP_POINTER, 170), // float const *
 /* 63 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 64 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 65 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 66 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 67 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 68 */ _CFFI_OP(_CFFI_OP_POINTER, 294), // uint8_t *
-/* 69 */ _CFFI_OP(_CFFI_OP_POINTER, 155), // float *
+/* 68 */ _CFFI_OP(_CFFI_OP_POINTER, 317), // uint8_t *
+/* 69 */ _CFFI_OP(_CFFI_OP_POINTER, 170), // float *
 /* 70 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 71 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ans_layout const *, void const *, size_t, void *, size_t, size_t *)
-/* 72 */ _CFFI_OP(_CFFI_OP_POINTER, 278), // nx_ans_layout const *
+/* 72 */ _CFFI_OP(_CFFI_OP_POINTER, 300), // nx_ans_layout const *
 /* 73 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
 /* 74 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 75 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
@@ -681,218 +682,241 @@ static void *_cffi_types[] = {
 /* 83 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
 /* 84 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 85 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 86 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_isa)
-/* 87 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
+/* 86 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix * *)
+/* 87 */ _CFFI_OP(_CFFI_OP_POINTER, 235), // nx_imatrix * *
 /* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 89 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_membench_options const *, nx_membench_result *)
-/* 90 */ _CFFI_OP(_CFFI_OP_POINTER, 285), // nx_membench_options const *
-/* 91 */ _CFFI_OP(_CFFI_OP_POINTER, 286), // nx_membench_result *
-/* 92 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 93 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *)
-/* 94 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 95 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
-/* 96 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 97 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, uint32_t)
-/* 98 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 99 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
-/* 100 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 101 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 102 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, void const *, uint64_t, float const *, uint64_t, uint32_t, nx_error *)
-/* 103 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 104 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
-/* 105 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
-/* 106 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 107 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
-/* 108 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 109 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 110 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
+/* 89 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix const *)
+/* 90 */ _CFFI_OP(_CFFI_OP_POINTER, 307), // nx_imatrix const *
+/* 91 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 92 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix const *, size_t, char *, uint32_t *, uint32_t *, double const * *, uint64_t const * *)
+/* 93 */ _CFFI_OP(_CFFI_OP_NOOP, 90),
+/* 94 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 95 */ _CFFI_OP(_CFFI_OP_POINTER, 287), // char *
+/* 96 */ _CFFI_OP(_CFFI_OP_POINTER, 27), // uint32_t *
+/* 97 */ _CFFI_OP(_CFFI_OP_NOOP, 96),
+/* 98 */ _CFFI_OP(_CFFI_OP_POINTER, 296), // double const * *
+/* 99 */ _CFFI_OP(_CFFI_OP_POINTER, 264), // uint64_t const * *
+/* 100 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 101 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_isa)
+/* 102 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
+/* 103 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 104 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_membench_options const *, nx_membench_result *)
+/* 105 */ _CFFI_OP(_CFFI_OP_POINTER, 308), // nx_membench_options const *
+/* 106 */ _CFFI_OP(_CFFI_OP_POINTER, 309), // nx_membench_result *
+/* 107 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 108 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *)
+/* 109 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 110 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
 /* 111 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 112 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, int(*)(void *, uint64_t, uint64_t), void *)
+/* 112 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, uint32_t)
 /* 113 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 114 */ _CFFI_OP(_CFFI_OP_POINTER, 32), // int(*)(void *, uint64_t, uint64_t)
-/* 115 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 114 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
+/* 115 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 116 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 117 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nx_fault const *)
+/* 117 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, void const *, uint64_t, float const *, uint64_t, uint32_t, nx_error *)
 /* 118 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 119 */ _CFFI_OP(_CFFI_OP_POINTER, 282), // nx_fault const *
-/* 120 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 121 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, int(*)(void *), void *, uint64_t *)
-/* 122 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 123 */ _CFFI_OP(_CFFI_OP_POINTER, 27), // uint32_t const *
-/* 124 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 125 */ _CFFI_OP(_CFFI_OP_POINTER, 29), // int(*)(void *)
-/* 126 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 127 */ _CFFI_OP(_CFFI_OP_POINTER, 23), // uint64_t *
-/* 128 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 129 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, uint64_t *)
-/* 130 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 131 */ _CFFI_OP(_CFFI_OP_NOOP, 123),
-/* 132 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 133 */ _CFFI_OP(_CFFI_OP_NOOP, 127),
-/* 134 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 135 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t, uint32_t)
-/* 136 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 137 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 138 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 139 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 140 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
-/* 141 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 142 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 143 */ _CFFI_OP(_CFFI_OP_POINTER, 284), // nx_file_info *
-/* 144 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 145 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(void const *, size_t, void *, size_t)
-/* 146 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
+/* 119 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
+/* 120 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
+/* 121 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 122 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
+/* 123 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 124 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 125 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
+/* 126 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 127 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, int(*)(void *, uint64_t, uint64_t), void *)
+/* 128 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 129 */ _CFFI_OP(_CFFI_OP_POINTER, 32), // int(*)(void *, uint64_t, uint64_t)
+/* 130 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 131 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 132 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nx_fault const *)
+/* 133 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 134 */ _CFFI_OP(_CFFI_OP_POINTER, 304), // nx_fault const *
+/* 135 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 136 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, int(*)(void *), void *, uint64_t *)
+/* 137 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 138 */ _CFFI_OP(_CFFI_OP_POINTER, 27), // uint32_t const *
+/* 139 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 140 */ _CFFI_OP(_CFFI_OP_POINTER, 29), // int(*)(void *)
+/* 141 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 142 */ _CFFI_OP(_CFFI_OP_POINTER, 23), // uint64_t *
+/* 143 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 144 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, uint64_t *)
+/* 145 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 146 */ _CFFI_OP(_CFFI_OP_NOOP, 138),
 /* 147 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 148 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 149 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 150 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 151 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(float const *, uint32_t, uint32_t, float, float, uint32_t *)
-/* 152 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
+/* 148 */ _CFFI_OP(_CFFI_OP_NOOP, 142),
+/* 149 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 150 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t, uint32_t)
+/* 151 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 152 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 153 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 154 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 155 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13), // float
-/* 156 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13),
-/* 157 */ _CFFI_OP(_CFFI_OP_POINTER, 27), // uint32_t *
-/* 158 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 159 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(float const *, uint32_t, uint32_t, uint32_t *)
-/* 160 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
-/* 161 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 162 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 163 */ _CFFI_OP(_CFFI_OP_NOOP, 157),
-/* 164 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 165 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(nx_model *, int32_t *, size_t)
-/* 166 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 167 */ _CFFI_OP(_CFFI_OP_POINTER, 276), // int32_t *
-/* 168 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 169 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 170 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(nx_model *, nx_event *, size_t)
-/* 171 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 172 */ _CFFI_OP(_CFFI_OP_POINTER, 281), // nx_event *
-/* 173 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 174 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 175 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(size_t)
-/* 176 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 177 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 178 */ _CFFI_OP(_CFFI_OP_FUNCTION, 27), // uint32_t()(nx_model const *)
-/* 179 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 180 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 181 */ _CFFI_OP(_CFFI_OP_FUNCTION, 27), // uint32_t()(nx_model const *, uint32_t, uint32_t *)
-/* 182 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 183 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 184 */ _CFFI_OP(_CFFI_OP_NOOP, 157),
-/* 185 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 186 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *)
-/* 187 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 188 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 189 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *, uint32_t)
-/* 190 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 191 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 154 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 155 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
+/* 156 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 157 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 158 */ _CFFI_OP(_CFFI_OP_POINTER, 306), // nx_file_info *
+/* 159 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 160 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(void const *, size_t, void *, size_t)
+/* 161 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
+/* 162 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 163 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 164 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 165 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 166 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(float const *, uint32_t, uint32_t, float, float, uint32_t *)
+/* 167 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
+/* 168 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 169 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 170 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13), // float
+/* 171 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13),
+/* 172 */ _CFFI_OP(_CFFI_OP_NOOP, 96),
+/* 173 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 174 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(float const *, uint32_t, uint32_t, uint32_t *)
+/* 175 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
+/* 176 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 177 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 178 */ _CFFI_OP(_CFFI_OP_NOOP, 96),
+/* 179 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 180 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(nx_imatrix const *)
+/* 181 */ _CFFI_OP(_CFFI_OP_NOOP, 90),
+/* 182 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 183 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(nx_model *, int32_t *, size_t)
+/* 184 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 185 */ _CFFI_OP(_CFFI_OP_POINTER, 298), // int32_t *
+/* 186 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 187 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 188 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(nx_model *, nx_event *, size_t)
+/* 189 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 190 */ _CFFI_OP(_CFFI_OP_POINTER, 303), // nx_event *
+/* 191 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 192 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 193 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(uint32_t)
-/* 194 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 193 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(size_t)
+/* 194 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 195 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 196 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(void const *, size_t)
-/* 197 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
-/* 198 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 199 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 200 */ _CFFI_OP(_CFFI_OP_FUNCTION, 297), // void()(FILE *)
-/* 201 */ _CFFI_OP(_CFFI_OP_POINTER, 264), // FILE *
-/* 202 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 203 */ _CFFI_OP(_CFFI_OP_FUNCTION, 297), // void()(float const *, uint32_t const *, size_t, float *)
-/* 204 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
-/* 205 */ _CFFI_OP(_CFFI_OP_NOOP, 123),
-/* 206 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 207 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
-/* 208 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 209 */ _CFFI_OP(_CFFI_OP_FUNCTION, 297), // void()(nx_file *)
-/* 210 */ _CFFI_OP(_CFFI_OP_POINTER, 283), // nx_file *
-/* 211 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 212 */ _CFFI_OP(_CFFI_OP_FUNCTION, 297), // void()(nx_file const *, nx_file_info *)
-/* 213 */ _CFFI_OP(_CFFI_OP_POINTER, 283), // nx_file const *
-/* 214 */ _CFFI_OP(_CFFI_OP_NOOP, 143),
-/* 215 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 216 */ _CFFI_OP(_CFFI_OP_FUNCTION, 297), // void()(nx_model *)
-/* 217 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 218 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 219 */ _CFFI_OP(_CFFI_OP_FUNCTION, 297), // void()(nx_model *, int)
-/* 220 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 221 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
-/* 222 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 223 */ _CFFI_OP(_CFFI_OP_FUNCTION, 297), // void()(nx_model *, nx_error *)
-/* 224 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 225 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
+/* 196 */ _CFFI_OP(_CFFI_OP_FUNCTION, 27), // uint32_t()(nx_model const *)
+/* 197 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 198 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 199 */ _CFFI_OP(_CFFI_OP_FUNCTION, 27), // uint32_t()(nx_model const *, uint32_t, uint32_t *)
+/* 200 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 201 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 202 */ _CFFI_OP(_CFFI_OP_NOOP, 96),
+/* 203 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 204 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *)
+/* 205 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 206 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 207 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *, uint32_t)
+/* 208 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 209 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 210 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 211 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(uint32_t)
+/* 212 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 213 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 214 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(void const *, size_t)
+/* 215 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
+/* 216 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 217 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 218 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(FILE *)
+/* 219 */ _CFFI_OP(_CFFI_OP_POINTER, 285), // FILE *
+/* 220 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 221 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(float const *, uint32_t const *, size_t, float *)
+/* 222 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
+/* 223 */ _CFFI_OP(_CFFI_OP_NOOP, 138),
+/* 224 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 225 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
 /* 226 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 227 */ _CFFI_OP(_CFFI_OP_FUNCTION, 297), // void()(nx_model *, nx_prediction *)
-/* 228 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 229 */ _CFFI_OP(_CFFI_OP_POINTER, 288), // nx_prediction *
-/* 230 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 231 */ _CFFI_OP(_CFFI_OP_FUNCTION, 297), // void()(nx_model *, nx_stats *)
-/* 232 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 233 */ _CFFI_OP(_CFFI_OP_POINTER, 292), // nx_stats *
-/* 234 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 235 */ _CFFI_OP(_CFFI_OP_FUNCTION, 297), // void()(nx_model *, uint32_t, uint64_t *)
-/* 236 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 237 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 238 */ _CFFI_OP(_CFFI_OP_NOOP, 127),
+/* 227 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(nx_file *)
+/* 228 */ _CFFI_OP(_CFFI_OP_POINTER, 305), // nx_file *
+/* 229 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 230 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(nx_file const *, nx_file_info *)
+/* 231 */ _CFFI_OP(_CFFI_OP_POINTER, 305), // nx_file const *
+/* 232 */ _CFFI_OP(_CFFI_OP_NOOP, 158),
+/* 233 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 234 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(nx_imatrix *)
+/* 235 */ _CFFI_OP(_CFFI_OP_POINTER, 307), // nx_imatrix *
+/* 236 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 237 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(nx_model *)
+/* 238 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 239 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 240 */ _CFFI_OP(_CFFI_OP_FUNCTION, 297), // void()(nx_model *, uint32_t, uint64_t const *)
+/* 240 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(nx_model *, int)
 /* 241 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 242 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 243 */ _CFFI_OP(_CFFI_OP_POINTER, 23), // uint64_t const *
-/* 244 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 245 */ _CFFI_OP(_CFFI_OP_FUNCTION, 297), // void()(nx_residual_matrix const *, uint32_t const *, float const *, size_t, uint32_t, uint32_t, float *, float *)
-/* 246 */ _CFFI_OP(_CFFI_OP_POINTER, 291), // nx_residual_matrix const *
-/* 247 */ _CFFI_OP(_CFFI_OP_NOOP, 123),
-/* 248 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
-/* 249 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 250 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 251 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 252 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
-/* 253 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
-/* 254 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 255 */ _CFFI_OP(_CFFI_OP_FUNCTION, 297), // void()(nx_residual_matrix const *, uint32_t, uint32_t, float *, size_t)
-/* 256 */ _CFFI_OP(_CFFI_OP_NOOP, 246),
-/* 257 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 242 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
+/* 243 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 244 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(nx_model *, nx_error *)
+/* 245 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 246 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
+/* 247 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 248 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(nx_model *, nx_prediction *)
+/* 249 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 250 */ _CFFI_OP(_CFFI_OP_POINTER, 311), // nx_prediction *
+/* 251 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 252 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(nx_model *, nx_stats *)
+/* 253 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 254 */ _CFFI_OP(_CFFI_OP_POINTER, 315), // nx_stats *
+/* 255 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 256 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(nx_model *, uint32_t, uint64_t *)
+/* 257 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 258 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 259 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
-/* 260 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 261 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 262 */ _CFFI_OP(_CFFI_OP_FUNCTION, 297), // void()(void)
-/* 263 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 264 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // FILE
-/* 265 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
-/* 266 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
-/* 267 */ _CFFI_OP(_CFFI_OP_ARRAY, 266), // char[128]
-/* 268 */ (_cffi_opcode_t)(128),
-/* 269 */ _CFFI_OP(_CFFI_OP_ARRAY, 266), // char[256]
-/* 270 */ (_cffi_opcode_t)(256),
-/* 271 */ _CFFI_OP(_CFFI_OP_ARRAY, 266), // char[512]
-/* 272 */ (_cffi_opcode_t)(512),
-/* 273 */ _CFFI_OP(_CFFI_OP_ARRAY, 266), // char[96]
-/* 274 */ (_cffi_opcode_t)(96),
-/* 275 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
-/* 276 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
-/* 277 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
-/* 278 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_ans_layout
-/* 279 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_control_state
-/* 280 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_error
-/* 281 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_event
-/* 282 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_fault
-/* 283 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // nx_file
-/* 284 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_file_info
-/* 285 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_options
-/* 286 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_membench_result
-/* 287 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 14), // nx_model
-/* 288 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_prediction
-/* 289 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_probe_options
-/* 290 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // nx_probe_result
-/* 291 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_residual_matrix
-/* 292 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // nx_stats
-/* 293 */ _CFFI_OP(_CFFI_OP_POINTER, 294), // uint8_t const *
-/* 294 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
-/* 295 */ _CFFI_OP(_CFFI_OP_ARRAY, 294), // uint8_t[16]
-/* 296 */ (_cffi_opcode_t)(16),
-/* 297 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
+/* 259 */ _CFFI_OP(_CFFI_OP_NOOP, 142),
+/* 260 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 261 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(nx_model *, uint32_t, uint64_t const *)
+/* 262 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 263 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 264 */ _CFFI_OP(_CFFI_OP_POINTER, 23), // uint64_t const *
+/* 265 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 266 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(nx_residual_matrix const *, uint32_t const *, float const *, size_t, uint32_t, uint32_t, float *, float *)
+/* 267 */ _CFFI_OP(_CFFI_OP_POINTER, 314), // nx_residual_matrix const *
+/* 268 */ _CFFI_OP(_CFFI_OP_NOOP, 138),
+/* 269 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
+/* 270 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 271 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 272 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 273 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
+/* 274 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
+/* 275 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 276 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(nx_residual_matrix const *, uint32_t, uint32_t, float *, size_t)
+/* 277 */ _CFFI_OP(_CFFI_OP_NOOP, 267),
+/* 278 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 279 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 280 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
+/* 281 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 282 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 283 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(void)
+/* 284 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 285 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // FILE
+/* 286 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
+/* 287 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/* 288 */ _CFFI_OP(_CFFI_OP_ARRAY, 287), // char[128]
+/* 289 */ (_cffi_opcode_t)(128),
+/* 290 */ _CFFI_OP(_CFFI_OP_ARRAY, 287), // char[256]
+/* 291 */ (_cffi_opcode_t)(256),
+/* 292 */ _CFFI_OP(_CFFI_OP_ARRAY, 287), // char[512]
+/* 293 */ (_cffi_opcode_t)(512),
+/* 294 */ _CFFI_OP(_CFFI_OP_ARRAY, 287), // char[96]
+/* 295 */ (_cffi_opcode_t)(96),
+/* 296 */ _CFFI_OP(_CFFI_OP_POINTER, 297), // double const *
+/* 297 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
+/* 298 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
+/* 299 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
+/* 300 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_ans_layout
+/* 301 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_control_state
+/* 302 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_error
+/* 303 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_event
+/* 304 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_fault
+/* 305 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // nx_file
+/* 306 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_file_info
+/* 307 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 14), // nx_imatrix
+/* 308 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_options
+/* 309 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_membench_result
+/* 310 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 15), // nx_model
+/* 311 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_prediction
+/* 312 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_probe_options
+/* 313 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // nx_probe_result
+/* 314 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_residual_matrix
+/* 315 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // nx_stats
+/* 316 */ _CFFI_OP(_CFFI_OP_POINTER, 317), // uint8_t const *
+/* 317 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
+/* 318 */ _CFFI_OP(_CFFI_OP_ARRAY, 317), // uint8_t[16]
+/* 319 */ (_cffi_opcode_t)(16),
+/* 320 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
 
 _CFFI_UNUSED_FN
@@ -1716,10 +1740,10 @@ _cffi_f_nx_demote(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(123), arg1, (char **)&x1);
+      _cffi_type(138), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(123), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(138), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1729,10 +1753,10 @@ _cffi_f_nx_demote(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(127), arg3, (char **)&x3);
+      _cffi_type(142), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(127), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(142), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1861,10 +1885,10 @@ _cffi_f_nx_file_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(210), arg0, (char **)&x0);
+      _cffi_type(228), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(210), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(228), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1903,19 +1927,19 @@ _cffi_f_nx_file_get_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(213), arg0, (char **)&x0);
+      _cffi_type(231), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(213), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(231), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(143), arg1, (char **)&x1);
+      _cffi_type(158), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_file_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(143), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(158), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2105,10 +2129,10 @@ _cffi_f_nx_group_experts(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(157), arg2, (char **)&x2);
+      _cffi_type(96), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(157), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(96), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2228,6 +2252,259 @@ _cffi_f_nx_group_slot_bytes(PyObject *self, PyObject *args)
 }
 #else
 #  define _cffi_f_nx_group_slot_bytes _cffi_d_nx_group_slot_bytes
+#endif
+
+static nx_status _cffi_d_nx_imatrix_at(nx_imatrix const * x0, size_t x1, char * x2, uint32_t * x3, uint32_t * x4, double const * * x5, uint64_t const * * x6)
+{
+  return nx_imatrix_at(x0, x1, x2, x3, x4, x5, x6);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_imatrix_at(PyObject *self, PyObject *args)
+{
+  nx_imatrix const * x0;
+  size_t x1;
+  char * x2;
+  uint32_t * x3;
+  uint32_t * x4;
+  double const * * x5;
+  uint64_t const * * x6;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+  PyObject *arg4;
+  PyObject *arg5;
+  PyObject *arg6;
+
+  if (!PyArg_UnpackTuple(args, "nx_imatrix_at", 7, 7, &arg0, &arg1, &arg2, &arg3, &arg4, &arg5, &arg6))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(90), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_imatrix const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(90), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, size_t);
+  if (x1 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(95), arg2, (char **)&x2);
+  if (datasize != 0) {
+    x2 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(95), arg2, (char **)&x2,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(96), arg3, (char **)&x3);
+  if (datasize != 0) {
+    x3 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(96), arg3, (char **)&x3,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(96), arg4, (char **)&x4);
+  if (datasize != 0) {
+    x4 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(96), arg4, (char **)&x4,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(98), arg5, (char **)&x5);
+  if (datasize != 0) {
+    x5 = ((size_t)datasize) <= 640 ? (double const * *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(98), arg5, (char **)&x5,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(99), arg6, (char **)&x6);
+  if (datasize != 0) {
+    x6 = ((size_t)datasize) <= 640 ? (uint64_t const * *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(99), arg6, (char **)&x6,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_imatrix_at(x0, x1, x2, x3, x4, x5, x6); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_imatrix_at _cffi_d_nx_imatrix_at
+#endif
+
+static size_t _cffi_d_nx_imatrix_count(nx_imatrix const * x0)
+{
+  return nx_imatrix_count(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_imatrix_count(PyObject *self, PyObject *arg0)
+{
+  nx_imatrix const * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  size_t result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(90), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_imatrix const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(90), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_imatrix_count(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, size_t);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_imatrix_count _cffi_d_nx_imatrix_count
+#endif
+
+static nx_status _cffi_d_nx_imatrix_create(nx_imatrix * * x0)
+{
+  return nx_imatrix_create(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_imatrix_create(PyObject *self, PyObject *arg0)
+{
+  nx_imatrix * * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(87), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_imatrix * *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(87), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_imatrix_create(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_imatrix_create _cffi_d_nx_imatrix_create
+#endif
+
+static void _cffi_d_nx_imatrix_free(nx_imatrix * x0)
+{
+  nx_imatrix_free(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_imatrix_free(PyObject *self, PyObject *arg0)
+{
+  nx_imatrix * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(235), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_imatrix *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(235), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_imatrix_free(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_imatrix_free _cffi_d_nx_imatrix_free
+#endif
+
+static nx_status _cffi_d_nx_imatrix_status(nx_imatrix const * x0)
+{
+  return nx_imatrix_status(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_imatrix_status(PyObject *self, PyObject *arg0)
+{
+  nx_imatrix const * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(90), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_imatrix const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(90), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_imatrix_status(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_imatrix_status _cffi_d_nx_imatrix_status
 #endif
 
 static void _cffi_d_nx_interrupt_arm(void)
@@ -2626,19 +2903,19 @@ _cffi_f_nx_membench_read(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(90), arg0, (char **)&x0);
+      _cffi_type(105), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_membench_options const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(90), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(105), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(91), arg1, (char **)&x1);
+      _cffi_type(106), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_membench_result *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(91), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(106), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3027,10 +3304,10 @@ _cffi_f_nx_model_events(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(172), arg1, (char **)&x1);
+      _cffi_type(190), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_event *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(172), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(190), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3090,10 +3367,10 @@ _cffi_f_nx_model_file_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(143), arg2, (char **)&x2);
+      _cffi_type(158), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_file_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(143), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(158), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3144,7 +3421,7 @@ _cffi_f_nx_model_finish_load(PyObject *self, PyObject *args)
       return NULL;
   }
 
-  x1 = (int(*)(void *, uint64_t, uint64_t))_cffi_to_c_pointer(arg1, _cffi_type(114));
+  x1 = (int(*)(void *, uint64_t, uint64_t))_cffi_to_c_pointer(arg1, _cffi_type(129));
   if (x1 == (int(*)(void *, uint64_t, uint64_t))NULL && PyErr_Occurred())
     return NULL;
 
@@ -3200,10 +3477,10 @@ _cffi_f_nx_model_get_stats(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(233), arg1, (char **)&x1);
+      _cffi_type(254), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_stats *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(233), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(254), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3253,10 +3530,10 @@ _cffi_f_nx_model_inject(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(119), arg1, (char **)&x1);
+      _cffi_type(134), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_fault const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(119), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(134), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3625,7 +3902,7 @@ _cffi_f_nx_model_stream(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(201));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(219));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -3646,10 +3923,10 @@ _cffi_f_nx_model_stream_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(201), arg0, (char **)&x0);
+      _cffi_type(219), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (FILE *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(201), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(219), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3749,10 +4026,10 @@ _cffi_f_nx_popularity_get(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(127), arg2, (char **)&x2);
+      _cffi_type(142), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(127), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(142), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3806,10 +4083,10 @@ _cffi_f_nx_popularity_set(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(243), arg2, (char **)&x2);
+      _cffi_type(264), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (uint64_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(243), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(264), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3857,10 +4134,10 @@ _cffi_f_nx_predict_get(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(229), arg1, (char **)&x1);
+      _cffi_type(250), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_prediction *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(229), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(250), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3971,10 +4248,10 @@ _cffi_f_nx_promote(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(123), arg1, (char **)&x1);
+      _cffi_type(138), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(123), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(138), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3983,7 +4260,7 @@ _cffi_f_nx_promote(PyObject *self, PyObject *args)
   if (x2 == (size_t)-1 && PyErr_Occurred())
     return NULL;
 
-  x3 = (int(*)(void *))_cffi_to_c_pointer(arg3, _cffi_type(125));
+  x3 = (int(*)(void *))_cffi_to_c_pointer(arg3, _cffi_type(140));
   if (x3 == (int(*)(void *))NULL && PyErr_Occurred())
     return NULL;
 
@@ -3997,10 +4274,10 @@ _cffi_f_nx_promote(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(127), arg5, (char **)&x5);
+      _cffi_type(142), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(127), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(142), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4089,19 +4366,19 @@ _cffi_f_nx_residual_add(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(246), arg0, (char **)&x0);
+      _cffi_type(267), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_residual_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(246), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(267), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(123), arg1, (char **)&x1);
+      _cffi_type(138), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(123), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(138), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4185,10 +4462,10 @@ _cffi_f_nx_residual_decode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(246), arg0, (char **)&x0);
+      _cffi_type(267), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_residual_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(246), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(267), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4355,10 +4632,10 @@ _cffi_f_nx_residual_products(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(123), arg1, (char **)&x1);
+      _cffi_type(138), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(123), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(138), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4463,10 +4740,10 @@ _cffi_f_nx_residual_select(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(157), arg3, (char **)&x3);
+      _cffi_type(96), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(157), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(96), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4540,10 +4817,10 @@ _cffi_f_nx_residual_select_buckets(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(157), arg5, (char **)&x5);
+      _cffi_type(96), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(157), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(96), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4679,10 +4956,10 @@ _cffi_f_nx_routing_take(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(167), arg1, (char **)&x1);
+      _cffi_type(185), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (int32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(167), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(185), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4893,6 +5170,13 @@ static int _cffi_const_NX_FAULT_SHORT(unsigned long long *o)
   return n;
 }
 
+static int _cffi_const_NX_IMATRIX_NAME(unsigned long long *o)
+{
+  int n = (NX_IMATRIX_NAME) <= 0;
+  *o = (unsigned long long)((NX_IMATRIX_NAME) | 0);  /* check that NX_IMATRIX_NAME is an integer */
+  return n;
+}
+
 static int _cffi_const_NX_IO_ENGINE_URING(unsigned long long *o)
 {
   int n = (NX_IO_ENGINE_URING) <= 0;
@@ -4941,6 +5225,7 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "NX_FAULT_EIO", (void *)_cffi_const_NX_FAULT_EIO, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "NX_FAULT_EOF", (void *)_cffi_const_NX_FAULT_EOF, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "NX_FAULT_SHORT", (void *)_cffi_const_NX_FAULT_SHORT, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "NX_IMATRIX_NAME", (void *)_cffi_const_NX_IMATRIX_NAME, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "NX_IO_BUFFERED", (void *)_cffi_const_NX_IO_BUFFERED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_IO_DIRECT", (void *)_cffi_const_NX_IO_DIRECT, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_IO_ENGINE_URING", (void *)_cffi_const_NX_IO_ENGINE_URING, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
@@ -4952,101 +5237,106 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "NX_OK", (void *)_cffi_const_NX_OK, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_RESIDUAL_LINE", (void *)_cffi_const_NX_RESIDUAL_LINE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "nx_ans_best", (void *)_cffi_f_nx_ans_best, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 39), (void *)_cffi_d_nx_ans_best },
-  { "nx_ans_bound", (void *)_cffi_f_nx_ans_bound, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 175), (void *)_cffi_d_nx_ans_bound },
-  { "nx_ans_decode", (void *)_cffi_f_nx_ans_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 145), (void *)_cffi_d_nx_ans_decode },
+  { "nx_ans_bound", (void *)_cffi_f_nx_ans_bound, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 193), (void *)_cffi_d_nx_ans_bound },
+  { "nx_ans_decode", (void *)_cffi_f_nx_ans_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 160), (void *)_cffi_d_nx_ans_decode },
   { "nx_ans_decode_by", (void *)_cffi_f_nx_ans_decode_by, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 79), (void *)_cffi_d_nx_ans_decode_by },
   { "nx_ans_encode", (void *)_cffi_f_nx_ans_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 71), (void *)_cffi_d_nx_ans_encode },
   { "nx_cache_preload", (void *)_cffi_f_nx_cache_preload, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 21), (void *)_cffi_d_nx_cache_preload },
-  { "nx_cache_set_policy", (void *)_cffi_f_nx_cache_set_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 93), (void *)_cffi_d_nx_cache_set_policy },
-  { "nx_demote", (void *)_cffi_f_nx_demote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 129), (void *)_cffi_d_nx_demote },
+  { "nx_cache_set_policy", (void *)_cffi_f_nx_cache_set_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 108), (void *)_cffi_d_nx_cache_set_policy },
+  { "nx_demote", (void *)_cffi_f_nx_demote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 144), (void *)_cffi_d_nx_demote },
   { "nx_extent_is_resident", (void *)_cffi_f_nx_extent_is_resident, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 25), (void *)_cffi_d_nx_extent_is_resident },
-  { "nx_extent_span", (void *)_cffi_f_nx_extent_span, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 189), (void *)_cffi_d_nx_extent_span },
-  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 209), (void *)_cffi_d_nx_file_close },
-  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 212), (void *)_cffi_d_nx_file_get_info },
+  { "nx_extent_span", (void *)_cffi_f_nx_extent_span, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 207), (void *)_cffi_d_nx_extent_span },
+  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 227), (void *)_cffi_d_nx_file_close },
+  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 230), (void *)_cffi_d_nx_file_get_info },
   { "nx_file_open", (void *)_cffi_f_nx_file_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 43), (void *)_cffi_d_nx_file_open },
   { "nx_flag_callback", (void *)_cffi_f_nx_flag_callback, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 4), (void *)_cffi_d_nx_flag_callback },
   { "nx_flag_stop", (void *)_cffi_f_nx_flag_stop, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 29), (void *)_cffi_d_nx_flag_stop },
-  { "nx_group_experts", (void *)_cffi_f_nx_group_experts, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 181), (void *)_cffi_d_nx_group_experts },
-  { "nx_group_resize", (void *)_cffi_f_nx_group_resize, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 135), (void *)_cffi_d_nx_group_resize },
-  { "nx_group_slot_bytes", (void *)_cffi_f_nx_group_slot_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 189), (void *)_cffi_d_nx_group_slot_bytes },
-  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 262), (void *)_cffi_d_nx_interrupt_arm },
-  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 262), (void *)_cffi_d_nx_interrupt_disarm },
-  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 262), (void *)_cffi_d_nx_interrupt_request },
+  { "nx_group_experts", (void *)_cffi_f_nx_group_experts, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 199), (void *)_cffi_d_nx_group_experts },
+  { "nx_group_resize", (void *)_cffi_f_nx_group_resize, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 150), (void *)_cffi_d_nx_group_resize },
+  { "nx_group_slot_bytes", (void *)_cffi_f_nx_group_slot_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 207), (void *)_cffi_d_nx_group_slot_bytes },
+  { "nx_imatrix_at", (void *)_cffi_f_nx_imatrix_at, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 92), (void *)_cffi_d_nx_imatrix_at },
+  { "nx_imatrix_count", (void *)_cffi_f_nx_imatrix_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 180), (void *)_cffi_d_nx_imatrix_count },
+  { "nx_imatrix_create", (void *)_cffi_f_nx_imatrix_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 86), (void *)_cffi_d_nx_imatrix_create },
+  { "nx_imatrix_free", (void *)_cffi_f_nx_imatrix_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 234), (void *)_cffi_d_nx_imatrix_free },
+  { "nx_imatrix_status", (void *)_cffi_f_nx_imatrix_status, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 89), (void *)_cffi_d_nx_imatrix_status },
+  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 283), (void *)_cffi_d_nx_interrupt_arm },
+  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 283), (void *)_cffi_d_nx_interrupt_disarm },
+  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 283), (void *)_cffi_d_nx_interrupt_request },
   { "nx_interrupted", (void *)_cffi_f_nx_interrupted, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 37), (void *)_cffi_d_nx_interrupted },
   { "nx_interrupted_callback", (void *)_cffi_f_nx_interrupted_callback, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 4), (void *)_cffi_d_nx_interrupted_callback },
   { "nx_io_probe", (void *)_cffi_f_nx_io_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 48), (void *)_cffi_d_nx_io_probe },
   { "nx_kernels_isa", (void *)_cffi_f_nx_kernels_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 41), (void *)_cffi_d_nx_kernels_isa },
   { "nx_kernels_isa_name", (void *)_cffi_f_nx_kernels_isa_name, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 7), (void *)_cffi_d_nx_kernels_isa_name },
   { "nx_kernels_isa_usable", (void *)_cffi_f_nx_kernels_isa_usable, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 18), (void *)_cffi_d_nx_kernels_isa_usable },
-  { "nx_kernels_use_isa", (void *)_cffi_f_nx_kernels_use_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 86), (void *)_cffi_d_nx_kernels_use_isa },
+  { "nx_kernels_use_isa", (void *)_cffi_f_nx_kernels_use_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 101), (void *)_cffi_d_nx_kernels_use_isa },
   { "nx_kernels_why", (void *)_cffi_f_nx_kernels_why, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_kernels_why },
-  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 216), (void *)_cffi_d_nx_loading_set },
-  { "nx_membench_read", (void *)_cffi_f_nx_membench_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 89), (void *)_cffi_d_nx_membench_read },
-  { "nx_model_attach_residual", (void *)_cffi_f_nx_model_attach_residual, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 102), (void *)_cffi_d_nx_model_attach_residual },
-  { "nx_model_attached_bytes", (void *)_cffi_f_nx_model_attached_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 186), (void *)_cffi_d_nx_model_attached_bytes },
-  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 216), (void *)_cffi_d_nx_model_clear_error },
-  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 216), (void *)_cffi_d_nx_model_clear_faults },
-  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 216), (void *)_cffi_d_nx_model_close },
+  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 237), (void *)_cffi_d_nx_loading_set },
+  { "nx_membench_read", (void *)_cffi_f_nx_membench_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 104), (void *)_cffi_d_nx_membench_read },
+  { "nx_model_attach_residual", (void *)_cffi_f_nx_model_attach_residual, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 117), (void *)_cffi_d_nx_model_attach_residual },
+  { "nx_model_attached_bytes", (void *)_cffi_f_nx_model_attached_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 204), (void *)_cffi_d_nx_model_attached_bytes },
+  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 237), (void *)_cffi_d_nx_model_clear_error },
+  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 237), (void *)_cffi_d_nx_model_clear_faults },
+  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 237), (void *)_cffi_d_nx_model_close },
   { "nx_model_create", (void *)_cffi_f_nx_model_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 53), (void *)_cffi_d_nx_model_create },
-  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 170), (void *)_cffi_d_nx_model_events },
-  { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 140), (void *)_cffi_d_nx_model_file_info },
-  { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 112), (void *)_cffi_d_nx_model_finish_load },
-  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 231), (void *)_cffi_d_nx_model_get_stats },
-  { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 117), (void *)_cffi_d_nx_model_inject },
+  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 188), (void *)_cffi_d_nx_model_events },
+  { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 155), (void *)_cffi_d_nx_model_file_info },
+  { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 127), (void *)_cffi_d_nx_model_finish_load },
+  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 252), (void *)_cffi_d_nx_model_get_stats },
+  { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 132), (void *)_cffi_d_nx_model_inject },
   { "nx_model_io_engine", (void *)_cffi_f_nx_model_io_engine, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 10), (void *)_cffi_d_nx_model_io_engine },
-  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 223), (void *)_cffi_d_nx_model_last_error },
-  { "nx_model_n_groups", (void *)_cffi_f_nx_model_n_groups, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 178), (void *)_cffi_d_nx_model_n_groups },
-  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 216), (void *)_cffi_d_nx_model_release },
-  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 216), (void *)_cffi_d_nx_model_reset_stats },
-  { "nx_model_set_columns", (void *)_cffi_f_nx_model_set_columns, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 219), (void *)_cffi_d_nx_model_set_columns },
-  { "nx_model_set_residual_k", (void *)_cffi_f_nx_model_set_residual_k, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 97), (void *)_cffi_d_nx_model_set_residual_k },
+  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 244), (void *)_cffi_d_nx_model_last_error },
+  { "nx_model_n_groups", (void *)_cffi_f_nx_model_n_groups, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 196), (void *)_cffi_d_nx_model_n_groups },
+  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 237), (void *)_cffi_d_nx_model_release },
+  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 237), (void *)_cffi_d_nx_model_reset_stats },
+  { "nx_model_set_columns", (void *)_cffi_f_nx_model_set_columns, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 240), (void *)_cffi_d_nx_model_set_columns },
+  { "nx_model_set_residual_k", (void *)_cffi_f_nx_model_set_residual_k, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 112), (void *)_cffi_d_nx_model_set_residual_k },
   { "nx_model_stream", (void *)_cffi_f_nx_model_stream, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 0), (void *)_cffi_d_nx_model_stream },
-  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 200), (void *)_cffi_d_nx_model_stream_close },
-  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 219), (void *)_cffi_d_nx_model_trace },
-  { "nx_popularity_get", (void *)_cffi_f_nx_popularity_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 235), (void *)_cffi_d_nx_popularity_get },
-  { "nx_popularity_set", (void *)_cffi_f_nx_popularity_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 240), (void *)_cffi_d_nx_popularity_set },
-  { "nx_predict_get", (void *)_cffi_f_nx_predict_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 227), (void *)_cffi_d_nx_predict_get },
-  { "nx_predict_set", (void *)_cffi_f_nx_predict_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 93), (void *)_cffi_d_nx_predict_set },
-  { "nx_promote", (void *)_cffi_f_nx_promote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 121), (void *)_cffi_d_nx_promote },
-  { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 114), (void *)nx_python_progress },
-  { "nx_resident_bytes", (void *)_cffi_f_nx_resident_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 186), (void *)_cffi_d_nx_resident_bytes },
-  { "nx_residual_add", (void *)_cffi_f_nx_residual_add, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 245), (void *)_cffi_d_nx_residual_add },
-  { "nx_residual_decode", (void *)_cffi_f_nx_residual_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 255), (void *)_cffi_d_nx_residual_decode },
+  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 218), (void *)_cffi_d_nx_model_stream_close },
+  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 240), (void *)_cffi_d_nx_model_trace },
+  { "nx_popularity_get", (void *)_cffi_f_nx_popularity_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 256), (void *)_cffi_d_nx_popularity_get },
+  { "nx_popularity_set", (void *)_cffi_f_nx_popularity_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 261), (void *)_cffi_d_nx_popularity_set },
+  { "nx_predict_get", (void *)_cffi_f_nx_predict_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 248), (void *)_cffi_d_nx_predict_get },
+  { "nx_predict_set", (void *)_cffi_f_nx_predict_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 108), (void *)_cffi_d_nx_predict_set },
+  { "nx_promote", (void *)_cffi_f_nx_promote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 136), (void *)_cffi_d_nx_promote },
+  { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 129), (void *)nx_python_progress },
+  { "nx_resident_bytes", (void *)_cffi_f_nx_resident_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 204), (void *)_cffi_d_nx_resident_bytes },
+  { "nx_residual_add", (void *)_cffi_f_nx_residual_add, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 266), (void *)_cffi_d_nx_residual_add },
+  { "nx_residual_decode", (void *)_cffi_f_nx_residual_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 276), (void *)_cffi_d_nx_residual_decode },
   { "nx_residual_encode", (void *)_cffi_f_nx_residual_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 61), (void *)_cffi_d_nx_residual_encode },
-  { "nx_residual_products", (void *)_cffi_f_nx_residual_products, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 203), (void *)_cffi_d_nx_residual_products },
-  { "nx_residual_row_bytes", (void *)_cffi_f_nx_residual_row_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 193), (void *)_cffi_d_nx_residual_row_bytes },
-  { "nx_residual_select", (void *)_cffi_f_nx_residual_select, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 159), (void *)_cffi_d_nx_residual_select },
-  { "nx_residual_select_buckets", (void *)_cffi_f_nx_residual_select_buckets, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 151), (void *)_cffi_d_nx_residual_select_buckets },
-  { "nx_routing_lost", (void *)_cffi_f_nx_routing_lost, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 186), (void *)_cffi_d_nx_routing_lost },
-  { "nx_routing_record", (void *)_cffi_f_nx_routing_record, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 219), (void *)_cffi_d_nx_routing_record },
-  { "nx_routing_take", (void *)_cffi_f_nx_routing_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 165), (void *)_cffi_d_nx_routing_take },
+  { "nx_residual_products", (void *)_cffi_f_nx_residual_products, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 221), (void *)_cffi_d_nx_residual_products },
+  { "nx_residual_row_bytes", (void *)_cffi_f_nx_residual_row_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 211), (void *)_cffi_d_nx_residual_row_bytes },
+  { "nx_residual_select", (void *)_cffi_f_nx_residual_select, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 174), (void *)_cffi_d_nx_residual_select },
+  { "nx_residual_select_buckets", (void *)_cffi_f_nx_residual_select_buckets, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 166), (void *)_cffi_d_nx_residual_select_buckets },
+  { "nx_routing_lost", (void *)_cffi_f_nx_routing_lost, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 204), (void *)_cffi_d_nx_routing_lost },
+  { "nx_routing_record", (void *)_cffi_f_nx_routing_record, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 240), (void *)_cffi_d_nx_routing_record },
+  { "nx_routing_take", (void *)_cffi_f_nx_routing_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 183), (void *)_cffi_d_nx_routing_take },
   { "nx_status_text", (void *)_cffi_f_nx_status_text, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 13), (void *)_cffi_d_nx_status_text },
   { "nx_version", (void *)_cffi_f_nx_version, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_version },
-  { "nx_xxh3_64", (void *)_cffi_f_nx_xxh3_64, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 196), (void *)_cffi_d_nx_xxh3_64 },
+  { "nx_xxh3_64", (void *)_cffi_f_nx_xxh3_64, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 214), (void *)_cffi_d_nx_xxh3_64 },
 };
 
 static const struct _cffi_field_s _cffi_fields[] = {
   { "rotate", offsetof(nx_ans_layout, rotate),
               sizeof(((nx_ans_layout *)0)->rotate),
-              _CFFI_OP(_CFFI_OP_NOOP, 294) },
+              _CFFI_OP(_CFFI_OP_NOOP, 317) },
   { "block", offsetof(nx_ans_layout, block),
              sizeof(((nx_ans_layout *)0)->block),
-             _CFFI_OP(_CFFI_OP_NOOP, 294) },
+             _CFFI_OP(_CFFI_OP_NOOP, 317) },
   { "n_planes", offsetof(nx_ans_layout, n_planes),
                 sizeof(((nx_ans_layout *)0)->n_planes),
-                _CFFI_OP(_CFFI_OP_NOOP, 294) },
+                _CFFI_OP(_CFFI_OP_NOOP, 317) },
   { "offset", offsetof(nx_ans_layout, offset),
               sizeof(((nx_ans_layout *)0)->offset),
-              _CFFI_OP(_CFFI_OP_NOOP, 295) },
+              _CFFI_OP(_CFFI_OP_NOOP, 318) },
   { "width", offsetof(nx_ans_layout, width),
              sizeof(((nx_ans_layout *)0)->width),
-             _CFFI_OP(_CFFI_OP_NOOP, 295) },
+             _CFFI_OP(_CFFI_OP_NOOP, 318) },
   { "status", offsetof(nx_error, status),
               sizeof(((nx_error *)0)->status),
               _CFFI_OP(_CFFI_OP_NOOP, 14) },
   { "sys_errno", offsetof(nx_error, sys_errno),
                  sizeof(((nx_error *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 221) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 242) },
   { "offset", offsetof(nx_error, offset),
               sizeof(((nx_error *)0)->offset),
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -5055,13 +5345,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "path", offsetof(nx_error, path),
             sizeof(((nx_error *)0)->path),
-            _CFFI_OP(_CFFI_OP_NOOP, 271) },
+            _CFFI_OP(_CFFI_OP_NOOP, 292) },
   { "tensor", offsetof(nx_error, tensor),
               sizeof(((nx_error *)0)->tensor),
-              _CFFI_OP(_CFFI_OP_NOOP, 267) },
+              _CFFI_OP(_CFFI_OP_NOOP, 288) },
   { "text", offsetof(nx_error, text),
             sizeof(((nx_error *)0)->text),
-            _CFFI_OP(_CFFI_OP_NOOP, 269) },
+            _CFFI_OP(_CFFI_OP_NOOP, 290) },
   { "t_ns", offsetof(nx_event, t_ns),
             sizeof(((nx_event *)0)->t_ns),
             _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -5082,10 +5372,10 @@ static const struct _cffi_field_s _cffi_fields[] = {
                   _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "kind", offsetof(nx_fault, kind),
             sizeof(((nx_fault *)0)->kind),
-            _CFFI_OP(_CFFI_OP_NOOP, 221) },
+            _CFFI_OP(_CFFI_OP_NOOP, 242) },
   { "count", offsetof(nx_fault, count),
              sizeof(((nx_fault *)0)->count),
-             _CFFI_OP(_CFFI_OP_NOOP, 276) },
+             _CFFI_OP(_CFFI_OP_NOOP, 298) },
   { "nbytes", offsetof(nx_file_info, nbytes),
               sizeof(((nx_file_info *)0)->nbytes),
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -5097,7 +5387,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "mtime_ns", offsetof(nx_file_info, mtime_ns),
                 sizeof(((nx_file_info *)0)->mtime_ns),
-                _CFFI_OP(_CFFI_OP_NOOP, 277) },
+                _CFFI_OP(_CFFI_OP_NOOP, 299) },
   { "offset_align", offsetof(nx_file_info, offset_align),
                     sizeof(((nx_file_info *)0)->offset_align),
                     _CFFI_OP(_CFFI_OP_NOOP, 27) },
@@ -5106,13 +5396,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
                  _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "direct", offsetof(nx_file_info, direct),
               sizeof(((nx_file_info *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 221) },
+              _CFFI_OP(_CFFI_OP_NOOP, 242) },
   { "reason", offsetof(nx_file_info, reason),
               sizeof(((nx_file_info *)0)->reason),
-              _CFFI_OP(_CFFI_OP_NOOP, 273) },
+              _CFFI_OP(_CFFI_OP_NOOP, 294) },
   { "sys_errno", offsetof(nx_file_info, sys_errno),
                  sizeof(((nx_file_info *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 221) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 242) },
   { "n_threads", offsetof(nx_membench_options, n_threads),
                  sizeof(((nx_membench_options *)0)->n_threads),
                  _CFFI_OP(_CFFI_OP_NOOP, 27) },
@@ -5124,7 +5414,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "bytes_s", offsetof(nx_membench_result, bytes_s),
                sizeof(((nx_membench_result *)0)->bytes_s),
-               _CFFI_OP(_CFFI_OP_NOOP, 275) },
+               _CFFI_OP(_CFFI_OP_NOOP, 297) },
   { "bytes", offsetof(nx_membench_result, bytes),
              sizeof(((nx_membench_result *)0)->bytes),
              _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -5145,10 +5435,10 @@ static const struct _cffi_field_s _cffi_fields[] = {
                 _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "state", offsetof(nx_prediction, state),
              sizeof(((nx_prediction *)0)->state),
-             _CFFI_OP(_CFFI_OP_NOOP, 279) },
+             _CFFI_OP(_CFFI_OP_NOOP, 301) },
   { "on", offsetof(nx_prediction, on),
           sizeof(((nx_prediction *)0)->on),
-          _CFFI_OP(_CFFI_OP_NOOP, 221) },
+          _CFFI_OP(_CFFI_OP_NOOP, 242) },
   { "trials", offsetof(nx_prediction, trials),
               sizeof(((nx_prediction *)0)->trials),
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -5157,16 +5447,16 @@ static const struct _cffi_field_s _cffi_fields[] = {
                 _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "idle", offsetof(nx_prediction, idle),
             sizeof(((nx_prediction *)0)->idle),
-            _CFFI_OP(_CFFI_OP_NOOP, 275) },
+            _CFFI_OP(_CFFI_OP_NOOP, 297) },
   { "stall", offsetof(nx_prediction, stall),
              sizeof(((nx_prediction *)0)->stall),
-             _CFFI_OP(_CFFI_OP_NOOP, 275) },
+             _CFFI_OP(_CFFI_OP_NOOP, 297) },
   { "on_ns", offsetof(nx_prediction, on_ns),
              sizeof(((nx_prediction *)0)->on_ns),
-             _CFFI_OP(_CFFI_OP_NOOP, 275) },
+             _CFFI_OP(_CFFI_OP_NOOP, 297) },
   { "off_ns", offsetof(nx_prediction, off_ns),
               sizeof(((nx_prediction *)0)->off_ns),
-              _CFFI_OP(_CFFI_OP_NOOP, 275) },
+              _CFFI_OP(_CFFI_OP_NOOP, 297) },
   { "block_bytes", offsetof(nx_probe_options, block_bytes),
                    sizeof(((nx_probe_options *)0)->block_bytes),
                    _CFFI_OP(_CFFI_OP_NOOP, 27) },
@@ -5175,7 +5465,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "random", offsetof(nx_probe_options, random),
               sizeof(((nx_probe_options *)0)->random),
-              _CFFI_OP(_CFFI_OP_NOOP, 221) },
+              _CFFI_OP(_CFFI_OP_NOOP, 242) },
   { "max_bytes", offsetof(nx_probe_options, max_bytes),
                  sizeof(((nx_probe_options *)0)->max_bytes),
                  _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -5184,7 +5474,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "engine", offsetof(nx_probe_options, engine),
               sizeof(((nx_probe_options *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 221) },
+              _CFFI_OP(_CFFI_OP_NOOP, 242) },
   { "seed", offsetof(nx_probe_options, seed),
             sizeof(((nx_probe_options *)0)->seed),
             _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -5196,16 +5486,16 @@ static const struct _cffi_field_s _cffi_fields[] = {
           _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "direct", offsetof(nx_probe_result, direct),
               sizeof(((nx_probe_result *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 221) },
+              _CFFI_OP(_CFFI_OP_NOOP, 242) },
   { "engine", offsetof(nx_probe_result, engine),
               sizeof(((nx_probe_result *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 221) },
+              _CFFI_OP(_CFFI_OP_NOOP, 242) },
   { "how_cold", offsetof(nx_probe_result, how_cold),
                 sizeof(((nx_probe_result *)0)->how_cold),
-                _CFFI_OP(_CFFI_OP_NOOP, 273) },
+                _CFFI_OP(_CFFI_OP_NOOP, 294) },
   { "sys_errno", offsetof(nx_probe_result, sys_errno),
                  sizeof(((nx_probe_result *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 221) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 242) },
   { "n_in", offsetof(nx_residual_matrix, n_in),
             sizeof(((nx_residual_matrix *)0)->n_in),
             _CFFI_OP(_CFFI_OP_NOOP, 27) },
@@ -5214,7 +5504,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "codes", offsetof(nx_residual_matrix, codes),
              sizeof(((nx_residual_matrix *)0)->codes),
-             _CFFI_OP(_CFFI_OP_NOOP, 293) },
+             _CFFI_OP(_CFFI_OP_NOOP, 316) },
   { "scales", offsetof(nx_residual_matrix, scales),
               sizeof(((nx_residual_matrix *)0)->scales),
               _CFFI_OP(_CFFI_OP_NOOP, 62) },
@@ -5314,42 +5604,44 @@ static const struct _cffi_field_s _cffi_fields[] = {
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "$nx_ans_layout", 278, _CFFI_F_CHECK_FIELDS,
+  { "$nx_ans_layout", 300, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_ans_layout), offsetof(struct _cffi_align_typedef_nx_ans_layout, y), 0, 5 },
-  { "$nx_error", 280, _CFFI_F_CHECK_FIELDS,
+  { "$nx_error", 302, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_error), offsetof(struct _cffi_align_typedef_nx_error, y), 5, 7 },
-  { "$nx_event", 281, _CFFI_F_CHECK_FIELDS,
+  { "$nx_event", 303, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_event), offsetof(struct _cffi_align_typedef_nx_event, y), 12, 4 },
-  { "$nx_fault", 282, _CFFI_F_CHECK_FIELDS,
+  { "$nx_fault", 304, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_fault), offsetof(struct _cffi_align_typedef_nx_fault, y), 16, 4 },
-  { "$nx_file_info", 284, _CFFI_F_CHECK_FIELDS,
+  { "$nx_file_info", 306, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_file_info), offsetof(struct _cffi_align_typedef_nx_file_info, y), 20, 9 },
-  { "$nx_membench_options", 285, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_options", 308, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_options), offsetof(struct _cffi_align_typedef_nx_membench_options, y), 29, 3 },
-  { "$nx_membench_result", 286, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_result", 309, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_result), offsetof(struct _cffi_align_typedef_nx_membench_result, y), 32, 7 },
-  { "$nx_prediction", 288, _CFFI_F_CHECK_FIELDS,
+  { "$nx_prediction", 311, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_prediction), offsetof(struct _cffi_align_typedef_nx_prediction, y), 39, 8 },
-  { "$nx_probe_options", 289, _CFFI_F_CHECK_FIELDS,
+  { "$nx_probe_options", 312, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_probe_options), offsetof(struct _cffi_align_typedef_nx_probe_options, y), 47, 7 },
-  { "$nx_probe_result", 290, _CFFI_F_CHECK_FIELDS,
+  { "$nx_probe_result", 313, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_probe_result), offsetof(struct _cffi_align_typedef_nx_probe_result, y), 54, 6 },
-  { "$nx_residual_matrix", 291, _CFFI_F_CHECK_FIELDS,
+  { "$nx_residual_matrix", 314, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_residual_matrix), offsetof(struct _cffi_align_typedef_nx_residual_matrix, y), 60, 4 },
-  { "$nx_stats", 292, _CFFI_F_CHECK_FIELDS,
+  { "$nx_stats", 315, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_stats), offsetof(struct _cffi_align_typedef_nx_stats, y), 64, 31 },
-  { "_IO_FILE", 264, _CFFI_F_OPAQUE,
+  { "_IO_FILE", 285, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_file", 283, _CFFI_F_OPAQUE,
+  { "nx_file", 305, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_model", 287, _CFFI_F_OPAQUE,
+  { "nx_imatrix", 307, _CFFI_F_OPAQUE,
+    (size_t)-1, -1, -1, 0 /* opaque */ },
+  { "nx_model", 310, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
 };
 
 static const struct _cffi_enum_s _cffi_enums[] = {
   { "$nx_ans_path", 80, _cffi_prim_int(sizeof(nx_ans_path), ((nx_ans_path)-1) <= 0),
     "NX_ANS_PORTABLE,NX_ANS_AVX2,NX_ANS_AVX512,NX_ANS_PATHS" },
-  { "$nx_control_state", 279, _cffi_prim_int(sizeof(nx_control_state), ((nx_control_state)-1) <= 0),
+  { "$nx_control_state", 301, _cffi_prim_int(sizeof(nx_control_state), ((nx_control_state)-1) <= 0),
     "NX_CONTROL_FIXED,NX_CONTROL_WATCHING,NX_CONTROL_NO_STALL,NX_CONTROL_NO_IDLE,NX_CONTROL_TRYING,NX_CONTROL_SLOWER,"
     "NX_CONTROL_FASTER" },
   { "$nx_io_mode", 45, _cffi_prim_int(sizeof(nx_io_mode), ((nx_io_mode)-1) <= 0),
@@ -5362,25 +5654,26 @@ static const struct _cffi_enum_s _cffi_enums[] = {
 };
 
 static const struct _cffi_typename_s _cffi_typenames[] = {
-  { "FILE", 264 },
-  { "nx_ans_layout", 278 },
+  { "FILE", 285 },
+  { "nx_ans_layout", 300 },
   { "nx_ans_path", 80 },
-  { "nx_control_state", 279 },
-  { "nx_error", 280 },
-  { "nx_event", 281 },
-  { "nx_fault", 282 },
-  { "nx_file", 283 },
-  { "nx_file_info", 284 },
+  { "nx_control_state", 301 },
+  { "nx_error", 302 },
+  { "nx_event", 303 },
+  { "nx_fault", 304 },
+  { "nx_file", 305 },
+  { "nx_file_info", 306 },
+  { "nx_imatrix", 307 },
   { "nx_io_mode", 45 },
   { "nx_isa", 8 },
-  { "nx_membench_options", 285 },
-  { "nx_membench_result", 286 },
-  { "nx_model", 287 },
-  { "nx_prediction", 288 },
-  { "nx_probe_options", 289 },
-  { "nx_probe_result", 290 },
-  { "nx_residual_matrix", 291 },
-  { "nx_stats", 292 },
+  { "nx_membench_options", 308 },
+  { "nx_membench_result", 309 },
+  { "nx_model", 310 },
+  { "nx_prediction", 311 },
+  { "nx_probe_options", 312 },
+  { "nx_probe_result", 313 },
+  { "nx_residual_matrix", 314 },
+  { "nx_stats", 315 },
   { "nx_status", 14 },
 };
 
@@ -5391,12 +5684,12 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   _cffi_enums,
   _cffi_typenames,
-  115,  /* num_globals */
-  15,  /* num_struct_unions */
+  121,  /* num_globals */
+  16,  /* num_struct_unions */
   5,  /* num_enums */
-  20,  /* num_typenames */
+  21,  /* num_typenames */
   NULL,  /* no includes */
-  298,  /* num_types */
+  321,  /* num_types */
   1,  /* flags */
 };
 
