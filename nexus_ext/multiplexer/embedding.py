@@ -37,7 +37,7 @@ def embed_shape(plan: Blueprint, n_tokens: int) -> Shape:
 
 def embed_bytes(plan: Blueprint, n_tokens: int) -> int:
     """Return the memory that embedding a prompt of `n_tokens` takes beside the model."""
-    kv, compute = context_bytes(plan.catalog, embed_shape(plan, n_tokens))
+    kv, compute = context_bytes(plan.catalog, embed_shape(plan, n_tokens), embeddings=True)
     return kv + compute
 
 

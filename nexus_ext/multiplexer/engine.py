@@ -24,7 +24,7 @@ from nexus_ext.multiplexer.job import Job, Outlet
 from nexus_ext.multiplexer.scheduler import Scheduler
 from nexus_ext.multiplexer.settings import Find, ModelSpec, Settings
 from nexus_ext.runtime.batch import Shape
-from nexus_ext.runtime.elastic import blueprint
+from nexus_ext.runtime.elastic import Blueprint, blueprint
 from nexus_ext.runtime.vocabulary import OwnVocabulary
 
 
@@ -137,7 +137,7 @@ class Multiplexer:
         return [e.status(now) for e in entries if e.loaded or e.waiting]
 
     def budget(self) -> tuple[int, int]:
-        memory = self._scheduler.memory()
+        memory = self._scheduler.keeper.memory()
         return memory.used_bytes, memory.budget_bytes
 
     async def close(self) -> None:
@@ -161,13 +161,27 @@ class Multiplexer:
             entry = self._scheduler.entries.get(name)
             if entry is not None and entry.spec == spec:
                 return entry
-            made = await asyncio.to_thread(self._open, spec)
-            future, tell = _promise()
-            self._post(lambda: self._scheduler.register(made, tell))
-            await future
-            return made
+            return await self._open(spec)
 
-    def _open(self, spec: ModelSpec) -> Entry:
+    async def _open(self, spec: ModelSpec) -> Entry:
+        plan = await asyncio.to_thread(self._plan, spec)
+        nbytes = plan.vocabulary_bytes
+        future, tell = _promise()
+        self._post(lambda: self._scheduler.keeper.claim(spec.name, nbytes, tell))
+        await future
+        try:
+            vocabulary = await asyncio.to_thread(OwnVocabulary, plan.catalog)
+        except BaseException:
+            self._scheduler.post(lambda: self._scheduler.keeper.unclaim(nbytes))
+            raise
+        keep = spec.keep_alive_s
+        entry = Entry(spec, plan, vocabulary, self.settings.keep_alive_s if keep is None else keep)
+        future, tell = _promise()
+        self._post(lambda: self._scheduler.register(entry, tell))
+        await future
+        return entry
+
+    def _plan(self, spec: ModelSpec) -> Blueprint:
         settings = self.settings
         shape = Shape(
             n_seq=spec.n_parallel or settings.n_parallel,
@@ -176,9 +190,7 @@ class Multiplexer:
             n_threads=settings.n_threads,
             kv_type=spec.kv_type or settings.kv_type,
         )
-        plan = blueprint(spec.path, shape)
-        keep = settings.keep_alive_s if spec.keep_alive_s is None else spec.keep_alive_s
-        return Entry(spec, plan, OwnVocabulary(plan.catalog), keep)
+        return blueprint(spec.path, shape)
 
 
 def _promise() -> tuple[asyncio.Future[Any], Callable[[Any], None]]:

@@ -19,8 +19,9 @@ class Outcome:
     """What came of it. A runner with an error has what was read before the error."""
 
     runner: Runner | None
-    nbytes: int
-    ns: int
+    nbytes: int  # of units that were read
+    open_ns: int
+    read_ns: int
     error: Exception | None
 
 
@@ -62,19 +63,19 @@ class Loader:
         self, entry: Entry, runner: Runner | None, resident: int, stop: core.StopFlag
     ) -> Outcome:
         begin = time.monotonic_ns()
-        nbytes, error = 0, None
+        opened, nbytes, error = begin, 0, None
         try:
             if runner is None:
                 runner = self._open(entry)
-                nbytes = entry.plan.sizes.permanent
+                opened = time.monotonic_ns()
             before = sum(entry.units[: runner.model.resident])
             try:
                 runner.model.set_resident(resident, stop)
             finally:
-                nbytes += sum(entry.units[: runner.model.resident]) - before
+                nbytes = sum(entry.units[: runner.model.resident]) - before
         except Exception as caught:  # the scheduler decides what it means
             error = caught
-        return Outcome(runner, nbytes, time.monotonic_ns() - begin, error)
+        return Outcome(runner, nbytes, opened - begin, time.monotonic_ns() - opened, error)
 
     def _open(self, entry: Entry) -> Runner:
         model = ElasticModel(entry.plan)

@@ -185,7 +185,11 @@ class Runner:
         size = self.context.state_bytes(slot.index) if slot.tokens else 0
         if not size or not self._sessions.wants(len(slot.tokens), size):
             return 0
-        data = self.context.save(slot.index)
+        try:
+            data = self.context.save(slot.index)
+        except NexusError as error:  # it costs a prefill, no request need fail
+            _log.warning("the state of %d tokens is lost: %s", len(slot.tokens), error)
+            return 0
         self._sessions.put(
             Saved(self.key, tuple(slot.tokens), slot.n_prefilled, slot.session, len(data), data)
         )
@@ -212,9 +216,8 @@ class Runner:
 
     def close(self) -> int:
         """Save all states and give everything back; return the bytes of states that were kept."""
-        saved = 0
-        for slot in sorted(self.slots, key=lambda s: s.used_ns):
-            saved += self._save(slot)
-        self.context.close()
-        self.model.close()
-        return saved
+        try:
+            return sum(self._save(slot) for slot in sorted(self.slots, key=lambda s: s.used_ns))
+        finally:
+            self.context.close()
+            self.model.close()

@@ -68,7 +68,9 @@ class BatchContext:
         params.flash_attn_type = 0  # disabled
         params.offload_kqv = False
         params.embeddings = pooling is not None
-        if pooling is not None:
+        if pooling is None:
+            params.n_outputs_max = shape.n_seq  # rows of logits that are wanted at once
+        else:
             params.pooling_type = pooling
         params.no_perf = True
         if shape.n_threads:

@@ -127,7 +127,7 @@ def blueprint(path: str | os.PathLike[str], shape: Shape) -> Blueprint:
     )
 
 
-def _context(catalog: Catalog, shape: Shape) -> memory.Context:
+def _context(catalog: Catalog, shape: Shape, n_outputs: int) -> memory.Context:
     request = PlanRequest(
         n_ctx=shape.n_ctx * shape.n_seq,
         n_batch=max(shape.n_ubatch, shape.n_seq),
@@ -136,20 +136,24 @@ def _context(catalog: Catalog, shape: Shape) -> memory.Context:
         kv_type_k=shape.kv_type,
         kv_type_v="f16" if shape.kv_type == "q8_0" else shape.kv_type,
         n_threads=shape.n_threads or os.cpu_count() or 1,
+        n_outputs_max=n_outputs,
     )
     return memory.context_of(catalog.shape, request, request.n_threads)
 
 
-def context_bytes(catalog: Catalog, shape: Shape) -> tuple[int, int]:
-    """Return what a context of `shape` takes: (KV cache, compute buffers), in bytes."""
-    context = _context(catalog, shape)
+def context_bytes(catalog: Catalog, shape: Shape, *, embeddings: bool = False) -> tuple[int, int]:
+    """Return what a context of `shape` takes: (KV cache, compute buffers), in bytes.
+
+    Embeddings are computed for all tokens of a batch, logits for one token a sequence.
+    """
+    context = _context(catalog, shape, shape.n_ubatch if embeddings else shape.n_seq)
     kv = sum(memory.kv_layer_bytes(catalog, context))
     return kv, memory.compute_bytes(catalog, context)
 
 
 def _sizes(catalog: Catalog, shape: Shape, moving: set[str]) -> Sizes:
     kv, compute = context_bytes(catalog, shape)
-    context = _context(catalog, shape)
+    context = _context(catalog, shape, shape.n_seq)
     moved = [t for t in catalog.tensors if t.name in moving]
     streamed = [t for t in moved if is_dense(t)]
     limits = ring.ring_size(streamed, _RING_RATE)

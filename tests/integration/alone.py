@@ -7,11 +7,16 @@ from pathlib import Path
 import llama_cpp.llama_cpp as bindings
 import numpy as np
 
+from nexus_ext.runtime import backend
+
 
 class Alone:
     """Stock llama.cpp: one sequence, its own file mapping, plain CPU buffers."""
 
-    def __init__(self, path: str | Path, n_ctx: int = 512, n_ubatch: int = 64) -> None:
+    def __init__(
+        self, path: str | Path, n_ctx: int = 512, n_ubatch: int = 64, n_threads: int = 2
+    ) -> None:
+        backend.silence_llama_log()
         self._n_ubatch = n_ubatch
         params = bindings.llama_model_default_params()
         params.use_extra_bufts, params.n_gpu_layers = False, 0
@@ -20,7 +25,7 @@ class Alone:
         options = bindings.llama_context_default_params()
         options.n_ctx, options.n_batch, options.n_ubatch = n_ctx, n_ubatch, n_ubatch
         options.n_seq_max, options.kv_unified, options.flash_attn_type = 1, False, 0
-        options.n_threads = options.n_threads_batch = 2
+        options.n_threads = options.n_threads_batch = n_threads
         self.context = bindings.llama_init_from_model(self.model, options)
 
     def decode(self, tokens: list[int], begin: int) -> np.ndarray:
