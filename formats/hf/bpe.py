@@ -80,6 +80,7 @@ def read_bpe(tokenizer: JsonObject, pre: str | None = None) -> Bpe:
             )
         name = "default"
         _check_scores_can_do(path, merges, set(vocabulary.values()))
+    space_prefix = not byte_level and _space_prefix(tokenizer, notes)
     first, last, templated = _template(tokenizer)
     return Bpe(
         byte_level=byte_level,
@@ -90,7 +91,7 @@ def read_bpe(tokenizer: JsonObject, pre: str | None = None) -> Bpe:
         first=first,
         last=last,
         templated=templated,
-        space_prefix=_space_prefix(tokenizer),
+        space_prefix=space_prefix,
         pre=name,
         notes=tuple(notes),
     )
@@ -232,7 +233,7 @@ def _template(tokenizer: JsonObject) -> tuple[str | None, str | None, bool]:
     return None, None, False
 
 
-def _space_prefix(tokenizer: JsonObject) -> bool:
+def _space_prefix(tokenizer: JsonObject, notes: list[str]) -> bool:
     """Whether a space is put before a text: by a normalizer, or by the Metaspace step."""
 
     def steps(value: Any, key: str) -> list[Any]:
@@ -245,5 +246,12 @@ def _space_prefix(tokenizer: JsonObject) -> bool:
     for step in steps(tokenizer.value.get("pre_tokenizer"), "pretokenizers"):
         if isinstance(step, dict) and step.get("type") == "Metaspace":
             scheme = step.get("prepend_scheme")
-            return scheme != "never" if scheme else bool(step.get("add_prefix_space", True))
+            if scheme == "never" or (not scheme and not step.get("add_prefix_space", True)):
+                return False
+            notes.append(
+                "llama.cpp puts a space before every text, this tokenizer only before one that "
+                "does not start with a space"
+                + (", and not behind a control token" if scheme == "first" else "")
+            )
+            return True
     return False

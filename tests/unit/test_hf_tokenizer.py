@@ -192,6 +192,27 @@ def test_merges_that_are_not_those_of_sentencepiece_are_refused(
         read(folder)
 
 
+@pytest.mark.parametrize(
+    ("step", "prefix", "said"),
+    [
+        ({"prepend_scheme": "always"}, True, "only before one"),
+        ({"prepend_scheme": "first"}, True, "not behind a control token"),
+        ({"prepend_scheme": "never"}, False, None),
+        ({"add_prefix_space": False}, False, None),
+        ({"add_prefix_space": True}, True, "only before one"),
+    ],
+)
+def test_where_a_space_is_put_before_a_text(
+    tmp_path: Path, step: dict[str, Any], prefix: bool, said: str | None
+) -> None:
+    folder = folder_of(tmp_path / "m", write_spm_json)
+    metaspace = {"type": "Metaspace", "replacement": "▁", **step}
+    change_json(folder / "tokenizer.json", normalizer=None, pre_tokenizer=metaspace)
+    assert pairs(folder)["add_space_prefix"] is prefix
+    notes = read(folder).notes
+    assert (said in notes[0]) if said else not notes
+
+
 # -- byte-level BPE -------------------------------------------------------------------------------
 
 
