@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from nexus_ext.server.http import Body
+from nexus_ext.server.http import Body, Whole
 
 Duration = str | int | float
 
@@ -67,7 +67,7 @@ class EmbedBody(Body):
     model: str
     input: str | Annotated[list[str], Field(max_length=2048)] | None = None
     truncate: bool | None = None
-    dimensions: int | None = Field(None, ge=1)
+    dimensions: Whole | None = Field(None, ge=1)
     keep_alive: Duration | None = None
     options: dict[str, Any] | None = None
 

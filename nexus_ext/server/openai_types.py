@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from nexus_ext.server.http import Body, Reply
+from nexus_ext.server.http import Body, Reply, Whole
 
 MAX_CHOICES = 16
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -24,14 +24,14 @@ class SamplingBody(Body):
     top_p: Number | None = Field(None, ge=0, le=1)
     presence_penalty: Number | None = Field(None, ge=-2, le=2)
     frequency_penalty: Number | None = Field(None, ge=-2, le=2)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    seed: Whole | None = Field(None, ge=-(2**63), lt=2**63)
     logit_bias: dict[str, Number] | None = None
     stop: str | StopTexts | None = None
-    top_k: int | None = Field(None, ge=0, lt=2**31)
+    top_k: Whole | None = Field(None, ge=0, lt=2**31)
     min_p: Number | None = Field(None, ge=0, le=1)
     typical_p: Number | None = Field(None, ge=0, le=1)
     repeat_penalty: Number | None = Field(None, ge=0, le=100)
-    repeat_last_n: int | None = Field(None, ge=0, lt=2**31)
+    repeat_last_n: Whole | None = Field(None, ge=0, lt=2**31)
     mirostat: Literal[0, 1, 2] | None = None
     mirostat_tau: Number | None = Field(None, ge=0, le=1000)
     mirostat_eta: Number | None = Field(None, ge=0, le=1000)
@@ -106,11 +106,11 @@ class ChatBody(SamplingBody):
     messages: list[Message] = Field(min_length=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    n: Whole | None = Field(None, ge=1, le=MAX_CHOICES)
+    max_tokens: Whole | None = Field(None, ge=1)
+    max_completion_tokens: Whole | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: Whole | None = Field(None, ge=0, le=20)
     tools: list[Tool] | None = Field(None, max_length=256)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
@@ -125,10 +125,10 @@ class CompletionBody(SamplingBody):
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    max_tokens: int | None = Field(None, ge=1, description="16 if it is left out, as OpenAI has it")
-    logprobs: int | None = Field(None, ge=0, le=20)
+    n: Whole | None = Field(None, ge=1, le=MAX_CHOICES)
+    best_of: Whole | None = Field(None, ge=1, le=MAX_CHOICES)
+    max_tokens: Whole | None = Field(None, ge=1, description="16 if it is left out")
+    logprobs: Whole | None = Field(None, ge=0, le=20)
     echo: bool | None = None
     suffix: str | None = None
 
@@ -137,7 +137,7 @@ class EmbeddingBody(Body):
     model: str
     input: str | list[str] | list[int] | list[list[int]]
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = Field(None, ge=1)
+    dimensions: Whole | None = Field(None, ge=1)
     user: str | None = None
 
 
@@ -146,7 +146,7 @@ class ResponsesBody(Body):
     input: str | list[dict[str, Any]]
     instructions: str | None = None
     stream: bool | None = None
-    max_output_tokens: int | None = Field(None, ge=1)
+    max_output_tokens: Whole | None = Field(None, ge=1)
     temperature: Number | None = Field(None, ge=0, le=100)
     top_p: Number | None = Field(None, ge=0, le=1)
     tools: list[dict[str, Any]] | None = Field(None, max_length=256)
