@@ -122,7 +122,11 @@ class BoundEndpoint:
                 return
             except Exception as error:
                 response = error_response(endpoint.api, error)
-            await response(scope, receive, watched)
+            try:
+                await response(scope, receive, watched)
+            except Exception as error:
+                # The connection is broken, or was never one of HTTP: there is nobody to tell.
+                _log.warning("%s: an answer could not be sent: %r", endpoint.path, error)
         finally:
             if taken:
                 self._counter.n -= 1
