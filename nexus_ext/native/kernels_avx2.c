@@ -3,6 +3,7 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#include <string.h>
 
 /* Eight outputs at a time; a table of 16 products is two registers of 8 and a choice between them. */
 NX_TARGET_AVX2 static void residual_rows(const uint8_t *const *rows, const float *products, size_t n, size_t n_lines,
@@ -26,8 +27,128 @@ NX_TARGET_AVX2 static void residual_rows(const uint8_t *const *rows, const float
     }
 }
 
+/* -- tiles -------------------------------------------------------------------------------------- */
+
+#define NX_AHEAD 4096 /* bytes, as in kernels_avx512.c */
+
+/* Without VNNI products of bytes are summed in 16 bits, where only single rows fit: 8 times 2 products of
+ * at most 3 * 128. */
+NX_TARGET_AVX2 static inline __m256i plane(__m256i q, int r) {
+    return _mm256_and_si256(_mm256_srli_epi16(q, 2 * r), _mm256_set1_epi8(3));
+}
+
+NX_TARGET_AVX2 static inline float sum_lanes(__m256 sum) {
+    __m128 four = _mm_add_ps(_mm256_extractf128_ps(sum, 1), _mm256_castps256_ps128(sum));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+/* Four rows at a time: half a tile. */
+__attribute__((always_inline)) NX_TARGET_AVX2 static inline void
+lanes_of(const uint8_t *codes, const uint16_t *scales, float scale, size_t n_blocks,
+         const nx_act_256 *const *columns, const size_t n_columns, float *out) {
+    for (size_t h = 0; h < 2; h++) {
+        __m256 sum[2][4];
+        for (size_t c = 0; c < n_columns; c++)
+            for (int r = 0; r < 4; r++) sum[c][r] = _mm256_setzero_ps();
+        for (size_t b = 0; b < n_blocks; b++) {
+            __m256i dot[2][4];
+            for (size_t c = 0; c < n_columns; c++)
+                for (int r = 0; r < 4; r++) dot[c][r] = _mm256_setzero_si256();
+            for (size_t v = 0; v < 8; v++) {
+                _mm_prefetch((const char *)codes + 512 * b + 64 * v + NX_AHEAD, _MM_HINT_T0);
+                const __m256i q = _mm256_loadu_si256((const __m256i *)(codes + 512 * b + 64 * v + 32 * h));
+                const __m256i q0 = plane(q, 0), q1 = plane(q, 1), q2 = plane(q, 2), q3 = plane(q, 3);
+                for (size_t c = 0; c < n_columns; c++) {
+                    const __m256i y = _mm256_load_si256((const __m256i *)(columns[c][b].q + 32 * v));
+                    dot[c][0] = _mm256_add_epi16(dot[c][0], _mm256_maddubs_epi16(q0, y));
+                    dot[c][1] = _mm256_add_epi16(dot[c][1], _mm256_maddubs_epi16(q1, y));
+                    dot[c][2] = _mm256_add_epi16(dot[c][2], _mm256_maddubs_epi16(q2, y));
+                    dot[c][3] = _mm256_add_epi16(dot[c][3], _mm256_maddubs_epi16(q3, y));
+                }
+            }
+            for (size_t c = 0; c < n_columns; c++)
+                for (size_t r = 0; r < 4; r++) {
+                    const __m256i start = _mm256_load_si256((const __m256i *)columns[c][b].start[0]);
+                    const __m256i wide =
+                        _mm256_add_epi32(_mm256_madd_epi16(dot[c][r], _mm256_set1_epi16(1)), start);
+                    const float d = columns[c][b].d[0] * (scales ? _cvtsh_ss(scales[8 * b + 4 * h + r]) : scale);
+                    sum[c][r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(wide), _mm256_set1_ps(d), sum[c][r]);
+                }
+        }
+        for (size_t c = 0; c < n_columns; c++)
+            for (size_t r = 0; r < 4; r++) out[8 * c + 4 * h + r] = sum_lanes(sum[c][r]);
+    }
+}
+
+NX_TARGET_AVX2 static void lanes(const uint8_t *codes, const uint16_t *scales, float scale, size_t n_blocks,
+                                 const nx_act_256 *const *columns, size_t n_columns, float *out) {
+    for (; n_columns >= 2; n_columns -= 2, columns += 2, out += 16)
+        lanes_of(codes, scales, scale, n_blocks, columns, 2, out);
+    if (n_columns) lanes_of(codes, scales, scale, n_blocks, columns, 1, out);
+}
+
+/* Eight of the 16 rows of a lane group, in each of the four places of a byte. */
+__attribute__((always_inline)) NX_TARGET_AVX2 static inline void
+rows_of(const uint8_t *codes, const uint16_t *scales, float scale, size_t n_blocks, const nx_act_64 *const *columns,
+        const size_t n_columns, float *out) {
+    for (size_t h = 0; h < 2; h++) {
+        __m256 sum[2][4], part[2][4];
+        for (size_t c = 0; c < n_columns; c++)
+            for (int r = 0; r < 4; r++) sum[c][r] = _mm256_setzero_ps();
+        for (size_t b = 0; b < n_blocks; b++) {
+            for (size_t half = 0; half < 2; half++) {
+                __m256i dot[2][4];
+                for (size_t c = 0; c < n_columns; c++)
+                    for (int r = 0; r < 4; r++) dot[c][r] = _mm256_setzero_si256();
+                for (size_t v = 8 * half; v < 8 * half + 8; v++) {
+                    _mm_prefetch((const char *)codes + 1024 * b + 64 * v + NX_AHEAD, _MM_HINT_T0);
+                    const __m256i q = _mm256_loadu_si256((const __m256i *)(codes + 1024 * b + 64 * v + 32 * h));
+                    const __m256i q0 = plane(q, 0), q1 = plane(q, 1), q2 = plane(q, 2), q3 = plane(q, 3);
+                    for (size_t c = 0; c < n_columns; c++) {
+                        int32_t four;
+                        memcpy(&four, columns[c][b].q + 4 * v, sizeof four);
+                        const __m256i y = _mm256_set1_epi32(four);
+                        dot[c][0] = _mm256_add_epi16(dot[c][0], _mm256_maddubs_epi16(q0, y));
+                        dot[c][1] = _mm256_add_epi16(dot[c][1], _mm256_maddubs_epi16(q1, y));
+                        dot[c][2] = _mm256_add_epi16(dot[c][2], _mm256_maddubs_epi16(q2, y));
+                        dot[c][3] = _mm256_add_epi16(dot[c][3], _mm256_maddubs_epi16(q3, y));
+                    }
+                }
+                for (size_t c = 0; c < n_columns; c++)
+                    for (int r = 0; r < 4; r++) {
+                        const __m256i start = _mm256_set1_epi32(columns[c][b].start[half][0]);
+                        const __m256i wide =
+                            _mm256_add_epi32(_mm256_madd_epi16(dot[c][r], _mm256_set1_epi16(1)), start);
+                        const __m256 d = _mm256_set1_ps(columns[c][b].d[half][0]), f = _mm256_cvtepi32_ps(wide);
+                        part[c][r] = half ? _mm256_fmadd_ps(d, f, part[c][r]) : _mm256_mul_ps(d, f);
+                    }
+            }
+            for (size_t r = 0; r < 4; r++) {
+                const __m256 d =
+                    scales ? _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(scales + 64 * b + 16 * r + 8 * h)))
+                           : _mm256_set1_ps(scale);
+                for (size_t c = 0; c < n_columns; c++) sum[c][r] = _mm256_fmadd_ps(d, part[c][r], sum[c][r]);
+            }
+        }
+        for (size_t c = 0; c < n_columns; c++)
+            for (size_t r = 0; r < 4; r++) _mm256_storeu_ps(out + 64 * c + 16 * r + 8 * h, sum[c][r]);
+    }
+}
+
+NX_TARGET_AVX2 static void rows(const uint8_t *codes, const uint16_t *scales, float scale, size_t n_blocks,
+                                const nx_act_64 *const *columns, size_t n_columns, float *out) {
+    for (; n_columns >= 2; n_columns -= 2, columns += 2, out += 128)
+        rows_of(codes, scales, scale, n_blocks, columns, 2, out);
+    if (n_columns) rows_of(codes, scales, scale, n_blocks, columns, 1, out);
+}
+
 const nx_kernel_table *nx_kernels_avx2(void) {
-    static const nx_kernel_table table = {.residual_rows = residual_rows};
+    static const nx_kernel_table table = {.residual_rows = residual_rows,
+                                          .activate_256 = nx_ref_activate_256,
+                                          .activate_64 = nx_ref_activate_64,
+                                          .lanes = lanes,
+                                          .rows = rows};
     return &table;
 }
 #else

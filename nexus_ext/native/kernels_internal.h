@@ -4,6 +4,7 @@
 
 #include "nexus_kernels.h"
 #include "nexus_residual.h"
+#include "ternary_internal.h"
 
 /* Per function, not per file: nothing that the compiler makes of a header can then end up with
  * instructions that the CPU lacks, and any build compiles every file. */
@@ -15,7 +16,28 @@ typedef struct nx_kernel_table {
      * rows[i] is the first line of channel i. */
     void (*residual_rows)(const uint8_t *const *rows, const float *products, size_t n, size_t n_lines,
                           float *sums);
+
+    /* Round blocks of 256, or of 64 inputs. */
+    void (*activate_256)(const float *x, size_t n, nx_act_256 *out);
+    void (*activate_64)(const float *x, size_t n, nx_act_64 *out);
+
+    /* One tile of 8 rows times 1 to NX_MOST_COLUMNS columns. `scales`: 8 for each block, or NULL and
+     * `scale` for all. out[8 c + r] is row r of column c. */
+    void (*lanes)(const uint8_t *codes, const uint16_t *scales, float scale, size_t n_blocks,
+                  const nx_act_256 *const *columns, size_t n_columns, float *out);
+    /* One tile of 64 rows: out[64 c + r]. */
+    void (*rows)(const uint8_t *codes, const uint16_t *scales, float scale, size_t n_blocks,
+                 const nx_act_64 *const *columns, size_t n_columns, float *out);
 } nx_kernel_table;
+
+/* Of the reference, also for instruction sets whose own would gain nothing. */
+void nx_ref_activate_256(const float *x, size_t n, nx_act_256 *out);
+void nx_ref_activate_64(const float *x, size_t n, nx_act_64 *out);
+
+/* Half to single precision, in software. */
+float nx_half_to_float(uint16_t half);
+/* The nearest half (ties to even). */
+uint16_t nx_float_to_half(float value);
 
 /* The tables; NULL where this build has no such implementation. */
 const nx_kernel_table *nx_kernels_ref(void);
