@@ -368,6 +368,10 @@ class Model:
         if lib.nx_model_set_residual_k(self.pointer, tensor.encode(), k) != lib.NX_OK:
             raise UsageError(f"tensor {tensor} has no residual", hint="attach one first")
 
+    def n_packed(self) -> int:
+        """Return how many weights were packed for our own kernels."""
+        return int(lib.nx_model_n_packed(self.pointer))
+
     def attached_bytes(self) -> int:
         """Return the memory that what was attached takes."""
         return int(lib.nx_model_attached_bytes(self.pointer))

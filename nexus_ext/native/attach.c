@@ -16,7 +16,8 @@ void nx_attachments_free(nx_model *m) {
     for (uint32_t i = 0; i < m->n_extents; i++) {
         nx_attachment *a = m->extents[i].attached;
         if (!a) continue;
-        if (a->residual.codes) nx_memory_unmap((void *)(uintptr_t)a->residual.codes, residual_bytes(&a->residual));
+        if (a->has_residual) nx_memory_unmap((void *)(uintptr_t)a->residual.codes, residual_bytes(&a->residual));
+        nx_ternary_free(&a->packed);
         free(a);
     }
 }
@@ -25,9 +26,19 @@ uint64_t nx_model_attached_bytes(const nx_model *m) {
     uint64_t bytes = 0;
     for (uint32_t i = 0; i < m->n_extents; i++) {
         const nx_attachment *a = nx_extent_attached(&m->extents[i]);
-        if (a && a->residual.codes) bytes += residual_bytes(&a->residual);
+        if (!a) continue;
+        if (__atomic_load_n(&a->has_residual, __ATOMIC_ACQUIRE)) bytes += residual_bytes(&a->residual);
+        bytes += a->packed.codes_bytes + a->packed.scales_bytes;
     }
     return bytes;
+}
+
+nx_attachment *nx_attachment_get(nx_extent *e) {
+    nx_attachment *a = nx_extent_attached(e);
+    if (a) return a;
+    a = calloc(1, sizeof *a);
+    if (a) __atomic_store_n(&e->attached, a, __ATOMIC_RELEASE);
+    return a;
 }
 
 nx_status nx_model_attach_residual(nx_model *m, const char *name, const void *codes, uint64_t codes_bytes,
@@ -52,34 +63,36 @@ nx_status nx_model_attach_residual(nx_model *m, const char *name, const void *co
                      (unsigned long long)expected, r.n_out);
         return NX_E_INVALID;
     }
-    nx_attachment *a = calloc(1, sizeof *a);
-    uint8_t *memory = a ? nx_memory_map(residual_bytes(&r)) : NULL;
-    if (!memory) {
-        free(a);
+    uint8_t *memory = nx_memory_map(residual_bytes(&r));
+    nx_status status = memory ? NX_OK : NX_E_NOMEM;
+    if (memory) {
+        memcpy(memory, codes, codes_bytes);
+        float *copied = (float *)(void *)(memory + nx_round_up(codes_bytes, NX_PAGE));
+        memcpy(copied, scales, n_scales * sizeof *scales);
+        r.codes = memory;
+        r.scales = copied;
+        pthread_mutex_lock(&m->load_lock);
+        nx_attachment *a = nx_attachment_get(e);
+        status = !a ? NX_E_NOMEM : a->has_residual ? NX_E_BUSY : NX_OK;
+        if (status == NX_OK) {
+            a->residual = r;
+            __atomic_store_n(&a->has_residual, 1, __ATOMIC_RELEASE);
+            __atomic_store_n(&a->residual_k, k, __ATOMIC_RELEASE);
+        }
+        pthread_mutex_unlock(&m->load_lock);
+        if (status != NX_OK) nx_memory_unmap(memory, residual_bytes(&r));
+    }
+    if (status == NX_E_NOMEM)
         nx_error_set(error, NX_E_NOMEM, ENOMEM, "%llu bytes for the residual of %s cannot be allocated",
                      (unsigned long long)residual_bytes(&r), name);
-        return NX_E_NOMEM;
-    }
-    memcpy(memory, codes, codes_bytes);
-    float *copied = (float *)(void *)(memory + nx_round_up(codes_bytes, NX_PAGE));
-    memcpy(copied, scales, n_scales * sizeof *scales);
-    r.codes = memory;
-    r.scales = copied;
-    *a = (nx_attachment){.residual = r, .residual_k = k};
-    nx_attachment *none = NULL;
-    if (!__atomic_compare_exchange_n(&e->attached, &none, a, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
-        nx_memory_unmap(memory, residual_bytes(&r));
-        free(a);
-        nx_error_set(error, NX_E_BUSY, 0, "tensor %s has a residual already", name);
-        return NX_E_BUSY;
-    }
-    return NX_OK;
+    if (status == NX_E_BUSY) nx_error_set(error, NX_E_BUSY, 0, "tensor %s has a residual already", name);
+    return status;
 }
 
 nx_status nx_model_set_residual_k(nx_model *m, const char *name, uint32_t k) {
     const nx_extent *e = nx_model_find(m, name);
     nx_attachment *a = e ? nx_extent_attached(e) : NULL;
-    if (!a || !a->residual.codes) return NX_E_INVALID;
-    __atomic_store_n(&a->residual_k, k, __ATOMIC_RELAXED);
+    if (!a || !__atomic_load_n(&a->has_residual, __ATOMIC_ACQUIRE)) return NX_E_INVALID;
+    __atomic_store_n(&a->residual_k, k, __ATOMIC_RELEASE);
     return NX_OK;
 }

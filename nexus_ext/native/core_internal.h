@@ -114,6 +114,8 @@ struct nx_model {
     uint8_t *load_state; /* per extent: 0 not asked for, 1 reading, 2 there */
     uint64_t load_begin_ns, load_end_ns; /* atomic: read by nx_model_get_stats */
     atomic_bool loaded; /* nothing claimed is missing */
+    uint32_t own_types;      /* bit t: weights of nx_ternary_type t are for our own kernels */
+    uint64_t own_more_bytes; /* by how much packing them may add to what weights take */
 
     nx_io *io; /* only the holder of the turn touches it */
     nx_group *groups; /* expert tensors that are cached together, see cache.c */

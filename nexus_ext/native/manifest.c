@@ -6,6 +6,7 @@
  *   file BYTES PATH
  *   tensor TIER FILE OFFSET BYTES VIRTUAL_OFFSET NE0 NE1 NE2 NE3 TYPE NAME
  *   experts SLOTS TENSOR_NUMBER ...      (tensors that are cached together, counted from 0)
+ *   kernels MORE_BYTES TYPE ...          (resident weights of these types are for our own kernels)
  *   end N_TENSORS
  *
  * TIER is host, ram, nvme or elastic (nvme until it is promoted, see residency.c). PATH and NAME run to the end of their line. The same text serves Python
@@ -14,6 +15,7 @@
 #include "manifest.h"
 
 #include "cache.h"
+#include "nexus_ternary.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -137,6 +139,19 @@ static bool parse_experts(nx_model *m, cursor *c) {
     return true;
 }
 
+/* kernels MORE TYPE...: our own kernels compute with resident weights of these types. */
+static bool parse_kernels(nx_model *m, cursor *c) {
+    char word[24];
+    if (!take_number(c, &m->own_more_bytes)) return false;
+    while (!at_end(c)) {
+        if (!take_word(c, word, sizeof word)) return false;
+        const nx_ternary_type type = nx_ternary_type_of(word);
+        if (type == NX_TERNARY_TYPES) return false;
+        m->own_types |= 1u << type;
+    }
+    return m->own_types != 0;
+}
+
 /* Each line that starts with "tensor " is at most one extent: an upper bound before allocation. */
 static uint32_t count_tensors(const char *text, size_t nbytes) {
     uint32_t n = 0;
@@ -163,6 +178,7 @@ static bool parse_line(nx_model *m, cursor *c, const char *key, uint32_t capacit
     if (strcmp(key, "file") == 0) return parse_file(m, c);
     if (strcmp(key, "tensor") == 0) return parse_tensor(m, c, capacity);
     if (strcmp(key, "experts") == 0) return parse_experts(m, c);
+    if (strcmp(key, "kernels") == 0) return parse_kernels(m, c);
     *ended = strcmp(key, "end") == 0 && take_last_number(c, &n) && n == m->n_extents;
     return *ended;
 }

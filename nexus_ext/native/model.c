@@ -370,6 +370,7 @@ nx_status nx_model_finish_load(nx_model *m, int (*progress)(void *, uint64_t, ui
         if (result == NX_OK && load_should_stop(&state)) result = NX_E_ABORTED;
     }
     if (result == NX_OK) {
+        nx_model_pack(m);
         __atomic_store_n(&m->load_end_ns, nx_now_ns(), __ATOMIC_RELAXED);
         atomic_store(&m->loaded, true);
     }

@@ -106,7 +106,7 @@ void nx_ternary_free(nx_ternary *t) {
 
 void nx_ternary_finish(nx_ternary *t) {
     if (!t->scales) return;
-    /* Scales of rows that do not exist are those of row 0, see pack_tile. */
+    /* Scales of rows that do not exist are those of the first row, see nx_ternary_pack. */
     const uint64_t n = t->scales_bytes / sizeof *t->scales;
     for (uint64_t i = 1; i < n; i++)
         if (t->scales[i] != t->scales[0]) return;
@@ -121,9 +121,14 @@ static uint16_t unpack_block(nx_ternary_type t, const uint8_t *p, uint8_t *codes
     uint16_t d;
     switch (t) {
     case NX_TQ2_0: /* 2 times 32 bytes of 4 planes of 32; scale last */
-        for (int j = 0; j < 2; j++)
-            for (int plane = 0; plane < 4; plane++)
-                for (int m = 0; m < 32; m++) codes[128 * j + 32 * plane + m] = p[32 * j + m] >> 2 * plane & 3;
+        for (int j = 0; j < 2; j++, codes += 128)
+            for (int m = 0; m < 32; m++) {
+                const uint8_t q = p[32 * j + m];
+                codes[m] = q & 3;
+                codes[32 + m] = q >> 2 & 3;
+                codes[64 + m] = q >> 4 & 3;
+                codes[96 + m] = q >> 6;
+            }
         memcpy(&d, p + 64, sizeof d);
         return d;
     case NX_TQ1_0: { /* base 3, as fixed-point fractions: 5 digits a byte (48 bytes), 4 digits (4 bytes); scale last */
@@ -139,7 +144,11 @@ static uint16_t unpack_block(nx_ternary_type t, const uint8_t *p, uint8_t *codes
     }
     case NX_Q2_0: /* scale first; 4 neighbours a byte */
         memcpy(&d, p, sizeof d);
-        for (int i = 0; i < 64; i++) codes[i] = p[2 + i / 4] >> i % 4 * 2 & 3;
+        for (int i = 0; i < 16; i++) {
+            const uint32_t q = p[2 + i], word = (q | q << 6 | q << 12 | q << 18) & 0x03030303u;
+            const uint8_t four[4] = {(uint8_t)word, (uint8_t)(word >> 8), (uint8_t)(word >> 16), (uint8_t)(word >> 24)};
+            memcpy(codes + 4 * i, four, sizeof four);
+        }
         return d;
     default: /* NX_Q1_0: scale first; 8 neighbours a byte */
         memcpy(&d, p, sizeof d);
@@ -162,32 +171,53 @@ static void place_of(nx_ternary_type t, uint32_t r, uint32_t i, uint32_t *byte, 
     }
 }
 
-/* Add the codes of row r to the (cleared) block of its tile: runs of inputs that lie side by side. */
-static void spread(nx_ternary_type t, const uint8_t *codes, uint32_t r, uint8_t *block) {
-    const uint32_t run = t == NX_Q2_0 ? 4 : 32;
-    for (uint32_t i = 0; i < types[t].block; i += run) {
-        uint32_t byte;
-        unsigned shift;
-        place_of(t, r, i, &byte, &shift);
-        for (uint32_t k = 0; k < run; k++) block[byte + k] = (uint8_t)(block[byte + k] | codes[i + k] << shift);
+/* One block of a tile from the codes of its rows, 256 bytes for each row whatever the type. */
+static void join(nx_ternary_type t, uint8_t (*rows)[256], uint8_t *block) {
+    if (t == NX_Q2_0) {
+        for (int i = 0; i < 16; i++)
+            for (int r = 0; r < 16; r++) { /* four inputs as one word: no code reaches its neighbour's bits */
+                uint32_t a, b, c, d;
+                memcpy(&a, &rows[r][4 * i], sizeof a);
+                memcpy(&b, &rows[16 + r][4 * i], sizeof b);
+                memcpy(&c, &rows[32 + r][4 * i], sizeof c);
+                memcpy(&d, &rows[48 + r][4 * i], sizeof d);
+                const uint32_t word = a | b << 2 | c << 4 | d << 6;
+                memcpy(block + 64 * i + 4 * r, &word, sizeof word);
+            }
+        return;
     }
+    for (int v = 0; v < (int)types[t].block / 32; v++)
+        for (int half = 0; half < 2; half++) {
+            uint8_t *out = block + 64 * v + 32 * half;
+            if (t == NX_Q1_0) {
+                memset(out, 0, 32);
+                for (int r = 0; r < 8; r++)
+                    for (int k = 0; k < 32; k++) out[k] = (uint8_t)(out[k] | rows[8 * half + r][32 * v + k] << r);
+                continue;
+            }
+            const uint8_t *a = &rows[4 * half][32 * v], *b = &rows[4 * half + 1][32 * v];
+            const uint8_t *c = &rows[4 * half + 2][32 * v], *d = &rows[4 * half + 3][32 * v];
+            for (int k = 0; k < 32; k++) out[k] = (uint8_t)(a[k] | b[k] << 2 | c[k] << 4 | d[k] << 6);
+        }
 }
 
 void nx_ternary_pack(nx_ternary *t, const void *rows, size_t stride, uint32_t begin, uint32_t end) {
     const uint32_t unit = types[t->type].rows, n_blocks = t->n_in / types[t->type].block;
     const uint64_t block_bytes = tile_block_bytes(t->type);
+    uint8_t codes[64][256];
+    memset(codes, 0, sizeof codes);
     for (uint32_t first = begin; first < end; first += unit) {
-        uint8_t *codes = t->codes + (uint64_t)(first / unit) * n_blocks * block_bytes;
+        uint8_t *out = t->codes + (uint64_t)(first / unit) * n_blocks * block_bytes;
         uint16_t *scales = t->scales + (uint64_t)(first / unit) * n_blocks * unit;
-        memset(codes, 0, n_blocks * block_bytes);
-        for (uint32_t r = 0; r < unit; r++) {
-            const bool exists = first + r < end;
-            const uint8_t *row = (const uint8_t *)rows + (size_t)(first - begin + (exists ? r : 0)) * stride;
-            for (uint32_t b = 0; b < n_blocks; b++) {
-                uint8_t one[256];
-                scales[b * unit + r] = unpack_block(t->type, row + (size_t)b * types[t->type].block_bytes, one);
-                if (exists) spread(t->type, one, r, codes + b * block_bytes);
-            }
+        const uint32_t n = end - first < unit ? end - first : unit;
+        if (n < unit) memset(codes, 0, sizeof codes); /* of rows that do not exist */
+        for (uint32_t b = 0; b < n_blocks; b++) {
+            const uint8_t *at = (const uint8_t *)rows + (size_t)(first - begin) * stride +
+                                (size_t)b * types[t->type].block_bytes;
+            for (uint32_t r = 0; r < n; r++)
+                scales[b * unit + r] = unpack_block(t->type, at + (size_t)r * stride, codes[r]);
+            for (uint32_t r = n; r < unit; r++) scales[b * unit + r] = scales[b * unit];
+            join(t->type, codes, out + b * block_bytes);
         }
     }
 }

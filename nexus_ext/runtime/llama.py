@@ -28,6 +28,7 @@ from nexus_ext.runtime import backend
 from nexus_ext.runtime.amx import amx_works
 from nexus_ext.runtime.loading import loads
 from nexus_ext.runtime.manifest import manifest
+from nexus_ext.runtime.own_kernels import own_types
 from nexus_ext.runtime.planning import Planned, plan_model
 from nexus_ext.runtime.popularity import WarmStart, wanted
 from nexus_ext.runtime.stats import RunStats, run_stats
@@ -48,7 +49,14 @@ _KV_TYPES = {
 class NexusHandle:
     """What nexus_ext does for one `Llama`: `llm.nexus`."""
 
-    def __init__(self, path: str, planned: Planned, model: core.Model | None) -> None:
+    def __init__(
+        self,
+        path: str,
+        planned: Planned,
+        model: core.Model | None,
+        own_kernels: tuple[str, ...] = (),
+    ) -> None:
+        self.own_kernels = own_kernels  # types of weights that our kernels compute with
         self.catalog = planned.catalog
         self.hardware = planned.hardware
         self.plan = planned.plan
@@ -66,7 +74,7 @@ class NexusHandle:
 
     @property
     def active(self) -> bool:
-        """Whether weights are paged; False when everything fits and llama.cpp runs alone."""
+        """Whether weights are paged (or ours to compute with); False: llama.cpp runs alone."""
         return self.model is not None
 
     def stats(self) -> RunStats:
@@ -145,6 +153,8 @@ class Llama(llama_cpp.Llama):
         policy: how streamed weights are read: "auto", "direct" or "buffered".
         pins: (regex, tier) pairs, or `Pin`s: tensors that the plan must not move.
         hardware: a profile to plan for; None: this machine, measured once and remembered.
+        kernels: who multiplies by resident ternary weights (TQ1_0, TQ2_0, Q2_0): "ggml", "nexus"
+            (ours, faster), or "auto": ours where a trial shows the same bits as ggml's.
         progress: called with (done, total) bytes while resident weights are read; True stops.
         warm_start: remember which experts a mixture uses most, and have them read before the first
             request; None: unless NEXUS_WARM_START is 0.
@@ -165,6 +175,7 @@ class Llama(llama_cpp.Llama):
         policy: str = "auto",
         pins: Iterable[Pin | tuple[str, str]] = (),
         hardware: HardwareProfile | None = None,
+        kernels: str = "ggml",
         progress: core.Progress | None = None,
         warm_start: bool | None = None,
         n_gpu_layers: int | None = None,
@@ -184,15 +195,16 @@ class Llama(llama_cpp.Llama):
         planned = plan_model(path, request, hardware=hardware, plan=plan)
         layers = planned.plan.n_gpu_layers if n_gpu_layers is None else n_gpu_layers
         model = None
-        if not planned.plan.everything_fits:
+        ours = own_types(planned.catalog, planned.plan, kernels)
+        if ours or not planned.plan.everything_fits:
             backend.register()
-            text = manifest(planned.catalog, planned.plan, planned.io_mode)
+            text = manifest(planned.catalog, planned.plan, planned.io_mode, ours)
             model = core.Model(text, planned.catalog.header)
             if planned.plan.expert_caches:
                 model.set_cache_policy(plugins().choose_cache(_cache_info(planned)))
                 model.set_predictor(plugins().choose_predictor(_cache_info(planned)))
             arguments.setdefault("offload_kqv", layers != 0)
-        handle = NexusHandle(path, planned, model)
+        handle = NexusHandle(path, planned, model, ours)
         try:
             with loads(model, extra_buffers=model is None and amx_works() is not False):
                 try:

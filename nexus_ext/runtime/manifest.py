@@ -14,11 +14,12 @@ from nexus_ext.types import Catalog
 _CORE_TIERS = {"gpu": "host", "host": "ram", "ram": "ram", "nvme": "nvme"}
 
 
-def manifest(catalog: Catalog, plan: Plan, io_mode: str) -> str:
+def manifest(catalog: Catalog, plan: Plan, io_mode: str, own_kernels: tuple[str, ...] = ()) -> str:
     """Return the manifest of `catalog` placed by `plan`, read in `io_mode`.
 
-    Tensors on a GPU are llama.cpp's business, as host tensors are. Raises UsageError when the plan
-    was made for another model.
+    `own_kernels`: types of resident weights that our kernels compute with; packing them may add as
+    much memory as the plan leaves free. Tensors on a GPU are llama.cpp's business, as host tensors
+    are. Raises UsageError when the plan was made for another model.
     """
     if plan.fingerprint != catalog.fingerprint:
         raise UsageError(
@@ -26,7 +27,10 @@ def manifest(catalog: Catalog, plan: Plan, io_mode: str) -> str:
             hint="make a plan of this model with `nexus plan`",
         )
     tiers = {name: _CORE_TIERS[tier] for name, tier in plan.tiers.items()}
-    return manifest_text(catalog, tiers, plan, io_mode, plan.expert_caches)
+    kernels = ""
+    if own_kernels:
+        kernels = f"kernels {plan.breakdown.get('free', 0)} {' '.join(own_kernels)}"
+    return manifest_text(catalog, tiers, plan, io_mode, plan.expert_caches, kernels)
 
 
 class Geometry(Protocol):
@@ -46,8 +50,12 @@ def manifest_text(
     geometry: Geometry,
     io_mode: str,
     caches: Iterable[ExpertCache],
+    kernels: str = "",
 ) -> str:
-    """Return the manifest of `catalog`; `tiers` are the core's: host, ram, nvme or elastic."""
+    """Return the manifest of `catalog`; `tiers` are the core's: host, ram, nvme or elastic.
+
+    `kernels`: the line that asks for kernels of our own, if they are wanted.
+    """
     lines = [
         "nexus-manifest 1",
         f"ring {geometry.ring_bytes}",
@@ -71,5 +79,7 @@ def manifest_text(
     for cache in caches:
         members = " ".join(str(number[name]) for name in cache.tensors)
         lines.append(f"experts {cache.slots} {members}")
+    if kernels:
+        lines.append(kernels)
     lines.append(f"end {len(catalog.tensors)}")
     return "\n".join(lines) + "\n"

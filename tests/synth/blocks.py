@@ -94,6 +94,8 @@ def pattern(type_name: str, seed: int, large: bool) -> bytes:
     else:
         # Both signs, since the levels of some formats (-8 to 7) are not balanced about zero.
         signs = rng.choice(np.array([-1.0, 1.0]), n_blocks)
+        if type_name in ("TQ1_0", "TQ2_0"):
+            signs[:] = 1.0  # -1, 0, 1: balanced already, and models trained so have one scale
         _set_scales(type_name, blocks, signs)
         spread = float(dequantize(blocks[:1024], kind).std())
         _set_scales(type_name, blocks, signs * (WEIGHT_STD / spread))

@@ -64,6 +64,7 @@ LLAMA_PRESETS = {
     "llama-8b": LlamaDims(32, 4096, 14336, 32, 8, 128256),
     "llama-6gb": LlamaDims(48, 4096, 14336, 32, 8, 32000),
     "llama-13b": LlamaDims(40, 5120, 13824, 40, 40, 32000),
+    "bitnet-2b": LlamaDims(30, 2560, 6912, 20, 5, 128256),  # shapes of BitNet-b1.58-2B-4T
     "llama-70b": LlamaDims(80, 8192, 28672, 64, 8, 128256),
 }
 

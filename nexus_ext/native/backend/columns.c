@@ -36,13 +36,13 @@ int nxb_columns_begin(nxb_run *r) {
     if (!r->n_models || !nx_model_columns(r->models[0])) return GX_SUCCESS;
     const int n_nodes = gx.graph_n_nodes(r->graph);
     size_t n = 0;
-    for (int i = 0; i < n_nodes; i++) n += has_columns(r->nodes[i]);
+    for (int i = 0; i < n_nodes; i++) n += has_columns(r->nodes[i]) && !nxb_ours_computes(r->nodes[i]);
     if (!n) return GX_SUCCESS;
     r->columns = malloc(n * sizeof *r->columns);
     if (!r->columns) return GX_ALLOC_FAILED;
     for (int i = 0; i < n_nodes; i++) {
         gx_tensor *node = r->nodes[i];
-        if (!has_columns(node)) continue;
+        if (!has_columns(node) || nxb_ours_computes(node)) continue;
         struct nxb_column *c = &r->columns[r->n_columns++];
         c->node = i;
         c->original = node;

@@ -69,7 +69,9 @@ static int add_model(run *r, nx_model *m) {
     }
     r->models[at] = m;
     r->generation[at] = nx_residency_generation(m);
-    return GX_SUCCESS;
+    /* At once, but for the first graph. Before anybody asks what the load has attached to a weight. */
+    const nx_status loaded = nx_model_finish_load(m, NULL, NULL);
+    return loaded == NX_OK ? GX_SUCCESS : nxb_status(loaded);
 }
 
 static int find_uses(run *r, size_t *n_uses) {
@@ -83,9 +85,7 @@ static int find_uses(run *r, size_t *n_uses) {
             if (!e) continue;
             nxb_mark_computing(weight);
             int status = add_model(r, e->model);
-            const nx_attachment *attached = nx_extent_attached(e);
-            if (attached && s == 0 && node->src[0] == weight && status == GX_SUCCESS)
-                status = nxb_ours_note(r->own, i, attached);
+            if (status == GX_SUCCESS && nx_extent_attached(e)) status = nxb_ours_note(r->own, i, node, s, e);
             if (status == GX_SUCCESS && nx_extent_tier(e) == NX_TIER_NVME)
                 status = add_use(r->own, n_uses,
                                  (nxb_use){.node = i, .kind = kind_of(node, s, weight), .extent = e, .weight = weight});
@@ -326,7 +326,7 @@ static int begin_turns(run *r, size_t n_uses, size_t *begun) {
         size_t n = 0;
         for (size_t i = 0; i < n_uses; i++)
             if (uses[i].kind == USE_SLABS && uses[i].extent->model == m) order[n++] = uses[i].extent;
-        nx_status done = nx_model_finish_load(m, NULL, NULL); /* at once, but for the first graph */
+        nx_status done = NX_OK;
         nx_error before;
         nx_model_last_error(m, &before);
         /* A plan for another file, or weights that were written to: no later graph can be right. */

@@ -45,9 +45,11 @@ typedef struct nxb_run {
     bool decides, decides_for_many; /* routers: any, and for more than one token */
 } nxb_run;
 
-/* Our own operations, see ours.c. Note that `node` multiplies by a weight with an attachment; all of them
- * are noted in order, before the walk begins. */
-int nxb_ours_note(nxb_backend *, int node, const nx_attachment *);
+/* Our own operations, see ours.c. Source `source` of node number `node` is a weight with an attachment;
+ * all of them are noted in order, before the walk begins. */
+int nxb_ours_note(nxb_backend *, int node, const gx_tensor *, int source, nx_extent *);
+/* Is this product computed by kernels of ours, for which a column is always as if it were alone? */
+bool nxb_ours_computes(const gx_tensor *);
 void nxb_ours_clear(nxb_backend *);
 void nxb_ours_free(nxb_backend *);
 /* Put into `view` (the nodes from `begin` to `end`) what we compute ourselves. */

@@ -1,4 +1,4 @@
-/* Written by build.py with cffi 2.1.1 from 181a5c1c3228f10885c6fa78256ac2fc3b8a8b8a7e9beaefbd440ac28f5b99af. */
+/* Written by build.py with cffi 2.1.1 from 632ca4fe2aa5ca72e25134211bc1d0db873e0e7f379f8e6590b56a63c76eb9ab. */
 #define _CFFI_
 
 /* We try to define Py_LIMITED_API before including Python.h.
@@ -591,84 +591,85 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 #include "nexus_kernels.h"
 #include "nexus_attach.h"
 #include "nexus_residual.h"
+#include "nexus_ternary.h"
 
 
 /************************************************************/
 
 static void *_cffi_types[] = {
-/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 219), // FILE *()(nx_model *, int *)
-/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 310), // nx_model *
-/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 242), // int *
+/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 240), // FILE *()(nx_model *, int *)
+/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 363), // nx_model *
+/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 263), // int *
 /*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 286), // _Bool()(void *)
-/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 320), // void *
+/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 339), // _Bool()(void *)
+/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 376), // void *
 /*  6 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /*  7 */ _CFFI_OP(_CFFI_OP_FUNCTION, 44), // char const *()(nx_isa)
 /*  8 */ _CFFI_OP(_CFFI_OP_ENUM, 3), // nx_isa
 /*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION, 44), // char const *()(nx_model const *)
-/* 11 */ _CFFI_OP(_CFFI_OP_POINTER, 310), // nx_model const *
+/* 11 */ _CFFI_OP(_CFFI_OP_POINTER, 363), // nx_model const *
 /* 12 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION, 44), // char const *()(nx_status)
 /* 14 */ _CFFI_OP(_CFFI_OP_ENUM, 4), // nx_status
 /* 15 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 44), // char const *()(void)
 /* 17 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION, 242), // int()(nx_isa)
+/* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION, 263), // int()(nx_isa)
 /* 19 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
 /* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 21 */ _CFFI_OP(_CFFI_OP_FUNCTION, 242), // int()(nx_model *, uint64_t)
+/* 21 */ _CFFI_OP(_CFFI_OP_FUNCTION, 263), // int()(nx_model *, uint64_t)
 /* 22 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 23 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
 /* 24 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 25 */ _CFFI_OP(_CFFI_OP_FUNCTION, 242), // int()(nx_model const *, uint32_t)
+/* 25 */ _CFFI_OP(_CFFI_OP_FUNCTION, 263), // int()(nx_model const *, uint32_t)
 /* 26 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
 /* 27 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
 /* 28 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 29 */ _CFFI_OP(_CFFI_OP_FUNCTION, 242), // int()(void *)
+/* 29 */ _CFFI_OP(_CFFI_OP_FUNCTION, 263), // int()(void *)
 /* 30 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
 /* 31 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 32 */ _CFFI_OP(_CFFI_OP_FUNCTION, 242), // int()(void *, uint64_t, uint64_t)
+/* 32 */ _CFFI_OP(_CFFI_OP_FUNCTION, 263), // int()(void *, uint64_t, uint64_t)
 /* 33 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
 /* 34 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 35 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 36 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 37 */ _CFFI_OP(_CFFI_OP_FUNCTION, 242), // int()(void)
+/* 37 */ _CFFI_OP(_CFFI_OP_FUNCTION, 263), // int()(void)
 /* 38 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION, 80), // nx_ans_path()(void)
 /* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 41 */ _CFFI_OP(_CFFI_OP_FUNCTION, 8), // nx_isa()(void)
 /* 42 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 43 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_io_mode, nx_file * *)
-/* 44 */ _CFFI_OP(_CFFI_OP_POINTER, 287), // char const *
+/* 44 */ _CFFI_OP(_CFFI_OP_POINTER, 340), // char const *
 /* 45 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // nx_io_mode
-/* 46 */ _CFFI_OP(_CFFI_OP_POINTER, 228), // nx_file * *
+/* 46 */ _CFFI_OP(_CFFI_OP_POINTER, 249), // nx_file * *
 /* 47 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 48 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_probe_options const *, nx_probe_result *)
 /* 49 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
-/* 50 */ _CFFI_OP(_CFFI_OP_POINTER, 312), // nx_probe_options const *
-/* 51 */ _CFFI_OP(_CFFI_OP_POINTER, 313), // nx_probe_result *
+/* 50 */ _CFFI_OP(_CFFI_OP_POINTER, 365), // nx_probe_options const *
+/* 51 */ _CFFI_OP(_CFFI_OP_POINTER, 366), // nx_probe_result *
 /* 52 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 53 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, size_t, void const *, size_t, nx_model * *, nx_error *)
 /* 54 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
 /* 55 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
-/* 56 */ _CFFI_OP(_CFFI_OP_POINTER, 320), // void const *
+/* 56 */ _CFFI_OP(_CFFI_OP_POINTER, 376), // void const *
 /* 57 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 58 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // nx_model * *
-/* 59 */ _CFFI_OP(_CFFI_OP_POINTER, 302), // nx_error *
+/* 59 */ _CFFI_OP(_CFFI_OP_POINTER, 355), // nx_error *
 /* 60 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 61 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(float const *, size_t, uint32_t, uint32_t, uint32_t, uint32_t, uint8_t *, float *)
-/* 62 */ _CFFI_OP(_CFFI_OP_POINTER, 170), // float const *
+/* 62 */ _CFFI_OP(_CFFI_OP_POINTER, 179), // float const *
 /* 63 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 64 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 65 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 66 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 67 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 68 */ _CFFI_OP(_CFFI_OP_POINTER, 317), // uint8_t *
-/* 69 */ _CFFI_OP(_CFFI_OP_POINTER, 170), // float *
+/* 68 */ _CFFI_OP(_CFFI_OP_POINTER, 373), // uint8_t *
+/* 69 */ _CFFI_OP(_CFFI_OP_POINTER, 179), // float *
 /* 70 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 71 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ans_layout const *, void const *, size_t, void *, size_t, size_t *)
-/* 72 */ _CFFI_OP(_CFFI_OP_POINTER, 300), // nx_ans_layout const *
+/* 72 */ _CFFI_OP(_CFFI_OP_POINTER, 353), // nx_ans_layout const *
 /* 73 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
 /* 74 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 75 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
@@ -683,26 +684,26 @@ static void *_cffi_types[] = {
 /* 84 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 85 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 86 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix * *)
-/* 87 */ _CFFI_OP(_CFFI_OP_POINTER, 235), // nx_imatrix * *
+/* 87 */ _CFFI_OP(_CFFI_OP_POINTER, 256), // nx_imatrix * *
 /* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 89 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix const *)
-/* 90 */ _CFFI_OP(_CFFI_OP_POINTER, 307), // nx_imatrix const *
+/* 90 */ _CFFI_OP(_CFFI_OP_POINTER, 360), // nx_imatrix const *
 /* 91 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 92 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix const *, size_t, char *, uint32_t *, uint32_t *, double const * *, uint64_t const * *)
 /* 93 */ _CFFI_OP(_CFFI_OP_NOOP, 90),
 /* 94 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 95 */ _CFFI_OP(_CFFI_OP_POINTER, 287), // char *
+/* 95 */ _CFFI_OP(_CFFI_OP_POINTER, 340), // char *
 /* 96 */ _CFFI_OP(_CFFI_OP_POINTER, 27), // uint32_t *
 /* 97 */ _CFFI_OP(_CFFI_OP_NOOP, 96),
-/* 98 */ _CFFI_OP(_CFFI_OP_POINTER, 296), // double const * *
-/* 99 */ _CFFI_OP(_CFFI_OP_POINTER, 264), // uint64_t const * *
+/* 98 */ _CFFI_OP(_CFFI_OP_POINTER, 349), // double const * *
+/* 99 */ _CFFI_OP(_CFFI_OP_POINTER, 285), // uint64_t const * *
 /* 100 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 101 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_isa)
 /* 102 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
 /* 103 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 104 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_membench_options const *, nx_membench_result *)
-/* 105 */ _CFFI_OP(_CFFI_OP_POINTER, 308), // nx_membench_options const *
-/* 106 */ _CFFI_OP(_CFFI_OP_POINTER, 309), // nx_membench_result *
+/* 105 */ _CFFI_OP(_CFFI_OP_POINTER, 361), // nx_membench_options const *
+/* 106 */ _CFFI_OP(_CFFI_OP_POINTER, 362), // nx_membench_result *
 /* 107 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 108 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *)
 /* 109 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
@@ -730,7 +731,7 @@ static void *_cffi_types[] = {
 /* 131 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 132 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nx_fault const *)
 /* 133 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 134 */ _CFFI_OP(_CFFI_OP_POINTER, 304), // nx_fault const *
+/* 134 */ _CFFI_OP(_CFFI_OP_POINTER, 357), // nx_fault const *
 /* 135 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 136 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, int(*)(void *), void *, uint64_t *)
 /* 137 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
@@ -754,169 +755,225 @@ static void *_cffi_types[] = {
 /* 155 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
 /* 156 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
 /* 157 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 158 */ _CFFI_OP(_CFFI_OP_POINTER, 306), // nx_file_info *
+/* 158 */ _CFFI_OP(_CFFI_OP_POINTER, 359), // nx_file_info *
 /* 159 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 160 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(void const *, size_t, void *, size_t)
-/* 161 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
-/* 162 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 163 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 164 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 160 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ternary_type, uint32_t, uint32_t, nx_ternary *)
+/* 161 */ _CFFI_OP(_CFFI_OP_ENUM, 5), // nx_ternary_type
+/* 162 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 163 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 164 */ _CFFI_OP(_CFFI_OP_POINTER, 369), // nx_ternary *
 /* 165 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 166 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(float const *, uint32_t, uint32_t, float, float, uint32_t *)
-/* 167 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
-/* 168 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 169 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 170 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13), // float
-/* 171 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13),
-/* 172 */ _CFFI_OP(_CFFI_OP_NOOP, 96),
-/* 173 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 174 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(float const *, uint32_t, uint32_t, uint32_t *)
-/* 175 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
-/* 176 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 166 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(void const *, size_t, void *, size_t)
+/* 167 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
+/* 168 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 169 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 170 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 171 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 172 */ _CFFI_OP(_CFFI_OP_FUNCTION, 161), // nx_ternary_type()(char const *)
+/* 173 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
+/* 174 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 175 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(float const *, uint32_t, uint32_t, float, float, uint32_t *)
+/* 176 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
 /* 177 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 178 */ _CFFI_OP(_CFFI_OP_NOOP, 96),
-/* 179 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 180 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(nx_imatrix const *)
-/* 181 */ _CFFI_OP(_CFFI_OP_NOOP, 90),
+/* 178 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 179 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13), // float
+/* 180 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13),
+/* 181 */ _CFFI_OP(_CFFI_OP_NOOP, 96),
 /* 182 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 183 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(nx_model *, int32_t *, size_t)
-/* 184 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 185 */ _CFFI_OP(_CFFI_OP_POINTER, 298), // int32_t *
-/* 186 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 187 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 188 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(nx_model *, nx_event *, size_t)
-/* 189 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 190 */ _CFFI_OP(_CFFI_OP_POINTER, 303), // nx_event *
-/* 191 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 192 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 193 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(size_t)
-/* 194 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 195 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 196 */ _CFFI_OP(_CFFI_OP_FUNCTION, 27), // uint32_t()(nx_model const *)
-/* 197 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 198 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 199 */ _CFFI_OP(_CFFI_OP_FUNCTION, 27), // uint32_t()(nx_model const *, uint32_t, uint32_t *)
-/* 200 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 201 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 202 */ _CFFI_OP(_CFFI_OP_NOOP, 96),
-/* 203 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 204 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *)
-/* 205 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 206 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 207 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *, uint32_t)
-/* 208 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 209 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 210 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 211 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(uint32_t)
-/* 212 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 213 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 214 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(void const *, size_t)
-/* 215 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
-/* 216 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 217 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 218 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(FILE *)
-/* 219 */ _CFFI_OP(_CFFI_OP_POINTER, 285), // FILE *
-/* 220 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 221 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(float const *, uint32_t const *, size_t, float *)
-/* 222 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
-/* 223 */ _CFFI_OP(_CFFI_OP_NOOP, 138),
-/* 224 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 225 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
+/* 183 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(float const *, uint32_t, uint32_t, uint32_t *)
+/* 184 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
+/* 185 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 186 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 187 */ _CFFI_OP(_CFFI_OP_NOOP, 96),
+/* 188 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 189 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(nx_imatrix const *)
+/* 190 */ _CFFI_OP(_CFFI_OP_NOOP, 90),
+/* 191 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 192 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(nx_model *, int32_t *, size_t)
+/* 193 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 194 */ _CFFI_OP(_CFFI_OP_POINTER, 351), // int32_t *
+/* 195 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 196 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 197 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(nx_model *, nx_event *, size_t)
+/* 198 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 199 */ _CFFI_OP(_CFFI_OP_POINTER, 356), // nx_event *
+/* 200 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 201 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 202 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(size_t)
+/* 203 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 204 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 205 */ _CFFI_OP(_CFFI_OP_FUNCTION, 27), // uint32_t()(nx_model const *)
+/* 206 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 207 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 208 */ _CFFI_OP(_CFFI_OP_FUNCTION, 27), // uint32_t()(nx_model const *, uint32_t, uint32_t *)
+/* 209 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 210 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 211 */ _CFFI_OP(_CFFI_OP_NOOP, 96),
+/* 212 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 213 */ _CFFI_OP(_CFFI_OP_FUNCTION, 27), // uint32_t()(nx_ternary_type)
+/* 214 */ _CFFI_OP(_CFFI_OP_NOOP, 161),
+/* 215 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 216 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *)
+/* 217 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 218 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 219 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *, uint32_t)
+/* 220 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 221 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 222 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 223 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_ternary_type, uint32_t)
+/* 224 */ _CFFI_OP(_CFFI_OP_NOOP, 161),
+/* 225 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 226 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 227 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(nx_file *)
-/* 228 */ _CFFI_OP(_CFFI_OP_POINTER, 305), // nx_file *
-/* 229 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 230 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(nx_file const *, nx_file_info *)
-/* 231 */ _CFFI_OP(_CFFI_OP_POINTER, 305), // nx_file const *
-/* 232 */ _CFFI_OP(_CFFI_OP_NOOP, 158),
-/* 233 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 234 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(nx_imatrix *)
-/* 235 */ _CFFI_OP(_CFFI_OP_POINTER, 307), // nx_imatrix *
-/* 236 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 237 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(nx_model *)
-/* 238 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 239 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 240 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(nx_model *, int)
-/* 241 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 242 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
-/* 243 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 244 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(nx_model *, nx_error *)
-/* 245 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 246 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
+/* 227 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_ternary_type, uint32_t, uint32_t)
+/* 228 */ _CFFI_OP(_CFFI_OP_NOOP, 161),
+/* 229 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 230 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 231 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 232 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(uint32_t)
+/* 233 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 234 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 235 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(void const *, size_t)
+/* 236 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
+/* 237 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 238 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 239 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(FILE *)
+/* 240 */ _CFFI_OP(_CFFI_OP_POINTER, 338), // FILE *
+/* 241 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 242 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(float const *, uint32_t const *, size_t, float *)
+/* 243 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
+/* 244 */ _CFFI_OP(_CFFI_OP_NOOP, 138),
+/* 245 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 246 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
 /* 247 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 248 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(nx_model *, nx_prediction *)
-/* 249 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 250 */ _CFFI_OP(_CFFI_OP_POINTER, 311), // nx_prediction *
-/* 251 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 252 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(nx_model *, nx_stats *)
-/* 253 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 254 */ _CFFI_OP(_CFFI_OP_POINTER, 315), // nx_stats *
-/* 255 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 256 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(nx_model *, uint32_t, uint64_t *)
-/* 257 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 258 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 259 */ _CFFI_OP(_CFFI_OP_NOOP, 142),
+/* 248 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_file *)
+/* 249 */ _CFFI_OP(_CFFI_OP_POINTER, 358), // nx_file *
+/* 250 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 251 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_file const *, nx_file_info *)
+/* 252 */ _CFFI_OP(_CFFI_OP_POINTER, 358), // nx_file const *
+/* 253 */ _CFFI_OP(_CFFI_OP_NOOP, 158),
+/* 254 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 255 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_imatrix *)
+/* 256 */ _CFFI_OP(_CFFI_OP_POINTER, 360), // nx_imatrix *
+/* 257 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 258 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_model *)
+/* 259 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 260 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 261 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(nx_model *, uint32_t, uint64_t const *)
+/* 261 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_model *, int)
 /* 262 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 263 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 264 */ _CFFI_OP(_CFFI_OP_POINTER, 23), // uint64_t const *
-/* 265 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 266 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(nx_residual_matrix const *, uint32_t const *, float const *, size_t, uint32_t, uint32_t, float *, float *)
-/* 267 */ _CFFI_OP(_CFFI_OP_POINTER, 314), // nx_residual_matrix const *
-/* 268 */ _CFFI_OP(_CFFI_OP_NOOP, 138),
-/* 269 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
-/* 270 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 271 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 272 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 273 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
-/* 274 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
-/* 275 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 276 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(nx_residual_matrix const *, uint32_t, uint32_t, float *, size_t)
-/* 277 */ _CFFI_OP(_CFFI_OP_NOOP, 267),
-/* 278 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 263 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
+/* 264 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 265 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_model *, nx_error *)
+/* 266 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 267 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
+/* 268 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 269 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_model *, nx_prediction *)
+/* 270 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 271 */ _CFFI_OP(_CFFI_OP_POINTER, 364), // nx_prediction *
+/* 272 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 273 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_model *, nx_stats *)
+/* 274 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 275 */ _CFFI_OP(_CFFI_OP_POINTER, 368), // nx_stats *
+/* 276 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 277 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_model *, uint32_t, uint64_t *)
+/* 278 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 279 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 280 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
-/* 281 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 282 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 283 */ _CFFI_OP(_CFFI_OP_FUNCTION, 320), // void()(void)
-/* 284 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 285 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // FILE
-/* 286 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
-/* 287 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
-/* 288 */ _CFFI_OP(_CFFI_OP_ARRAY, 287), // char[128]
-/* 289 */ (_cffi_opcode_t)(128),
-/* 290 */ _CFFI_OP(_CFFI_OP_ARRAY, 287), // char[256]
-/* 291 */ (_cffi_opcode_t)(256),
-/* 292 */ _CFFI_OP(_CFFI_OP_ARRAY, 287), // char[512]
-/* 293 */ (_cffi_opcode_t)(512),
-/* 294 */ _CFFI_OP(_CFFI_OP_ARRAY, 287), // char[96]
-/* 295 */ (_cffi_opcode_t)(96),
-/* 296 */ _CFFI_OP(_CFFI_OP_POINTER, 297), // double const *
-/* 297 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
-/* 298 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
-/* 299 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
-/* 300 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_ans_layout
-/* 301 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_control_state
-/* 302 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_error
-/* 303 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_event
-/* 304 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_fault
-/* 305 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // nx_file
-/* 306 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_file_info
-/* 307 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 14), // nx_imatrix
-/* 308 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_options
-/* 309 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_membench_result
-/* 310 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 15), // nx_model
-/* 311 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_prediction
-/* 312 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_probe_options
-/* 313 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // nx_probe_result
-/* 314 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_residual_matrix
-/* 315 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // nx_stats
-/* 316 */ _CFFI_OP(_CFFI_OP_POINTER, 317), // uint8_t const *
-/* 317 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
-/* 318 */ _CFFI_OP(_CFFI_OP_ARRAY, 317), // uint8_t[16]
-/* 319 */ (_cffi_opcode_t)(16),
-/* 320 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
+/* 280 */ _CFFI_OP(_CFFI_OP_NOOP, 142),
+/* 281 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 282 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_model *, uint32_t, uint64_t const *)
+/* 283 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 284 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 285 */ _CFFI_OP(_CFFI_OP_POINTER, 23), // uint64_t const *
+/* 286 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 287 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_residual_matrix const *, uint32_t const *, float const *, size_t, uint32_t, uint32_t, float *, float *)
+/* 288 */ _CFFI_OP(_CFFI_OP_POINTER, 367), // nx_residual_matrix const *
+/* 289 */ _CFFI_OP(_CFFI_OP_NOOP, 138),
+/* 290 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
+/* 291 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 292 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 293 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 294 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
+/* 295 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
+/* 296 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 297 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_residual_matrix const *, uint32_t, uint32_t, float *, size_t)
+/* 298 */ _CFFI_OP(_CFFI_OP_NOOP, 288),
+/* 299 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 300 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 301 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
+/* 302 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 303 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 304 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_ternary *)
+/* 305 */ _CFFI_OP(_CFFI_OP_NOOP, 164),
+/* 306 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 307 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_ternary *, void const *, size_t, uint32_t, uint32_t)
+/* 308 */ _CFFI_OP(_CFFI_OP_NOOP, 164),
+/* 309 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
+/* 310 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 311 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 312 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 313 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 314 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_ternary const *, uint32_t, uint32_t, float *)
+/* 315 */ _CFFI_OP(_CFFI_OP_POINTER, 369), // nx_ternary const *
+/* 316 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 317 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 318 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
+/* 319 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 320 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_ternary const *, void const *, uint32_t, uint32_t, uint32_t, float *, size_t)
+/* 321 */ _CFFI_OP(_CFFI_OP_NOOP, 315),
+/* 322 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
+/* 323 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 324 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 325 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 326 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
+/* 327 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 328 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 329 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_ternary_type, float const *, uint32_t, uint32_t, void *)
+/* 330 */ _CFFI_OP(_CFFI_OP_NOOP, 161),
+/* 331 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
+/* 332 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 333 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 334 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 335 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 336 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(void)
+/* 337 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 338 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // FILE
+/* 339 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
+/* 340 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/* 341 */ _CFFI_OP(_CFFI_OP_ARRAY, 340), // char[128]
+/* 342 */ (_cffi_opcode_t)(128),
+/* 343 */ _CFFI_OP(_CFFI_OP_ARRAY, 340), // char[256]
+/* 344 */ (_cffi_opcode_t)(256),
+/* 345 */ _CFFI_OP(_CFFI_OP_ARRAY, 340), // char[512]
+/* 346 */ (_cffi_opcode_t)(512),
+/* 347 */ _CFFI_OP(_CFFI_OP_ARRAY, 340), // char[96]
+/* 348 */ (_cffi_opcode_t)(96),
+/* 349 */ _CFFI_OP(_CFFI_OP_POINTER, 350), // double const *
+/* 350 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
+/* 351 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
+/* 352 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
+/* 353 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_ans_layout
+/* 354 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_control_state
+/* 355 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_error
+/* 356 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_event
+/* 357 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_fault
+/* 358 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 14), // nx_file
+/* 359 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_file_info
+/* 360 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 15), // nx_imatrix
+/* 361 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_options
+/* 362 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_membench_result
+/* 363 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 16), // nx_model
+/* 364 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_prediction
+/* 365 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_probe_options
+/* 366 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // nx_probe_result
+/* 367 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_residual_matrix
+/* 368 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // nx_stats
+/* 369 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // nx_ternary
+/* 370 */ _CFFI_OP(_CFFI_OP_POINTER, 371), // uint16_t *
+/* 371 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 20), // uint16_t
+/* 372 */ _CFFI_OP(_CFFI_OP_POINTER, 373), // uint8_t const *
+/* 373 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
+/* 374 */ _CFFI_OP(_CFFI_OP_ARRAY, 373), // uint8_t[16]
+/* 375 */ (_cffi_opcode_t)(16),
+/* 376 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
 
 _CFFI_UNUSED_FN
@@ -1310,6 +1367,57 @@ static int _cffi_const_NX_E_BUSY(unsigned long long *o)
 {
   int n = (NX_E_BUSY) <= 0;
   *o = (unsigned long long)((NX_E_BUSY) | 0);  /* check that NX_E_BUSY is an integer */
+  return n;
+}
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_nx_ternary(nx_ternary *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  { nx_ternary_type *tmp = &p->type; (void)tmp; }
+  (void)((p->n_in) | 0);  /* check that 'nx_ternary.n_in' is an integer */
+  (void)((p->n_out) | 0);  /* check that 'nx_ternary.n_out' is an integer */
+  { uint8_t * *tmp = &p->codes; (void)tmp; }
+  { uint16_t * *tmp = &p->scales; (void)tmp; }
+  { float *tmp = &p->scale; (void)tmp; }
+  (void)((p->codes_bytes) | 0);  /* check that 'nx_ternary.codes_bytes' is an integer */
+  (void)((p->scales_bytes) | 0);  /* check that 'nx_ternary.scales_bytes' is an integer */
+}
+struct _cffi_align_typedef_nx_ternary { char x; nx_ternary y; };
+
+static int _cffi_const_NX_TQ1_0(unsigned long long *o)
+{
+  int n = (NX_TQ1_0) <= 0;
+  *o = (unsigned long long)((NX_TQ1_0) | 0);  /* check that NX_TQ1_0 is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_TQ2_0(unsigned long long *o)
+{
+  int n = (NX_TQ2_0) <= 0;
+  *o = (unsigned long long)((NX_TQ2_0) | 0);  /* check that NX_TQ2_0 is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_Q2_0(unsigned long long *o)
+{
+  int n = (NX_Q2_0) <= 0;
+  *o = (unsigned long long)((NX_Q2_0) | 0);  /* check that NX_Q2_0 is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_Q1_0(unsigned long long *o)
+{
+  int n = (NX_Q1_0) <= 0;
+  *o = (unsigned long long)((NX_Q1_0) | 0);  /* check that NX_Q1_0 is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_TERNARY_TYPES(unsigned long long *o)
+{
+  int n = (NX_TERNARY_TYPES) <= 0;
+  *o = (unsigned long long)((NX_TERNARY_TYPES) | 0);  /* check that NX_TERNARY_TYPES is an integer */
   return n;
 }
 
@@ -1885,10 +1993,10 @@ _cffi_f_nx_file_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(228), arg0, (char **)&x0);
+      _cffi_type(249), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(228), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(249), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1927,10 +2035,10 @@ _cffi_f_nx_file_get_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(231), arg0, (char **)&x0);
+      _cffi_type(252), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(231), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(252), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2446,10 +2554,10 @@ _cffi_f_nx_imatrix_free(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(235), arg0, (char **)&x0);
+      _cffi_type(256), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(235), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(256), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3304,10 +3412,10 @@ _cffi_f_nx_model_events(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(190), arg1, (char **)&x1);
+      _cffi_type(199), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_event *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(190), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(199), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3477,10 +3585,10 @@ _cffi_f_nx_model_get_stats(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(254), arg1, (char **)&x1);
+      _cffi_type(275), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_stats *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(254), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(275), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3678,6 +3786,44 @@ _cffi_f_nx_model_n_groups(PyObject *self, PyObject *arg0)
 }
 #else
 #  define _cffi_f_nx_model_n_groups _cffi_d_nx_model_n_groups
+#endif
+
+static uint32_t _cffi_d_nx_model_n_packed(nx_model const * x0)
+{
+  return nx_model_n_packed(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_n_packed(PyObject *self, PyObject *arg0)
+{
+  nx_model const * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  uint32_t result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(11), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(11), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_model_n_packed(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, uint32_t);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_model_n_packed _cffi_d_nx_model_n_packed
 #endif
 
 static void _cffi_d_nx_model_release(nx_model * x0)
@@ -3902,7 +4048,7 @@ _cffi_f_nx_model_stream(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(219));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(240));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -3923,10 +4069,10 @@ _cffi_f_nx_model_stream_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(219), arg0, (char **)&x0);
+      _cffi_type(240), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (FILE *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(219), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(240), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4083,10 +4229,10 @@ _cffi_f_nx_popularity_set(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(264), arg2, (char **)&x2);
+      _cffi_type(285), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (uint64_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(264), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(285), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4134,10 +4280,10 @@ _cffi_f_nx_predict_get(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(250), arg1, (char **)&x1);
+      _cffi_type(271), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_prediction *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(250), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(271), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4366,10 +4512,10 @@ _cffi_f_nx_residual_add(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(267), arg0, (char **)&x0);
+      _cffi_type(288), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_residual_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(267), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(288), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4462,10 +4608,10 @@ _cffi_f_nx_residual_decode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(267), arg0, (char **)&x0);
+      _cffi_type(288), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_residual_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(267), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(288), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4956,10 +5102,10 @@ _cffi_f_nx_routing_take(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(185), arg1, (char **)&x1);
+      _cffi_type(194), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (int32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(185), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(194), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5010,6 +5156,632 @@ _cffi_f_nx_status_text(PyObject *self, PyObject *arg0)
 }
 #else
 #  define _cffi_f_nx_status_text _cffi_d_nx_status_text
+#endif
+
+static void _cffi_d_nx_ternary_activate(nx_ternary_type x0, float const * x1, uint32_t x2, uint32_t x3, void * x4)
+{
+  nx_ternary_activate(x0, x1, x2, x3, x4);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_ternary_activate(PyObject *self, PyObject *args)
+{
+  nx_ternary_type x0;
+  float const * x1;
+  uint32_t x2;
+  uint32_t x3;
+  void * x4;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+  PyObject *arg4;
+
+  if (!PyArg_UnpackTuple(args, "nx_ternary_activate", 5, 5, &arg0, &arg1, &arg2, &arg3, &arg4))
+    return NULL;
+
+  if (_cffi_to_c((char *)&x0, _cffi_type(161), arg0) < 0)
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(62), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(62), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, uint32_t);
+  if (x2 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x3 = _cffi_to_c_int(arg3, uint32_t);
+  if (x3 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(5), arg4, (char **)&x4);
+  if (datasize != 0) {
+    x4 = ((size_t)datasize) <= 640 ? (void *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(5), arg4, (char **)&x4,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_ternary_activate(x0, x1, x2, x3, x4); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_ternary_activate _cffi_d_nx_ternary_activate
+#endif
+
+static uint64_t _cffi_d_nx_ternary_activation_bytes(nx_ternary_type x0, uint32_t x1)
+{
+  return nx_ternary_activation_bytes(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_ternary_activation_bytes(PyObject *self, PyObject *args)
+{
+  nx_ternary_type x0;
+  uint32_t x1;
+  uint64_t result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "nx_ternary_activation_bytes", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  if (_cffi_to_c((char *)&x0, _cffi_type(161), arg0) < 0)
+    return NULL;
+
+  x1 = _cffi_to_c_int(arg1, uint32_t);
+  if (x1 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_ternary_activation_bytes(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, uint64_t);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_ternary_activation_bytes _cffi_d_nx_ternary_activation_bytes
+#endif
+
+static uint32_t _cffi_d_nx_ternary_block(nx_ternary_type x0)
+{
+  return nx_ternary_block(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_ternary_block(PyObject *self, PyObject *arg0)
+{
+  nx_ternary_type x0;
+  uint32_t result;
+  PyObject *pyresult;
+
+  if (_cffi_to_c((char *)&x0, _cffi_type(161), arg0) < 0)
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_ternary_block(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, uint32_t);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_ternary_block _cffi_d_nx_ternary_block
+#endif
+
+static uint32_t _cffi_d_nx_ternary_block_bytes(nx_ternary_type x0)
+{
+  return nx_ternary_block_bytes(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_ternary_block_bytes(PyObject *self, PyObject *arg0)
+{
+  nx_ternary_type x0;
+  uint32_t result;
+  PyObject *pyresult;
+
+  if (_cffi_to_c((char *)&x0, _cffi_type(161), arg0) < 0)
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_ternary_block_bytes(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, uint32_t);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_ternary_block_bytes _cffi_d_nx_ternary_block_bytes
+#endif
+
+static nx_status _cffi_d_nx_ternary_create(nx_ternary_type x0, uint32_t x1, uint32_t x2, nx_ternary * x3)
+{
+  return nx_ternary_create(x0, x1, x2, x3);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_ternary_create(PyObject *self, PyObject *args)
+{
+  nx_ternary_type x0;
+  uint32_t x1;
+  uint32_t x2;
+  nx_ternary * x3;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+
+  if (!PyArg_UnpackTuple(args, "nx_ternary_create", 4, 4, &arg0, &arg1, &arg2, &arg3))
+    return NULL;
+
+  if (_cffi_to_c((char *)&x0, _cffi_type(161), arg0) < 0)
+    return NULL;
+
+  x1 = _cffi_to_c_int(arg1, uint32_t);
+  if (x1 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x2 = _cffi_to_c_int(arg2, uint32_t);
+  if (x2 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(164), arg3, (char **)&x3);
+  if (datasize != 0) {
+    x3 = ((size_t)datasize) <= 640 ? (nx_ternary *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(164), arg3, (char **)&x3,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_ternary_create(x0, x1, x2, x3); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_ternary_create _cffi_d_nx_ternary_create
+#endif
+
+static void _cffi_d_nx_ternary_finish(nx_ternary * x0)
+{
+  nx_ternary_finish(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_ternary_finish(PyObject *self, PyObject *arg0)
+{
+  nx_ternary * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(164), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_ternary *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(164), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_ternary_finish(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_ternary_finish _cffi_d_nx_ternary_finish
+#endif
+
+static void _cffi_d_nx_ternary_free(nx_ternary * x0)
+{
+  nx_ternary_free(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_ternary_free(PyObject *self, PyObject *arg0)
+{
+  nx_ternary * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(164), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_ternary *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(164), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_ternary_free(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_ternary_free _cffi_d_nx_ternary_free
+#endif
+
+static void _cffi_d_nx_ternary_multiply(nx_ternary const * x0, void const * x1, uint32_t x2, uint32_t x3, uint32_t x4, float * x5, size_t x6)
+{
+  nx_ternary_multiply(x0, x1, x2, x3, x4, x5, x6);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_ternary_multiply(PyObject *self, PyObject *args)
+{
+  nx_ternary const * x0;
+  void const * x1;
+  uint32_t x2;
+  uint32_t x3;
+  uint32_t x4;
+  float * x5;
+  size_t x6;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+  PyObject *arg4;
+  PyObject *arg5;
+  PyObject *arg6;
+
+  if (!PyArg_UnpackTuple(args, "nx_ternary_multiply", 7, 7, &arg0, &arg1, &arg2, &arg3, &arg4, &arg5, &arg6))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(315), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_ternary const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(315), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(56), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(56), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, uint32_t);
+  if (x2 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x3 = _cffi_to_c_int(arg3, uint32_t);
+  if (x3 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x4 = _cffi_to_c_int(arg4, uint32_t);
+  if (x4 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(69), arg5, (char **)&x5);
+  if (datasize != 0) {
+    x5 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(69), arg5, (char **)&x5,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x6 = _cffi_to_c_int(arg6, size_t);
+  if (x6 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_ternary_multiply(x0, x1, x2, x3, x4, x5, x6); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_ternary_multiply _cffi_d_nx_ternary_multiply
+#endif
+
+static void _cffi_d_nx_ternary_pack(nx_ternary * x0, void const * x1, size_t x2, uint32_t x3, uint32_t x4)
+{
+  nx_ternary_pack(x0, x1, x2, x3, x4);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_ternary_pack(PyObject *self, PyObject *args)
+{
+  nx_ternary * x0;
+  void const * x1;
+  size_t x2;
+  uint32_t x3;
+  uint32_t x4;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+  PyObject *arg4;
+
+  if (!PyArg_UnpackTuple(args, "nx_ternary_pack", 5, 5, &arg0, &arg1, &arg2, &arg3, &arg4))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(164), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_ternary *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(164), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(56), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(56), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, size_t);
+  if (x2 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x3 = _cffi_to_c_int(arg3, uint32_t);
+  if (x3 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x4 = _cffi_to_c_int(arg4, uint32_t);
+  if (x4 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_ternary_pack(x0, x1, x2, x3, x4); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_ternary_pack _cffi_d_nx_ternary_pack
+#endif
+
+static uint64_t _cffi_d_nx_ternary_packed_bytes(nx_ternary_type x0, uint32_t x1, uint32_t x2)
+{
+  return nx_ternary_packed_bytes(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_ternary_packed_bytes(PyObject *self, PyObject *args)
+{
+  nx_ternary_type x0;
+  uint32_t x1;
+  uint32_t x2;
+  uint64_t result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "nx_ternary_packed_bytes", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  if (_cffi_to_c((char *)&x0, _cffi_type(161), arg0) < 0)
+    return NULL;
+
+  x1 = _cffi_to_c_int(arg1, uint32_t);
+  if (x1 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x2 = _cffi_to_c_int(arg2, uint32_t);
+  if (x2 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_ternary_packed_bytes(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, uint64_t);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_ternary_packed_bytes _cffi_d_nx_ternary_packed_bytes
+#endif
+
+static uint32_t _cffi_d_nx_ternary_row_unit(nx_ternary_type x0)
+{
+  return nx_ternary_row_unit(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_ternary_row_unit(PyObject *self, PyObject *arg0)
+{
+  nx_ternary_type x0;
+  uint32_t result;
+  PyObject *pyresult;
+
+  if (_cffi_to_c((char *)&x0, _cffi_type(161), arg0) < 0)
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_ternary_row_unit(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, uint32_t);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_ternary_row_unit _cffi_d_nx_ternary_row_unit
+#endif
+
+static nx_ternary_type _cffi_d_nx_ternary_type_of(char const * x0)
+{
+  return nx_ternary_type_of(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_ternary_type_of(PyObject *self, PyObject *arg0)
+{
+  char const * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_ternary_type result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(44), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_ternary_type_of(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(161));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_ternary_type_of _cffi_d_nx_ternary_type_of
+#endif
+
+static void _cffi_d_nx_ternary_unpack(nx_ternary const * x0, uint32_t x1, uint32_t x2, float * x3)
+{
+  nx_ternary_unpack(x0, x1, x2, x3);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_ternary_unpack(PyObject *self, PyObject *args)
+{
+  nx_ternary const * x0;
+  uint32_t x1;
+  uint32_t x2;
+  float * x3;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+
+  if (!PyArg_UnpackTuple(args, "nx_ternary_unpack", 4, 4, &arg0, &arg1, &arg2, &arg3))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(315), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_ternary const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(315), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, uint32_t);
+  if (x1 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x2 = _cffi_to_c_int(arg2, uint32_t);
+  if (x2 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(69), arg3, (char **)&x3);
+  if (datasize != 0) {
+    x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(69), arg3, (char **)&x3,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_ternary_unpack(x0, x1, x2, x3); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_ternary_unpack _cffi_d_nx_ternary_unpack
 #endif
 
 static char const * _cffi_d_nx_version(void)
@@ -5235,33 +6007,38 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "NX_ISA_NEON", (void *)_cffi_const_NX_ISA_NEON, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_ISA_REF", (void *)_cffi_const_NX_ISA_REF, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_OK", (void *)_cffi_const_NX_OK, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "NX_Q1_0", (void *)_cffi_const_NX_Q1_0, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "NX_Q2_0", (void *)_cffi_const_NX_Q2_0, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_RESIDUAL_LINE", (void *)_cffi_const_NX_RESIDUAL_LINE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "NX_TERNARY_TYPES", (void *)_cffi_const_NX_TERNARY_TYPES, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "NX_TQ1_0", (void *)_cffi_const_NX_TQ1_0, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "NX_TQ2_0", (void *)_cffi_const_NX_TQ2_0, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "nx_ans_best", (void *)_cffi_f_nx_ans_best, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 39), (void *)_cffi_d_nx_ans_best },
-  { "nx_ans_bound", (void *)_cffi_f_nx_ans_bound, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 193), (void *)_cffi_d_nx_ans_bound },
-  { "nx_ans_decode", (void *)_cffi_f_nx_ans_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 160), (void *)_cffi_d_nx_ans_decode },
+  { "nx_ans_bound", (void *)_cffi_f_nx_ans_bound, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 202), (void *)_cffi_d_nx_ans_bound },
+  { "nx_ans_decode", (void *)_cffi_f_nx_ans_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 166), (void *)_cffi_d_nx_ans_decode },
   { "nx_ans_decode_by", (void *)_cffi_f_nx_ans_decode_by, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 79), (void *)_cffi_d_nx_ans_decode_by },
   { "nx_ans_encode", (void *)_cffi_f_nx_ans_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 71), (void *)_cffi_d_nx_ans_encode },
   { "nx_cache_preload", (void *)_cffi_f_nx_cache_preload, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 21), (void *)_cffi_d_nx_cache_preload },
   { "nx_cache_set_policy", (void *)_cffi_f_nx_cache_set_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 108), (void *)_cffi_d_nx_cache_set_policy },
   { "nx_demote", (void *)_cffi_f_nx_demote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 144), (void *)_cffi_d_nx_demote },
   { "nx_extent_is_resident", (void *)_cffi_f_nx_extent_is_resident, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 25), (void *)_cffi_d_nx_extent_is_resident },
-  { "nx_extent_span", (void *)_cffi_f_nx_extent_span, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 207), (void *)_cffi_d_nx_extent_span },
-  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 227), (void *)_cffi_d_nx_file_close },
-  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 230), (void *)_cffi_d_nx_file_get_info },
+  { "nx_extent_span", (void *)_cffi_f_nx_extent_span, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 219), (void *)_cffi_d_nx_extent_span },
+  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 248), (void *)_cffi_d_nx_file_close },
+  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 251), (void *)_cffi_d_nx_file_get_info },
   { "nx_file_open", (void *)_cffi_f_nx_file_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 43), (void *)_cffi_d_nx_file_open },
   { "nx_flag_callback", (void *)_cffi_f_nx_flag_callback, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 4), (void *)_cffi_d_nx_flag_callback },
   { "nx_flag_stop", (void *)_cffi_f_nx_flag_stop, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 29), (void *)_cffi_d_nx_flag_stop },
-  { "nx_group_experts", (void *)_cffi_f_nx_group_experts, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 199), (void *)_cffi_d_nx_group_experts },
+  { "nx_group_experts", (void *)_cffi_f_nx_group_experts, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 208), (void *)_cffi_d_nx_group_experts },
   { "nx_group_resize", (void *)_cffi_f_nx_group_resize, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 150), (void *)_cffi_d_nx_group_resize },
-  { "nx_group_slot_bytes", (void *)_cffi_f_nx_group_slot_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 207), (void *)_cffi_d_nx_group_slot_bytes },
+  { "nx_group_slot_bytes", (void *)_cffi_f_nx_group_slot_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 219), (void *)_cffi_d_nx_group_slot_bytes },
   { "nx_imatrix_at", (void *)_cffi_f_nx_imatrix_at, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 92), (void *)_cffi_d_nx_imatrix_at },
-  { "nx_imatrix_count", (void *)_cffi_f_nx_imatrix_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 180), (void *)_cffi_d_nx_imatrix_count },
+  { "nx_imatrix_count", (void *)_cffi_f_nx_imatrix_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 189), (void *)_cffi_d_nx_imatrix_count },
   { "nx_imatrix_create", (void *)_cffi_f_nx_imatrix_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 86), (void *)_cffi_d_nx_imatrix_create },
-  { "nx_imatrix_free", (void *)_cffi_f_nx_imatrix_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 234), (void *)_cffi_d_nx_imatrix_free },
+  { "nx_imatrix_free", (void *)_cffi_f_nx_imatrix_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 255), (void *)_cffi_d_nx_imatrix_free },
   { "nx_imatrix_status", (void *)_cffi_f_nx_imatrix_status, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 89), (void *)_cffi_d_nx_imatrix_status },
-  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 283), (void *)_cffi_d_nx_interrupt_arm },
-  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 283), (void *)_cffi_d_nx_interrupt_disarm },
-  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 283), (void *)_cffi_d_nx_interrupt_request },
+  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 336), (void *)_cffi_d_nx_interrupt_arm },
+  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 336), (void *)_cffi_d_nx_interrupt_disarm },
+  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 336), (void *)_cffi_d_nx_interrupt_request },
   { "nx_interrupted", (void *)_cffi_f_nx_interrupted, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 37), (void *)_cffi_d_nx_interrupted },
   { "nx_interrupted_callback", (void *)_cffi_f_nx_interrupted_callback, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 4), (void *)_cffi_d_nx_interrupted_callback },
   { "nx_io_probe", (void *)_cffi_f_nx_io_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 48), (void *)_cffi_d_nx_io_probe },
@@ -5270,73 +6047,87 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "nx_kernels_isa_usable", (void *)_cffi_f_nx_kernels_isa_usable, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 18), (void *)_cffi_d_nx_kernels_isa_usable },
   { "nx_kernels_use_isa", (void *)_cffi_f_nx_kernels_use_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 101), (void *)_cffi_d_nx_kernels_use_isa },
   { "nx_kernels_why", (void *)_cffi_f_nx_kernels_why, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_kernels_why },
-  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 237), (void *)_cffi_d_nx_loading_set },
+  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 258), (void *)_cffi_d_nx_loading_set },
   { "nx_membench_read", (void *)_cffi_f_nx_membench_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 104), (void *)_cffi_d_nx_membench_read },
   { "nx_model_attach_residual", (void *)_cffi_f_nx_model_attach_residual, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 117), (void *)_cffi_d_nx_model_attach_residual },
-  { "nx_model_attached_bytes", (void *)_cffi_f_nx_model_attached_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 204), (void *)_cffi_d_nx_model_attached_bytes },
-  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 237), (void *)_cffi_d_nx_model_clear_error },
-  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 237), (void *)_cffi_d_nx_model_clear_faults },
-  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 237), (void *)_cffi_d_nx_model_close },
+  { "nx_model_attached_bytes", (void *)_cffi_f_nx_model_attached_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 216), (void *)_cffi_d_nx_model_attached_bytes },
+  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 258), (void *)_cffi_d_nx_model_clear_error },
+  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 258), (void *)_cffi_d_nx_model_clear_faults },
+  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 258), (void *)_cffi_d_nx_model_close },
   { "nx_model_create", (void *)_cffi_f_nx_model_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 53), (void *)_cffi_d_nx_model_create },
-  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 188), (void *)_cffi_d_nx_model_events },
+  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 197), (void *)_cffi_d_nx_model_events },
   { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 155), (void *)_cffi_d_nx_model_file_info },
   { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 127), (void *)_cffi_d_nx_model_finish_load },
-  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 252), (void *)_cffi_d_nx_model_get_stats },
+  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 273), (void *)_cffi_d_nx_model_get_stats },
   { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 132), (void *)_cffi_d_nx_model_inject },
   { "nx_model_io_engine", (void *)_cffi_f_nx_model_io_engine, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 10), (void *)_cffi_d_nx_model_io_engine },
-  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 244), (void *)_cffi_d_nx_model_last_error },
-  { "nx_model_n_groups", (void *)_cffi_f_nx_model_n_groups, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 196), (void *)_cffi_d_nx_model_n_groups },
-  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 237), (void *)_cffi_d_nx_model_release },
-  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 237), (void *)_cffi_d_nx_model_reset_stats },
-  { "nx_model_set_columns", (void *)_cffi_f_nx_model_set_columns, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 240), (void *)_cffi_d_nx_model_set_columns },
+  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 265), (void *)_cffi_d_nx_model_last_error },
+  { "nx_model_n_groups", (void *)_cffi_f_nx_model_n_groups, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 205), (void *)_cffi_d_nx_model_n_groups },
+  { "nx_model_n_packed", (void *)_cffi_f_nx_model_n_packed, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 205), (void *)_cffi_d_nx_model_n_packed },
+  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 258), (void *)_cffi_d_nx_model_release },
+  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 258), (void *)_cffi_d_nx_model_reset_stats },
+  { "nx_model_set_columns", (void *)_cffi_f_nx_model_set_columns, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 261), (void *)_cffi_d_nx_model_set_columns },
   { "nx_model_set_residual_k", (void *)_cffi_f_nx_model_set_residual_k, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 112), (void *)_cffi_d_nx_model_set_residual_k },
   { "nx_model_stream", (void *)_cffi_f_nx_model_stream, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 0), (void *)_cffi_d_nx_model_stream },
-  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 218), (void *)_cffi_d_nx_model_stream_close },
-  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 240), (void *)_cffi_d_nx_model_trace },
-  { "nx_popularity_get", (void *)_cffi_f_nx_popularity_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 256), (void *)_cffi_d_nx_popularity_get },
-  { "nx_popularity_set", (void *)_cffi_f_nx_popularity_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 261), (void *)_cffi_d_nx_popularity_set },
-  { "nx_predict_get", (void *)_cffi_f_nx_predict_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 248), (void *)_cffi_d_nx_predict_get },
+  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 239), (void *)_cffi_d_nx_model_stream_close },
+  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 261), (void *)_cffi_d_nx_model_trace },
+  { "nx_popularity_get", (void *)_cffi_f_nx_popularity_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 277), (void *)_cffi_d_nx_popularity_get },
+  { "nx_popularity_set", (void *)_cffi_f_nx_popularity_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 282), (void *)_cffi_d_nx_popularity_set },
+  { "nx_predict_get", (void *)_cffi_f_nx_predict_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 269), (void *)_cffi_d_nx_predict_get },
   { "nx_predict_set", (void *)_cffi_f_nx_predict_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 108), (void *)_cffi_d_nx_predict_set },
   { "nx_promote", (void *)_cffi_f_nx_promote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 136), (void *)_cffi_d_nx_promote },
   { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 129), (void *)nx_python_progress },
-  { "nx_resident_bytes", (void *)_cffi_f_nx_resident_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 204), (void *)_cffi_d_nx_resident_bytes },
-  { "nx_residual_add", (void *)_cffi_f_nx_residual_add, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 266), (void *)_cffi_d_nx_residual_add },
-  { "nx_residual_decode", (void *)_cffi_f_nx_residual_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 276), (void *)_cffi_d_nx_residual_decode },
+  { "nx_resident_bytes", (void *)_cffi_f_nx_resident_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 216), (void *)_cffi_d_nx_resident_bytes },
+  { "nx_residual_add", (void *)_cffi_f_nx_residual_add, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 287), (void *)_cffi_d_nx_residual_add },
+  { "nx_residual_decode", (void *)_cffi_f_nx_residual_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 297), (void *)_cffi_d_nx_residual_decode },
   { "nx_residual_encode", (void *)_cffi_f_nx_residual_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 61), (void *)_cffi_d_nx_residual_encode },
-  { "nx_residual_products", (void *)_cffi_f_nx_residual_products, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 221), (void *)_cffi_d_nx_residual_products },
-  { "nx_residual_row_bytes", (void *)_cffi_f_nx_residual_row_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 211), (void *)_cffi_d_nx_residual_row_bytes },
-  { "nx_residual_select", (void *)_cffi_f_nx_residual_select, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 174), (void *)_cffi_d_nx_residual_select },
-  { "nx_residual_select_buckets", (void *)_cffi_f_nx_residual_select_buckets, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 166), (void *)_cffi_d_nx_residual_select_buckets },
-  { "nx_routing_lost", (void *)_cffi_f_nx_routing_lost, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 204), (void *)_cffi_d_nx_routing_lost },
-  { "nx_routing_record", (void *)_cffi_f_nx_routing_record, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 240), (void *)_cffi_d_nx_routing_record },
-  { "nx_routing_take", (void *)_cffi_f_nx_routing_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 183), (void *)_cffi_d_nx_routing_take },
+  { "nx_residual_products", (void *)_cffi_f_nx_residual_products, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 242), (void *)_cffi_d_nx_residual_products },
+  { "nx_residual_row_bytes", (void *)_cffi_f_nx_residual_row_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 232), (void *)_cffi_d_nx_residual_row_bytes },
+  { "nx_residual_select", (void *)_cffi_f_nx_residual_select, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 183), (void *)_cffi_d_nx_residual_select },
+  { "nx_residual_select_buckets", (void *)_cffi_f_nx_residual_select_buckets, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 175), (void *)_cffi_d_nx_residual_select_buckets },
+  { "nx_routing_lost", (void *)_cffi_f_nx_routing_lost, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 216), (void *)_cffi_d_nx_routing_lost },
+  { "nx_routing_record", (void *)_cffi_f_nx_routing_record, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 261), (void *)_cffi_d_nx_routing_record },
+  { "nx_routing_take", (void *)_cffi_f_nx_routing_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 192), (void *)_cffi_d_nx_routing_take },
   { "nx_status_text", (void *)_cffi_f_nx_status_text, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 13), (void *)_cffi_d_nx_status_text },
+  { "nx_ternary_activate", (void *)_cffi_f_nx_ternary_activate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 329), (void *)_cffi_d_nx_ternary_activate },
+  { "nx_ternary_activation_bytes", (void *)_cffi_f_nx_ternary_activation_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 223), (void *)_cffi_d_nx_ternary_activation_bytes },
+  { "nx_ternary_block", (void *)_cffi_f_nx_ternary_block, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 213), (void *)_cffi_d_nx_ternary_block },
+  { "nx_ternary_block_bytes", (void *)_cffi_f_nx_ternary_block_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 213), (void *)_cffi_d_nx_ternary_block_bytes },
+  { "nx_ternary_create", (void *)_cffi_f_nx_ternary_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 160), (void *)_cffi_d_nx_ternary_create },
+  { "nx_ternary_finish", (void *)_cffi_f_nx_ternary_finish, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 304), (void *)_cffi_d_nx_ternary_finish },
+  { "nx_ternary_free", (void *)_cffi_f_nx_ternary_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 304), (void *)_cffi_d_nx_ternary_free },
+  { "nx_ternary_multiply", (void *)_cffi_f_nx_ternary_multiply, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 320), (void *)_cffi_d_nx_ternary_multiply },
+  { "nx_ternary_pack", (void *)_cffi_f_nx_ternary_pack, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 307), (void *)_cffi_d_nx_ternary_pack },
+  { "nx_ternary_packed_bytes", (void *)_cffi_f_nx_ternary_packed_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 227), (void *)_cffi_d_nx_ternary_packed_bytes },
+  { "nx_ternary_row_unit", (void *)_cffi_f_nx_ternary_row_unit, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 213), (void *)_cffi_d_nx_ternary_row_unit },
+  { "nx_ternary_type_of", (void *)_cffi_f_nx_ternary_type_of, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 172), (void *)_cffi_d_nx_ternary_type_of },
+  { "nx_ternary_unpack", (void *)_cffi_f_nx_ternary_unpack, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 314), (void *)_cffi_d_nx_ternary_unpack },
   { "nx_version", (void *)_cffi_f_nx_version, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_version },
-  { "nx_xxh3_64", (void *)_cffi_f_nx_xxh3_64, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 214), (void *)_cffi_d_nx_xxh3_64 },
+  { "nx_xxh3_64", (void *)_cffi_f_nx_xxh3_64, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 235), (void *)_cffi_d_nx_xxh3_64 },
 };
 
 static const struct _cffi_field_s _cffi_fields[] = {
   { "rotate", offsetof(nx_ans_layout, rotate),
               sizeof(((nx_ans_layout *)0)->rotate),
-              _CFFI_OP(_CFFI_OP_NOOP, 317) },
+              _CFFI_OP(_CFFI_OP_NOOP, 373) },
   { "block", offsetof(nx_ans_layout, block),
              sizeof(((nx_ans_layout *)0)->block),
-             _CFFI_OP(_CFFI_OP_NOOP, 317) },
+             _CFFI_OP(_CFFI_OP_NOOP, 373) },
   { "n_planes", offsetof(nx_ans_layout, n_planes),
                 sizeof(((nx_ans_layout *)0)->n_planes),
-                _CFFI_OP(_CFFI_OP_NOOP, 317) },
+                _CFFI_OP(_CFFI_OP_NOOP, 373) },
   { "offset", offsetof(nx_ans_layout, offset),
               sizeof(((nx_ans_layout *)0)->offset),
-              _CFFI_OP(_CFFI_OP_NOOP, 318) },
+              _CFFI_OP(_CFFI_OP_NOOP, 374) },
   { "width", offsetof(nx_ans_layout, width),
              sizeof(((nx_ans_layout *)0)->width),
-             _CFFI_OP(_CFFI_OP_NOOP, 318) },
+             _CFFI_OP(_CFFI_OP_NOOP, 374) },
   { "status", offsetof(nx_error, status),
               sizeof(((nx_error *)0)->status),
               _CFFI_OP(_CFFI_OP_NOOP, 14) },
   { "sys_errno", offsetof(nx_error, sys_errno),
                  sizeof(((nx_error *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 242) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 263) },
   { "offset", offsetof(nx_error, offset),
               sizeof(((nx_error *)0)->offset),
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -5345,13 +6136,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "path", offsetof(nx_error, path),
             sizeof(((nx_error *)0)->path),
-            _CFFI_OP(_CFFI_OP_NOOP, 292) },
+            _CFFI_OP(_CFFI_OP_NOOP, 345) },
   { "tensor", offsetof(nx_error, tensor),
               sizeof(((nx_error *)0)->tensor),
-              _CFFI_OP(_CFFI_OP_NOOP, 288) },
+              _CFFI_OP(_CFFI_OP_NOOP, 341) },
   { "text", offsetof(nx_error, text),
             sizeof(((nx_error *)0)->text),
-            _CFFI_OP(_CFFI_OP_NOOP, 290) },
+            _CFFI_OP(_CFFI_OP_NOOP, 343) },
   { "t_ns", offsetof(nx_event, t_ns),
             sizeof(((nx_event *)0)->t_ns),
             _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -5372,10 +6163,10 @@ static const struct _cffi_field_s _cffi_fields[] = {
                   _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "kind", offsetof(nx_fault, kind),
             sizeof(((nx_fault *)0)->kind),
-            _CFFI_OP(_CFFI_OP_NOOP, 242) },
+            _CFFI_OP(_CFFI_OP_NOOP, 263) },
   { "count", offsetof(nx_fault, count),
              sizeof(((nx_fault *)0)->count),
-             _CFFI_OP(_CFFI_OP_NOOP, 298) },
+             _CFFI_OP(_CFFI_OP_NOOP, 351) },
   { "nbytes", offsetof(nx_file_info, nbytes),
               sizeof(((nx_file_info *)0)->nbytes),
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -5387,7 +6178,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "mtime_ns", offsetof(nx_file_info, mtime_ns),
                 sizeof(((nx_file_info *)0)->mtime_ns),
-                _CFFI_OP(_CFFI_OP_NOOP, 299) },
+                _CFFI_OP(_CFFI_OP_NOOP, 352) },
   { "offset_align", offsetof(nx_file_info, offset_align),
                     sizeof(((nx_file_info *)0)->offset_align),
                     _CFFI_OP(_CFFI_OP_NOOP, 27) },
@@ -5396,13 +6187,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
                  _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "direct", offsetof(nx_file_info, direct),
               sizeof(((nx_file_info *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 242) },
+              _CFFI_OP(_CFFI_OP_NOOP, 263) },
   { "reason", offsetof(nx_file_info, reason),
               sizeof(((nx_file_info *)0)->reason),
-              _CFFI_OP(_CFFI_OP_NOOP, 294) },
+              _CFFI_OP(_CFFI_OP_NOOP, 347) },
   { "sys_errno", offsetof(nx_file_info, sys_errno),
                  sizeof(((nx_file_info *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 242) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 263) },
   { "n_threads", offsetof(nx_membench_options, n_threads),
                  sizeof(((nx_membench_options *)0)->n_threads),
                  _CFFI_OP(_CFFI_OP_NOOP, 27) },
@@ -5414,7 +6205,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "bytes_s", offsetof(nx_membench_result, bytes_s),
                sizeof(((nx_membench_result *)0)->bytes_s),
-               _CFFI_OP(_CFFI_OP_NOOP, 297) },
+               _CFFI_OP(_CFFI_OP_NOOP, 350) },
   { "bytes", offsetof(nx_membench_result, bytes),
              sizeof(((nx_membench_result *)0)->bytes),
              _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -5435,10 +6226,10 @@ static const struct _cffi_field_s _cffi_fields[] = {
                 _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "state", offsetof(nx_prediction, state),
              sizeof(((nx_prediction *)0)->state),
-             _CFFI_OP(_CFFI_OP_NOOP, 301) },
+             _CFFI_OP(_CFFI_OP_NOOP, 354) },
   { "on", offsetof(nx_prediction, on),
           sizeof(((nx_prediction *)0)->on),
-          _CFFI_OP(_CFFI_OP_NOOP, 242) },
+          _CFFI_OP(_CFFI_OP_NOOP, 263) },
   { "trials", offsetof(nx_prediction, trials),
               sizeof(((nx_prediction *)0)->trials),
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -5447,16 +6238,16 @@ static const struct _cffi_field_s _cffi_fields[] = {
                 _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "idle", offsetof(nx_prediction, idle),
             sizeof(((nx_prediction *)0)->idle),
-            _CFFI_OP(_CFFI_OP_NOOP, 297) },
+            _CFFI_OP(_CFFI_OP_NOOP, 350) },
   { "stall", offsetof(nx_prediction, stall),
              sizeof(((nx_prediction *)0)->stall),
-             _CFFI_OP(_CFFI_OP_NOOP, 297) },
+             _CFFI_OP(_CFFI_OP_NOOP, 350) },
   { "on_ns", offsetof(nx_prediction, on_ns),
              sizeof(((nx_prediction *)0)->on_ns),
-             _CFFI_OP(_CFFI_OP_NOOP, 297) },
+             _CFFI_OP(_CFFI_OP_NOOP, 350) },
   { "off_ns", offsetof(nx_prediction, off_ns),
               sizeof(((nx_prediction *)0)->off_ns),
-              _CFFI_OP(_CFFI_OP_NOOP, 297) },
+              _CFFI_OP(_CFFI_OP_NOOP, 350) },
   { "block_bytes", offsetof(nx_probe_options, block_bytes),
                    sizeof(((nx_probe_options *)0)->block_bytes),
                    _CFFI_OP(_CFFI_OP_NOOP, 27) },
@@ -5465,7 +6256,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "random", offsetof(nx_probe_options, random),
               sizeof(((nx_probe_options *)0)->random),
-              _CFFI_OP(_CFFI_OP_NOOP, 242) },
+              _CFFI_OP(_CFFI_OP_NOOP, 263) },
   { "max_bytes", offsetof(nx_probe_options, max_bytes),
                  sizeof(((nx_probe_options *)0)->max_bytes),
                  _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -5474,7 +6265,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "engine", offsetof(nx_probe_options, engine),
               sizeof(((nx_probe_options *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 242) },
+              _CFFI_OP(_CFFI_OP_NOOP, 263) },
   { "seed", offsetof(nx_probe_options, seed),
             sizeof(((nx_probe_options *)0)->seed),
             _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -5486,16 +6277,16 @@ static const struct _cffi_field_s _cffi_fields[] = {
           _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "direct", offsetof(nx_probe_result, direct),
               sizeof(((nx_probe_result *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 242) },
+              _CFFI_OP(_CFFI_OP_NOOP, 263) },
   { "engine", offsetof(nx_probe_result, engine),
               sizeof(((nx_probe_result *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 242) },
+              _CFFI_OP(_CFFI_OP_NOOP, 263) },
   { "how_cold", offsetof(nx_probe_result, how_cold),
                 sizeof(((nx_probe_result *)0)->how_cold),
-                _CFFI_OP(_CFFI_OP_NOOP, 294) },
+                _CFFI_OP(_CFFI_OP_NOOP, 347) },
   { "sys_errno", offsetof(nx_probe_result, sys_errno),
                  sizeof(((nx_probe_result *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 242) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 263) },
   { "n_in", offsetof(nx_residual_matrix, n_in),
             sizeof(((nx_residual_matrix *)0)->n_in),
             _CFFI_OP(_CFFI_OP_NOOP, 27) },
@@ -5504,7 +6295,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "codes", offsetof(nx_residual_matrix, codes),
              sizeof(((nx_residual_matrix *)0)->codes),
-             _CFFI_OP(_CFFI_OP_NOOP, 316) },
+             _CFFI_OP(_CFFI_OP_NOOP, 372) },
   { "scales", offsetof(nx_residual_matrix, scales),
               sizeof(((nx_residual_matrix *)0)->scales),
               _CFFI_OP(_CFFI_OP_NOOP, 62) },
@@ -5601,47 +6392,73 @@ static const struct _cffi_field_s _cffi_fields[] = {
   { "cache_bytes", offsetof(nx_stats, cache_bytes),
                    sizeof(((nx_stats *)0)->cache_bytes),
                    _CFFI_OP(_CFFI_OP_NOOP, 23) },
+  { "type", offsetof(nx_ternary, type),
+            sizeof(((nx_ternary *)0)->type),
+            _CFFI_OP(_CFFI_OP_NOOP, 161) },
+  { "n_in", offsetof(nx_ternary, n_in),
+            sizeof(((nx_ternary *)0)->n_in),
+            _CFFI_OP(_CFFI_OP_NOOP, 27) },
+  { "n_out", offsetof(nx_ternary, n_out),
+             sizeof(((nx_ternary *)0)->n_out),
+             _CFFI_OP(_CFFI_OP_NOOP, 27) },
+  { "codes", offsetof(nx_ternary, codes),
+             sizeof(((nx_ternary *)0)->codes),
+             _CFFI_OP(_CFFI_OP_NOOP, 68) },
+  { "scales", offsetof(nx_ternary, scales),
+              sizeof(((nx_ternary *)0)->scales),
+              _CFFI_OP(_CFFI_OP_NOOP, 370) },
+  { "scale", offsetof(nx_ternary, scale),
+             sizeof(((nx_ternary *)0)->scale),
+             _CFFI_OP(_CFFI_OP_NOOP, 179) },
+  { "codes_bytes", offsetof(nx_ternary, codes_bytes),
+                   sizeof(((nx_ternary *)0)->codes_bytes),
+                   _CFFI_OP(_CFFI_OP_NOOP, 23) },
+  { "scales_bytes", offsetof(nx_ternary, scales_bytes),
+                    sizeof(((nx_ternary *)0)->scales_bytes),
+                    _CFFI_OP(_CFFI_OP_NOOP, 23) },
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "$nx_ans_layout", 300, _CFFI_F_CHECK_FIELDS,
+  { "$nx_ans_layout", 353, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_ans_layout), offsetof(struct _cffi_align_typedef_nx_ans_layout, y), 0, 5 },
-  { "$nx_error", 302, _CFFI_F_CHECK_FIELDS,
+  { "$nx_error", 355, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_error), offsetof(struct _cffi_align_typedef_nx_error, y), 5, 7 },
-  { "$nx_event", 303, _CFFI_F_CHECK_FIELDS,
+  { "$nx_event", 356, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_event), offsetof(struct _cffi_align_typedef_nx_event, y), 12, 4 },
-  { "$nx_fault", 304, _CFFI_F_CHECK_FIELDS,
+  { "$nx_fault", 357, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_fault), offsetof(struct _cffi_align_typedef_nx_fault, y), 16, 4 },
-  { "$nx_file_info", 306, _CFFI_F_CHECK_FIELDS,
+  { "$nx_file_info", 359, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_file_info), offsetof(struct _cffi_align_typedef_nx_file_info, y), 20, 9 },
-  { "$nx_membench_options", 308, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_options", 361, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_options), offsetof(struct _cffi_align_typedef_nx_membench_options, y), 29, 3 },
-  { "$nx_membench_result", 309, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_result", 362, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_result), offsetof(struct _cffi_align_typedef_nx_membench_result, y), 32, 7 },
-  { "$nx_prediction", 311, _CFFI_F_CHECK_FIELDS,
+  { "$nx_prediction", 364, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_prediction), offsetof(struct _cffi_align_typedef_nx_prediction, y), 39, 8 },
-  { "$nx_probe_options", 312, _CFFI_F_CHECK_FIELDS,
+  { "$nx_probe_options", 365, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_probe_options), offsetof(struct _cffi_align_typedef_nx_probe_options, y), 47, 7 },
-  { "$nx_probe_result", 313, _CFFI_F_CHECK_FIELDS,
+  { "$nx_probe_result", 366, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_probe_result), offsetof(struct _cffi_align_typedef_nx_probe_result, y), 54, 6 },
-  { "$nx_residual_matrix", 314, _CFFI_F_CHECK_FIELDS,
+  { "$nx_residual_matrix", 367, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_residual_matrix), offsetof(struct _cffi_align_typedef_nx_residual_matrix, y), 60, 4 },
-  { "$nx_stats", 315, _CFFI_F_CHECK_FIELDS,
+  { "$nx_stats", 368, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_stats), offsetof(struct _cffi_align_typedef_nx_stats, y), 64, 31 },
-  { "_IO_FILE", 285, _CFFI_F_OPAQUE,
+  { "$nx_ternary", 369, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_ternary), offsetof(struct _cffi_align_typedef_nx_ternary, y), 95, 8 },
+  { "_IO_FILE", 338, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_file", 305, _CFFI_F_OPAQUE,
+  { "nx_file", 358, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_imatrix", 307, _CFFI_F_OPAQUE,
+  { "nx_imatrix", 360, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_model", 310, _CFFI_F_OPAQUE,
+  { "nx_model", 363, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
 };
 
 static const struct _cffi_enum_s _cffi_enums[] = {
   { "$nx_ans_path", 80, _cffi_prim_int(sizeof(nx_ans_path), ((nx_ans_path)-1) <= 0),
     "NX_ANS_PORTABLE,NX_ANS_AVX2,NX_ANS_AVX512,NX_ANS_PATHS" },
-  { "$nx_control_state", 301, _cffi_prim_int(sizeof(nx_control_state), ((nx_control_state)-1) <= 0),
+  { "$nx_control_state", 354, _cffi_prim_int(sizeof(nx_control_state), ((nx_control_state)-1) <= 0),
     "NX_CONTROL_FIXED,NX_CONTROL_WATCHING,NX_CONTROL_NO_STALL,NX_CONTROL_NO_IDLE,NX_CONTROL_TRYING,NX_CONTROL_SLOWER,"
     "NX_CONTROL_FASTER" },
   { "$nx_io_mode", 45, _cffi_prim_int(sizeof(nx_io_mode), ((nx_io_mode)-1) <= 0),
@@ -5651,30 +6468,34 @@ static const struct _cffi_enum_s _cffi_enums[] = {
   { "$nx_status", 14, _cffi_prim_int(sizeof(nx_status), ((nx_status)-1) <= 0),
     "NX_OK,NX_E_NOMEM,NX_E_IO,NX_E_TRUNCATED,NX_E_CHANGED,NX_E_INVALID,NX_E_ABORTED,NX_E_UNSUPPORTED,NX_E_ABI,"
     "NX_E_CLOSED,NX_E_BUSY" },
+  { "$nx_ternary_type", 161, _cffi_prim_int(sizeof(nx_ternary_type), ((nx_ternary_type)-1) <= 0),
+    "NX_TQ1_0,NX_TQ2_0,NX_Q2_0,NX_Q1_0,NX_TERNARY_TYPES" },
 };
 
 static const struct _cffi_typename_s _cffi_typenames[] = {
-  { "FILE", 285 },
-  { "nx_ans_layout", 300 },
+  { "FILE", 338 },
+  { "nx_ans_layout", 353 },
   { "nx_ans_path", 80 },
-  { "nx_control_state", 301 },
-  { "nx_error", 302 },
-  { "nx_event", 303 },
-  { "nx_fault", 304 },
-  { "nx_file", 305 },
-  { "nx_file_info", 306 },
-  { "nx_imatrix", 307 },
+  { "nx_control_state", 354 },
+  { "nx_error", 355 },
+  { "nx_event", 356 },
+  { "nx_fault", 357 },
+  { "nx_file", 358 },
+  { "nx_file_info", 359 },
+  { "nx_imatrix", 360 },
   { "nx_io_mode", 45 },
   { "nx_isa", 8 },
-  { "nx_membench_options", 308 },
-  { "nx_membench_result", 309 },
-  { "nx_model", 310 },
-  { "nx_prediction", 311 },
-  { "nx_probe_options", 312 },
-  { "nx_probe_result", 313 },
-  { "nx_residual_matrix", 314 },
-  { "nx_stats", 315 },
+  { "nx_membench_options", 361 },
+  { "nx_membench_result", 362 },
+  { "nx_model", 363 },
+  { "nx_prediction", 364 },
+  { "nx_probe_options", 365 },
+  { "nx_probe_result", 366 },
+  { "nx_residual_matrix", 367 },
+  { "nx_stats", 368 },
   { "nx_status", 14 },
+  { "nx_ternary", 369 },
+  { "nx_ternary_type", 161 },
 };
 
 static const struct _cffi_type_context_s _cffi_type_context = {
@@ -5684,12 +6505,12 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   _cffi_enums,
   _cffi_typenames,
-  121,  /* num_globals */
-  16,  /* num_struct_unions */
-  5,  /* num_enums */
-  21,  /* num_typenames */
+  140,  /* num_globals */
+  17,  /* num_struct_unions */
+  6,  /* num_enums */
+  23,  /* num_typenames */
   NULL,  /* no includes */
-  321,  /* num_types */
+  377,  /* num_types */
   1,  /* flags */
 };
 

@@ -1,5 +1,7 @@
 /* nexus_attach.h: give a tensor of a model something that our own kernels compute with.
  *
+ * A packed matrix (nexus_ternary.h) replaces the stored bytes of a resident weight. The manifest asks for
+ * it ("kernels", see manifest.c); it happens when the model is loaded.
  * A residual (nexus_residual.h) is added to the products of its matrix with a single column; prompts and
  * batches are left as they are. This changes what the model says, and is never done unless asked for.
  *
@@ -10,18 +12,26 @@
 
 #include "nexus_core.h"
 #include "nexus_residual.h"
+#include "nexus_ternary.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 typedef struct nx_attachment {
-    nx_residual_matrix residual; /* codes NULL: none */
-    uint32_t residual_k;         /* channels for each product; 0: off. Atomic */
+    nx_residual_matrix residual;
+    uint32_t residual_k; /* channels for each product; 0: off, or there is no residual. Atomic */
+    nx_ternary packed;   /* codes NULL: the weight is as it was stored. Written before it is attached */
+    int has_residual;    /* guarded by the model's load_lock, as the two below */
+    int released;        /* the stored bytes were given back: only `packed` has the weight */
 } nx_attachment;
 
 /* What is attached to an extent, or NULL. */
 NX_API nx_attachment *nx_extent_attached(const nx_extent *);
+/* Have the stored bytes of a packed weight in place again, for an operation that is not ours. */
+NX_API nx_status nx_extent_restore(nx_extent *);
+/* How many weights are packed. */
+NX_API uint32_t nx_model_n_packed(const nx_model *);
 
 /* Attach the residual of tensor `name`, a matrix of shape n_in, n_out: `codes` of `codes_bytes`, `scales` of
  * n_out floats; both are copied. `k` channels are corrected for each product.

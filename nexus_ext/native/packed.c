@@ -1,0 +1,111 @@
+/* packed.c: resident weights of few bits, packed for our own kernels when a model is loaded.
+ *
+ * The packed matrix takes the place of the stored bytes, whose pages go back to the system. An operation
+ * that needs them after all (nobody knows all graphs beforehand) reads them again. */
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "attach_internal.h"
+#include "core_internal.h"
+
+#define MAX_THREADS 16
+
+static bool is_for_us(const nx_model *m, const nx_extent *e, nx_ternary_type *type) {
+    *type = nx_ternary_type_of(e->type);
+    if (*type == NX_TERNARY_TYPES || !(m->own_types >> *type & 1)) return false;
+    return e->tier == NX_TIER_RAM && !e->elastic && e->claimed && e->ne[2] == 1 && e->ne[3] == 1 && e->ne[1] >= 8 &&
+           e->ne[0] <= UINT32_MAX && e->ne[1] <= UINT32_MAX && e->ne[0] % nx_ternary_block(*type) == 0 &&
+           strcmp(e->name, "token_embd.weight") != 0; /* whose rows are fetched as they are stored */
+}
+
+typedef struct part {
+    pthread_t thread;
+    bool started;
+    nx_ternary *packed;
+    const nx_extent *extent;
+    uint32_t begin, end;
+} part;
+
+static void *pack_part(void *argument) {
+    const part *p = argument;
+    const uint8_t *rows = (const uint8_t *)p->extent->pinned + p->begin * p->extent->row_bytes;
+    nx_ternary_pack(p->packed, rows, p->extent->row_bytes, p->begin, p->end);
+    return NULL;
+}
+
+static void pack_all(nx_ternary *packed, const nx_extent *e, uint32_t n_threads) {
+    part parts[MAX_THREADS];
+    const uint64_t unit = nx_ternary_row_unit(packed->type), units = (e->ne[1] + unit - 1) / unit;
+    for (uint32_t t = 0; t < n_threads; t++) {
+        uint64_t end = units * (t + 1) / n_threads * unit;
+        if (end > e->ne[1]) end = e->ne[1];
+        parts[t] = (part){.packed = packed, .extent = e, .end = (uint32_t)end,
+                          .begin = (uint32_t)(units * t / n_threads * unit)};
+        parts[t].started = t > 0 && pthread_create(&parts[t].thread, NULL, pack_part, &parts[t]) == 0;
+    }
+    for (uint32_t t = 0; t < n_threads; t++)
+        if (!parts[t].started) pack_part(&parts[t]);
+    for (uint32_t t = 0; t < n_threads; t++)
+        if (parts[t].started) pthread_join(parts[t].thread, NULL);
+    nx_ternary_finish(packed);
+}
+
+/* The pages that hold nothing but this extent. */
+static void release(const nx_extent *e) {
+    uint8_t *begin = (uint8_t *)((uintptr_t)e->pinned / NX_PAGE * NX_PAGE);
+    uint8_t *end = (uint8_t *)nx_round_up((uintptr_t)e->pinned + e->nbytes, NX_PAGE);
+    (void)madvise(begin, (size_t)(end - begin), MADV_DONTNEED);
+}
+
+void nx_model_pack(nx_model *m) {
+    if (!m->own_types) return;
+    const long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+    const uint32_t n_threads = cpus < 1 ? 1 : cpus > MAX_THREADS ? MAX_THREADS : (uint32_t)cpus;
+    uint64_t more = m->own_more_bytes;
+    for (uint32_t i = 0; i < m->n_extents; i++) {
+        nx_extent *e = &m->extents[i];
+        nx_ternary_type type;
+        nx_attachment *a = nx_extent_attached(e);
+        if (!is_for_us(m, e, &type) || (a && a->packed.codes)) continue;
+        const uint64_t bytes = nx_ternary_packed_bytes(type, (uint32_t)e->ne[0], (uint32_t)e->ne[1]) + 2 * NX_PAGE;
+        const uint64_t grows = bytes > e->nbytes ? bytes - e->nbytes : 0;
+        if (grows > more && grows > e->nbytes / 16 + 2 * NX_PAGE) continue; /* ggml keeps this one */
+        nx_ternary packed;
+        if (nx_ternary_create(type, (uint32_t)e->ne[0], (uint32_t)e->ne[1], &packed) != NX_OK) return;
+        pack_all(&packed, e, n_threads);
+        a = nx_attachment_get(e);
+        if (!a) {
+            nx_ternary_free(&packed);
+            return;
+        }
+        more -= grows < more ? grows : more;
+        a->packed = packed;
+        a->released = 1;
+        release(e);
+    }
+}
+
+nx_status nx_extent_restore(nx_extent *e) {
+    nx_attachment *a = nx_extent_attached(e);
+    if (!a) return NX_OK;
+    nx_model *m = e->model;
+    pthread_mutex_lock(&m->load_lock);
+    nx_status status = NX_OK;
+    if (a->released) {
+        status = nx_model_read(m, e, 0, e->pinned, e->nbytes);
+        if (status == NX_OK) a->released = 0;
+    }
+    pthread_mutex_unlock(&m->load_lock);
+    return status;
+}
+
+uint32_t nx_model_n_packed(const nx_model *m) {
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < m->n_extents; i++) {
+        const nx_attachment *a = nx_extent_attached(&m->extents[i]);
+        n += a && a->packed.codes;
+    }
+    return n;
+}
