@@ -47,6 +47,91 @@ def use_isa(name: str) -> None:
     check(lib.nx_kernels_use_isa(ISAS[name]), f"kernels {name}")
 
 
+TERNARY: dict[str, int] = {
+    name: int(lib.nx_ternary_type_of(name.encode())) for name in ("tq1_0", "tq2_0", "q2_0", "q1_0")
+}
+"""The block types that `PackedMatrix` knows, by llama.cpp's names for them."""
+
+
+class PackedMatrix:
+    """A matrix of few bits, packed from llama.cpp's blocks: see nexus_ternary.h."""
+
+    def __init__(self, type_name: str, rows: NDArray[np.uint8], n_in: int) -> None:
+        """Pack `rows`, uint8 (n_out, bytes of a row), contiguous. UsageError for other sizes."""
+        kind = TERNARY.get(type_name)
+        block = lib.nx_ternary_block(kind) if kind is not None else 1
+        nbytes = n_in // block * lib.nx_ternary_block_bytes(kind) if kind is not None else 0
+        if kind is None or n_in % block or rows.ndim != 2 or rows.shape[1] != nbytes:
+            raise UsageError(
+                f"rows of shape {rows.shape} are no {type_name} matrix of {n_in} columns",
+                hint=f"types are {', '.join(TERNARY)}; a row is a whole number of blocks",
+            )
+        self.n_in, self.n_out = n_in, len(rows)
+        self.row_unit = int(lib.nx_ternary_row_unit(kind))
+        self._kind, self._block = kind, block
+        memory = ffi.new("nx_ternary *")
+        check(lib.nx_ternary_create(kind, n_in, self.n_out, memory), "packing a matrix")
+        self._matrix = ffi.gc(memory, lib.nx_ternary_free)
+        lib.nx_ternary_pack(memory, _pointer("void *", rows), rows.strides[0], 0, self.n_out)
+        lib.nx_ternary_finish(memory)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self._matrix.codes_bytes + self._matrix.scales_bytes)
+
+    def unpack(self) -> NDArray[np.float32]:
+        """Return the matrix as float32 (n_out, n_in)."""
+        import numpy as np
+
+        out = np.empty((self.n_out, self.n_in), np.float32)
+        lib.nx_ternary_unpack(self._matrix, 0, self.n_out, _pointer("float *", out))
+        return out
+
+    def activate(self, x: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Round columns x, float32 (n_columns, n_in), to 8 bits as ggml does; in our layout."""
+        import numpy as np
+
+        values = np.ascontiguousarray(x, np.float32)
+        nbytes = int(lib.nx_ternary_activation_bytes(self._kind, self.n_in))
+        memory = np.empty(len(values) * nbytes + 63, np.uint8)
+        start = -memory.ctypes.data % 64
+        out = memory[start : start + len(values) * nbytes].reshape(len(values), nbytes)
+        for column, rounded in zip(values, out, strict=True):
+            lib.nx_ternary_activate(
+                self._kind,
+                _pointer("float *", column),
+                0,
+                self.n_in // self._block,
+                _pointer("void *", rounded),
+            )
+        return out
+
+    def multiply_into(
+        self, columns: NDArray[np.uint8], y: NDArray[np.float32], begin: int, end: int
+    ) -> None:
+        """Write rows [begin, end) of the products with `columns` to y, (n_columns, n_out).
+
+        `begin` is a multiple of `row_unit`. Releases the interpreter lock.
+        """
+        lib.nx_ternary_multiply(
+            self._matrix,
+            _pointer("void *", columns),
+            len(columns),
+            begin,
+            end,
+            _pointer("float *", y),
+            self.n_out,
+        )
+
+    def multiply(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the products with columns x, float32 (n_columns, n_in) -> (n_columns, n_out)."""
+        import numpy as np
+
+        y = np.empty((len(x), self.n_out), np.float32)
+        self.multiply_into(self.activate(x), y, 0, self.n_out)
+        return y
+
+
 def _pointer(kind: str, array: Any) -> Any:
     return ffi.cast(kind, array.ctypes.data)
 

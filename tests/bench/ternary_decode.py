@@ -1,0 +1,89 @@
+"""A ternary model of two billion weights end to end: our kernels beside stock llama.cpp.
+
+    python -m tests.bench.ternary_decode [--quant tq2_0] [--folder DIR] [--rounds 5]
+
+Writes a synthetic model with the shapes of BitNet-b1.58-2B-4T (0.9 GB, output Q6_K), loads it twice
+in one process and lets both decode in turn. Prints tokens a second of prefill and decode, their
+medians and ratios, and whether the logits are the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nexus_ext import Llama
+from nexus_ext.runtime.stock import stock_llama
+from tests.synth.models import LLAMA_PRESETS, write_llama
+
+
+def run(llm: Any, prompt: list[int], n_decode: int) -> tuple[float, float, Any]:
+    """Return tokens a second of prefill and of decode (its median), and the last logits."""
+    llm.reset()
+    begin = time.perf_counter()
+    llm.eval(prompt)
+    prefill = len(prompt) / (time.perf_counter() - begin)
+    times = []
+    for i in range(n_decode):
+        begin = time.perf_counter()
+        llm.eval([100 + i])
+        times.append(time.perf_counter() - begin)
+    logits = np.ctypeslib.as_array(llm._ctx.get_logits(), (llm.n_vocab(),))
+    return prefill, 1 / statistics.median(times), logits.view(np.uint32).copy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quant", default="tq2_0", choices=("tq1_0", "tq2_0"))
+    parser.add_argument("--folder", type=Path, help="keep the model here")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("-n", type=int, default=24, help="tokens to decode")
+    parser.add_argument("-p", type=int, default=64, help="tokens of the prompt")
+    parser.add_argument("-t", type=int, default=2, help="threads")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        path = (args.folder or Path(temporary)) / f"bitnet-2b-{args.quant}.gguf"
+        if not path.exists():
+            dims = asdict(LLAMA_PRESETS["bitnet-2b"])
+            write_llama(path, **dims, quant=args.quant, output_quant="Q6_K")
+        print(f"{path.stat().st_size / 1e9:.2f} GB")
+        common: dict[str, Any] = {
+            "n_ctx": 512,
+            "n_batch": 256,
+            "n_threads": args.t,
+            "n_threads_batch": args.t,
+            "flash_attn": True,
+            "verbose": False,
+        }
+        ours = Llama(path, kernels="nexus", **common)
+        stock = stock_llama(str(path), **common)
+        model = ours.nexus.model
+        assert model is not None
+        print(f"{model.n_packed()} weights packed, {model.attached_bytes() / 1e6:.0f} MB")
+        prompt = [1, *(int(t) for t in np.random.default_rng(0).integers(3, 30000, args.p - 1))]
+        pairs = []
+        print(f"{'':>8} {'stock':>8} {'ours':>8} {'ratio':>6}   tok/s")
+        for _ in range(args.rounds):
+            a, b = run(stock, prompt, args.n), run(ours, prompt, args.n)
+            pairs.append((a, b))
+            for i, what in enumerate(("prefill", "decode")):
+                print(f"{what:>8} {a[i]:8.2f} {b[i]:8.2f} {b[i] / a[i]:6.2f}", flush=True)
+        for i, what in enumerate(("prefill", "decode")):
+            a_median, b_median = (statistics.median(p[k][i] for p in pairs) for k in (0, 1))
+            ratio = statistics.median(p[1][i] / p[0][i] for p in pairs)
+            print(f"median {what}: stock {a_median:.2f}, ours {b_median:.2f}, ratio {ratio:.2f}")
+        same = all(np.array_equal(a[2], b[2]) for a, b in pairs)
+        print(f"logits: {'the same bits' if same else 'differ'}")
+        ours.close()
+        stock.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+/* Resident weights of few bits are packed when they are loaded; what the system got back of the stored
+ * bytes can be read again; tensors that are not for us stay as they are. */
+#include "nexus_attach.h"
+#include "nx_consumer.h"
+
+#define ROWS 40
+#define ROW_BYTES (3 * 66)
+
+static world w;
+
+static nx_model *open_with(const char *kernels) {
+    uint64_t offset = 0;
+    world_init(&w, 1, 200000, 7);
+    world_manifest(&w, 1u << 16, 4096, 0, 0, true);
+    static const char *const names[] = {"a", "b", "token_embd.weight", "streamed"};
+    for (int i = 0; i < 4; i++) {
+        world_line(&w, "tensor %s 0 %" PRIu64 " %d 0 768 %d 1 1 TQ2_0 %s", i == 3 ? "nvme" : "ram", offset,
+                   ROWS * ROW_BYTES, ROWS, names[i]);
+        w.n_tensors++;
+        offset += ROWS * ROW_BYTES;
+    }
+    world_line(&w, "tensor ram 0 %" PRIu64 " 4096 0 1024 1 1 1 F32 plain", offset);
+    w.n_tensors++;
+    world_line(&w, "%s", kernels);
+    nx_model *m = world_open(&w, "", 0);
+    for (size_t i = 0; i < nx_model_n_extents(m); i++) NX_CHECK_EQ(nx_model_claim(m, nx_model_extent(m, i)), NX_OK);
+    NX_CHECK_EQ(nx_model_finish_load(m, NULL, NULL), NX_OK);
+    return m;
+}
+
+static void close_all(nx_model *m) {
+    nx_model_release(m);
+    world_free(&w);
+}
+
+static void what_is_ours_is_packed(void) {
+    nx_model *m = open_with("kernels 0 tq2_0");
+    NX_CHECK_EQ(nx_model_n_packed(m), 2);
+    NX_CHECK(nx_model_attached_bytes(m) >= 2 * ROWS * 3 * 64);
+    NX_CHECK(nx_extent_attached(nx_model_find(m, "token_embd.weight")) == NULL);
+    NX_CHECK(nx_extent_attached(nx_model_find(m, "streamed")) == NULL);
+    NX_CHECK(nx_extent_attached(nx_model_find(m, "plain")) == NULL);
+    /* the packed values are those that were stored */
+    nx_extent *e = nx_model_find(m, "b");
+    const nx_attachment *a = nx_extent_attached(e);
+    nx_ternary again;
+    NX_CHECK_EQ(nx_ternary_create(NX_TQ2_0, 768, ROWS, &again), NX_OK);
+    nx_ternary_pack(&again, w.files[0].bytes + e->offset, ROW_BYTES, 0, ROWS);
+    nx_ternary_finish(&again);
+    NX_CHECK(memcmp(again.codes, a->packed.codes, again.codes_bytes) == 0);
+    nx_ternary_free(&again);
+    /* stored bytes come back when they are asked for, and stay */
+    for (int twice = 0; twice < 2; twice++) {
+        NX_CHECK_EQ(nx_extent_restore(e), NX_OK);
+        NX_CHECK(world_same(&w, e, 0, e->pinned, e->nbytes));
+    }
+    NX_CHECK_EQ(nx_model_finish_load(m, NULL, NULL), NX_OK);
+    NX_CHECK_EQ(nx_model_n_packed(m), 2);
+    close_all(m);
+}
+
+static void a_file_that_shrank_is_an_error(void) {
+    nx_model *m = open_with("kernels 0 tq2_0");
+    NX_CHECK_EQ(truncate(w.files[0].path, 100), 0);
+    NX_CHECK_EQ(nx_extent_restore(nx_model_find(m, "b")), NX_E_TRUNCATED);
+    close_all(m);
+}
+
+static void residual_and_packed_live_together(void) {
+    nx_model *m = open_with("kernels 0 tq2_0");
+    uint8_t *codes = calloc(768, nx_residual_row_bytes(ROWS));
+    float scales[ROWS] = {0};
+    nx_error error;
+    const uint64_t bytes = 768 * nx_residual_row_bytes(ROWS);
+    NX_CHECK_EQ(nx_model_attach_residual(m, "b", codes, bytes, scales, ROWS, 5, &error), NX_OK);
+    NX_CHECK_EQ(nx_model_attach_residual(m, "b", codes, bytes, scales, ROWS, 5, &error), NX_E_BUSY);
+    NX_CHECK_EQ(nx_model_attach_residual(m, "b", codes, bytes - 1, scales, ROWS, 5, &error), NX_E_INVALID);
+    NX_CHECK_EQ(nx_model_attach_residual(m, "nothing", codes, bytes, scales, ROWS, 5, &error), NX_E_INVALID);
+    NX_CHECK_EQ(nx_model_set_residual_k(m, "a", 5), NX_E_INVALID);
+    NX_CHECK_EQ(nx_model_set_residual_k(m, "b", 0), NX_OK);
+    NX_CHECK_EQ(nx_model_n_packed(m), 2);
+    free(codes);
+    close_all(m);
+}
+
+static void no_kernels_no_packing(void) {
+    nx_model *m = open_with("kernels 0 q2_0");
+    NX_CHECK_EQ(nx_model_n_packed(m), 0);
+    NX_CHECK_EQ(nx_model_attached_bytes(m), 0);
+    close_all(m);
+}
+
+int main(int argc, char **argv) {
+    static const nx_test tests[] = {
+        NX_TEST(what_is_ours_is_packed),
+        NX_TEST(a_file_that_shrank_is_an_error),
+        NX_TEST(residual_and_packed_live_together),
+        NX_TEST(no_kernels_no_packing),
+    };
+    return nx_test_main(tests, sizeof tests / sizeof *tests, argc, argv);
+}

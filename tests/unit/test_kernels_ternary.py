@@ -1,0 +1,41 @@
+"""Packed matrices from Python: the values of gguf's own decoder, ggml's bits, errors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+
+from nexus_ext import kernels
+from nexus_ext.errors import UsageError
+
+
+@pytest.mark.parametrize("type_name", ["tq1_0", "tq2_0"])
+def test_values_are_those_of_the_format(type_name: str) -> None:
+    kind = GGMLQuantizationType[type_name.upper()]
+    rng = np.random.default_rng(5)
+    nbytes = {"tq1_0": 54, "tq2_0": 66}[type_name]
+    blocks = rng.integers(0, 256, (13, 3, nbytes), dtype=np.uint8)
+    scales = rng.normal(size=(13, 3)).astype(np.float16)
+    blocks[:, :, -2:] = scales.view(np.uint8).reshape(13, 3, 2)
+    rows = blocks.reshape(13, -1)
+    packed = kernels.PackedMatrix(type_name, rows, 768)
+    np.testing.assert_array_equal(packed.unpack(), dequantize(rows, kind))
+
+
+def test_products_are_close_to_those_of_the_unrounded() -> None:
+    rng = np.random.default_rng(6)
+    rows = rng.integers(0, 256, (70, 2 * 18), dtype=np.uint8)
+    rows.reshape(70, 2, 18)[:, :, :2] = np.frombuffer(np.float16(0.5).tobytes(), np.uint8)
+    packed = kernels.PackedMatrix("q2_0", rows, 128)
+    x = rng.normal(size=(3, 128)).astype(np.float32)
+    wanted = x @ packed.unpack().T
+    assert np.abs(packed.multiply(x) - wanted).max() < 0.02 * np.abs(wanted).max()
+
+
+def test_other_sizes_are_refused() -> None:
+    with pytest.raises(UsageError, match="no tq2_0 matrix of 300 columns"):
+        kernels.PackedMatrix("tq2_0", np.zeros((8, 66), np.uint8), 300)
+    with pytest.raises(UsageError, match="no q4_0 matrix"):
+        kernels.PackedMatrix("q4_0", np.zeros((8, 18), np.uint8), 32)
