@@ -43,6 +43,7 @@ COMMANDS = {
     "plan": ("nexus_ext.cli.plan:plan", "Show where every byte would go, and the speed."),
     "inspect": ("nexus_ext.cli.inspect:inspect", "Show what is in a model file."),
     "convert": ("nexus_ext.cli.convert:convert", "Convert a model to another container."),
+    "export": ("nexus_ext.cli.export:export", "Write tensors of a model as safetensors."),
     "probe": ("nexus_ext.cli.probe:probe", "Measure this machine: memory, GPUs, a disk."),
     "quality": ("nexus_ext.cli.quality:quality", "Measure what a quantized model has lost."),
     "verify": ("nexus_ext.cli.verify:verify", "Compare streamed with resident, bit by bit."),
