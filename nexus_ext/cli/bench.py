@@ -12,7 +12,7 @@ from nexus_ext.cli.output import Output
 from nexus_ext.units import format_bytes
 
 if TYPE_CHECKING:
-    from nexus_ext.runtime.bench import Bench, Spread, Summary
+    from nexus_ext.runtime.bench import Bench, Run, Spread, Summary
 
 
 @click.command()
@@ -134,6 +134,9 @@ def show(result: Bench, output: Output) -> None:
         output.line(
             f"paged / stock: decode x{result.decode_ratio:.2f}, prefill x{result.prefill_ratio:.2f}"
         )
+    stall = stall_of(result.runs)
+    if stall:
+        output.line(f"paged, while decoding: {stall}")
     output.heading("Physical bound of decoding")
     if result.bound is None:
         output.line("none: decoding read nothing from the disk")
@@ -188,3 +191,22 @@ def _spread(value: Spread | None) -> str:
 def _rate(value: Spread) -> str:
     low, high = format_bytes(value.low), format_bytes(value.high)
     return f"{format_bytes(value.median)}/s ({low}..{high})"
+
+
+def stall_of(runs: tuple[Run, ...]) -> str:
+    """Return what decoding waited for the disk, and read ahead of routers; "" if nothing paged."""
+    phases = [
+        run.decode for run in runs if run.decode is not None and run.decode.wait_s is not None
+    ]
+    if not phases:
+        return ""
+    seconds, n_tokens = sum(p.seconds for p in phases), sum(p.n_tokens for p in phases)
+    text = f"waiting for reads {sum(p.wait_s or 0.0 for p in phases) / seconds:.0%} of the time"
+    ahead = sum(p.prefetched_bytes or 0 for p in phases)
+    if ahead:
+        wasted = sum(p.prefetch_wasted_bytes or 0 for p in phases)
+        text += (
+            f"; {format_bytes(ahead / n_tokens)} of experts read ahead a token, "
+            f"{format_bytes(wasted / n_tokens)} in vain"
+        )
+    return text

@@ -78,6 +78,12 @@ nx_status nx_experts_prefetch(nx_group *g, const int32_t *experts, size_t n, siz
     return NX_OK;
 }
 
+size_t nx_group_empty_slots(const nx_group *g) {
+    size_t n = 0;
+    for (uint32_t s = 0; s < g->n_slots; s++) n += g->records[s].state == NX_RECORD_EMPTY;
+    return n;
+}
+
 void nx_prefetch_beside(nx_model *m, uint32_t n_requests) { nx_io_spare_limits(m->io, 0, n_requests); }
 
 int nx_reads_go_on(nx_model *m) {

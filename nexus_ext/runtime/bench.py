@@ -67,6 +67,8 @@ class Phase:
     device_read_bytes: int | None  # the kernel's count, page cache hits left out
     wait_s: float | None
     compute_s: float | None  # inside the delegate
+    prefetched_bytes: int | None = None  # experts that were predicted and read
+    prefetch_wasted_bytes: int | None = None  # those that left the cache unused
 
     @property
     def tok_s(self) -> float:
@@ -285,6 +287,8 @@ def _phase(report: dict[str, Any], n_tokens: int) -> Phase:
         device_read_bytes=report["device_read_bytes"],
         wait_s=stats["wait_s"] if stats else None,
         compute_s=stats["compute_s"] if stats else None,
+        prefetched_bytes=stats["prefetched_bytes"] if stats else None,
+        prefetch_wasted_bytes=stats["prefetch_wasted_bytes"] if stats else None,
     )
 
 

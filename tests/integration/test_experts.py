@@ -71,7 +71,7 @@ def expert_plan(path: Path, slots: int, *, wave: int = 4, io_mode: str = "direct
 
     `wave` is how many experts the scratch area holds.
     """
-    request = PlanRequest(weights_bytes=1 << 30, gpu_bytes=0, io_mode=io_mode, n_ctx=TINY["n_ctx"])
+    request = PlanRequest(weights_bytes=1 << 40, gpu_bytes=0, io_mode=io_mode, n_ctx=TINY["n_ctx"])
     planned = plan_model(path, request)
     experts = [t for t in planned.catalog.tensors if t.role is Role.EXPERT]
     caches = tuple(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nexus_ext.cli.bench import stall_of
 from nexus_ext.hardware.mounts import MEMORY_FILESYSTEMS, mount_of, read_mounts
 from nexus_ext.hardware.system import System
 from nexus_ext.runtime.bench import (
@@ -105,3 +106,13 @@ def test_a_dropped_file_is_no_longer_in_the_page_cache(tmp_path: Path) -> None:
     assert before == 1 << 20
     drop_files(files)
     assert cached_bytes(files) == 0
+
+
+def test_stalls_and_what_was_read_in_vain_are_told() -> None:
+    phase = Phase(2.0, 4, 4000, 4000, 0.5, 1.0, prefetched_bytes=4096, prefetch_wasted_bytes=2048)
+    text = stall_of((Run("paged", decode=phase), Run("paged", died="killed")))
+    assert text == (
+        "waiting for reads 25% of the time; 1.0 KiB of experts read ahead a token, 512 B in vain"
+    )
+    assert stall_of((run(),)) == "waiting for reads 25% of the time"
+    assert stall_of((Run("stock", decode=Phase(2.0, 4, None, 4000, None, None)),)) == ""

@@ -14,7 +14,8 @@ typedef struct nxb_backend {
     gx_backend base;
     gx_device twin;  /* base.device: like the registered device, but its default memory is the CPU's */
     gx_backend *cpu; /* computes everything */
-    int n_threads;
+    int n_threads;       /* of `threadpool` */
+    int n_threads_asked; /* 0: nobody has said how many */
     void *threadpool; /* ours, for runtimes whose CPU backend would start threads for every graph */
     bool (*abort)(void *);
     void *abort_ctx;

@@ -333,6 +333,7 @@ static gx_backend *device_init(gx_device *d, const char *params) {
 static void set_n_threads(gx_backend *b, int n) {
     nxb_backend *own = b->context;
     nxb_delegate.set_n_threads(own->cpu, n);
+    own->n_threads_asked = n;
     if (nxb_delegate.openmp || n == own->n_threads || !nxb_delegate.threadpool_new) return;
     drop_threadpool(own);
     own->n_threads = n;

@@ -150,7 +150,13 @@ static const gx_tensor *compute_router(nxb_run *r, int node, const router *to, c
     if (!same_shape(replaced, by) || !is_finite(by)) return NULL;
     const gx_tensor *scores = copy_all(p, to, replaced, by);
     if (!scores) return NULL;
-    return nxb_compute_as(r, node, p->nodes, p->n) == GX_SUCCESS ? scores : NULL;
+    /* One row is done before a second thread would have been woken. */
+    const int n_threads = r->own->n_threads_asked;
+    const bool alone = n_threads > 1 && by->ne[1] == 1;
+    if (alone) nxb_delegate.set_n_threads(r->own->cpu, 1);
+    const int status = nxb_compute_as(r, node, p->nodes, p->n);
+    if (alone) nxb_delegate.set_n_threads(r->own->cpu, n_threads);
+    return status == GX_SUCCESS ? scores : NULL;
 }
 
 /* -- which experts these are ------------------------------------------------------------------------ */
@@ -306,13 +312,15 @@ void nxb_predict(nxb_run *r, const nxb_use *use) {
             nx_routing_note(m, next->extent, NX_ROUTED_GATE, (int32_t)ids->ne[1], (int32_t)ids->ne[0],
                             r->own->predictor->experts);
         nx_group *group = nx_extent_group(next->extent, &part);
+        /* Of one token, few: the rest is rarely in time. A batch uses nearly all that is predicted, and nearly
+         * all that is there: it fills what is empty, and evicts nothing. */
+        const bool one = ids->ne[1] == 1;
+        const size_t limit = !group || by == NX_PREDICT_NONE ? 0 : one ? AHEAD : nx_group_empty_slots(group);
         int32_t *experts;
-        const size_t n = group && by != NX_PREDICT_NONE ? predicted(r, by, use, next, group, &experts) : 0;
+        const size_t n = limit ? predicted(r, by, use, next, group, &experts) : 0;
         if (n) {
-            /* Of one token, few: the rest is rarely in time. Of a batch nearly all are used. */
-            const bool one = ids->ne[1] == 1;
             nx_prefetch_beside(m, one ? 0 : BESIDE);
-            (void)nx_experts_prefetch(group, experts, n, one ? AHEAD : n); /* failures show up when it is used */
+            (void)nx_experts_prefetch(group, experts, n, limit); /* failures show up when it is used */
         }
     }
     nx_note_predict(m, nx_now_ns() - begin);
