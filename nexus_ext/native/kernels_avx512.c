@@ -97,22 +97,38 @@ NX_TARGET_AVX512 static void activate_256(const float *x, size_t n, nx_act_256 *
     }
 }
 
+/* A block of Q8_0: its 32 numbers, and its scale. */
+NX_TARGET_AVX512 static inline __m256i round_32(const float *x, float *d) {
+    const __m512 v0 = _mm512_loadu_ps(x), v1 = _mm512_loadu_ps(x + 16);
+    __m512 most = _mm512_max_ps(_mm512_abs_ps(v0), _mm512_setzero_ps());
+    most = _mm512_max_ps(_mm512_abs_ps(v1), most);
+    const float size = _mm512_reduce_max_ps(most);
+    *d = _cvtsh_ss(_cvtss_sh(size / 127.0f, 0));
+    const __m512 inverse = _mm512_set1_ps(size != 0 ? 127.0f / size : 0);
+    /* saturating, so that what is no number (the smallest integer) becomes -128 */
+    const __m128i q0 = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(v0, inverse)));
+    const __m128i q1 = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(v1, inverse)));
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(q0), q1, 1);
+}
+
+NX_TARGET_AVX512 static void activate_128(const float *x, size_t n, nx_act_128 *out) {
+    for (size_t b = 0; b < n; b++, out++)
+        for (int v = 0; v < 4; v++, x += 32) {
+            const __m256i q = round_32(x, &out->d[v]);
+            _mm256_storeu_si256((__m256i *)(out->q + 32 * v), q);
+            const __m256i lane = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), q);
+            _mm256_storeu_ps(out->lane[v], _mm256_cvtepi32_ps(lane));
+        }
+}
+
 NX_TARGET_AVX512 static void activate_64(const float *x, size_t n, nx_act_64 *out) {
     for (size_t b = 0; b < n; b++, out++)
         for (int half = 0; half < 2; half++, x += 32) {
-            const __m512 v0 = _mm512_loadu_ps(x), v1 = _mm512_loadu_ps(x + 16);
-            __m512 most = _mm512_max_ps(_mm512_abs_ps(v0), _mm512_setzero_ps());
-            most = _mm512_max_ps(_mm512_abs_ps(v1), most);
-            const float size = _mm512_reduce_max_ps(most);
-            const float d = _cvtsh_ss(_cvtss_sh(size / 127.0f, 0));
-            const __m512 inverse = _mm512_set1_ps(size != 0 ? 127.0f / size : 0);
-            /* saturating, so that what is no number (the smallest integer) becomes -128 */
-            const __m128i q0 = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(v0, inverse)));
-            const __m128i q1 = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(v1, inverse)));
-            _mm_storeu_si128((__m128i *)(out->q + 32 * half), q0);
-            _mm_storeu_si128((__m128i *)(out->q + 32 * half + 16), q1);
-            __m128i s = _mm_dpbusd_epi32(_mm_setzero_si128(), _mm_set1_epi8(1), q0);
-            s = _mm_dpbusd_epi32(s, _mm_set1_epi8(1), q1);
+            float d;
+            const __m256i q = round_32(x, &d);
+            _mm256_storeu_si256((__m256i *)(out->q + 32 * half), q);
+            __m128i s = _mm_dpbusd_epi32(_mm_setzero_si128(), _mm_set1_epi8(1), _mm256_castsi256_si128(q));
+            s = _mm_dpbusd_epi32(s, _mm_set1_epi8(1), _mm256_extracti128_si256(q, 1));
             s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
             s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
             const __m128i factors = _mm_setr_epi32(-1, -5, -21, -85);
@@ -260,12 +276,58 @@ NX_TARGET_AVX512 static void rows(const uint8_t *codes, const uint16_t *scales, 
     }
 }
 
+/* Sixteen rows of bits: as above with a byte for eight rows, in two halves. Sums of lanes are not added up
+ * over inputs as integers, since each 32 inputs have a scale of their own. */
+NX_TARGET_AVX512 static void bits_of(const uint8_t *codes, const uint16_t *scales, float scale, size_t n_blocks,
+                                     const nx_act_128 *a, float *out) {
+    static const float twice[8] = {2, 1, 0x1p-1f, 0x1p-2f, 0x1p-3f, 0x1p-4f, 0x1p-5f, 0x1p-6f};
+    __m512 sum[8];
+    for (int r = 0; r < 8; r++) sum[r] = _mm512_setzero_ps();
+    for (size_t b = 0; b < n_blocks; b++, codes += 256) {
+        __m512 part[8];
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) {
+            _mm_prefetch((const char *)codes + NX_AHEAD + 64 * v, _MM_HINT_T0);
+            const __m512i q = _mm512_loadu_si512(codes + 64 * v);
+            const __m512i y = _mm512_broadcast_i64x4(_mm256_load_si256((const __m256i *)(a[b].q + 32 * v)));
+            const __m512 lane = _mm512_broadcast_f32x8(_mm256_load_ps(a[b].lane[v]));
+            const __m512 d = _mm512_set1_ps(a[b].d[v]);
+            __m512i before = _mm512_setzero_si512();
+#pragma GCC unroll 8
+            for (int r = 0; r < 8; r++) { /* the bits of rows up to r; what they add is 2^r times too large */
+                const __m512i up_to = r < 7 ? _mm512_and_si512(q, _mm512_set1_epi8((char)((2 << r) - 1))) : q;
+                const __m512i t = _mm512_dpbusd_epi32(_mm512_setzero_si512(), up_to, y);
+                const __m512 f = _mm512_cvtepi32_ps(_mm512_sub_epi32(t, before));
+                const __m512 s = _mm512_fmsub_ps(f, _mm512_set1_ps(twice[r]), lane);
+                part[r] = v ? _mm512_fmadd_ps(d, s, part[r]) : _mm512_mul_ps(d, s);
+                before = t;
+            }
+        }
+        __m512 d16 = _mm512_set1_ps(scale);
+        if (scales) d16 = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(scales + 16 * b)));
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; r++) {
+            const __m512i index = _mm512_inserti64x4(_mm512_set1_epi32(r), _mm256_set1_epi32(8 + r), 1);
+            const __m512 d = scales ? _mm512_permutexvar_ps(index, d16) : d16;
+            sum[r] = _mm512_fmadd_ps(d, part[r], sum[r]);
+        }
+    }
+    for (int r = 0; r < 8; r++) sum_lanes(sum[r], &out[r], &out[8 + r]);
+}
+
+NX_TARGET_AVX512 static void bits(const uint8_t *codes, const uint16_t *scales, float scale, size_t n_blocks,
+                                  const nx_act_128 *const *columns, size_t n_columns, float *out) {
+    for (size_t c = 0; c < n_columns; c++) bits_of(codes, scales, scale, n_blocks, columns[c], out + 16 * c);
+}
+
 const nx_kernel_table *nx_kernels_avx512(void) {
     static const nx_kernel_table table = {.residual_rows = residual_rows,
                                           .activate_256 = activate_256,
                                           .activate_64 = activate_64,
+                                          .activate_128 = activate_128,
                                           .lanes = lanes,
-                                          .rows = rows};
+                                          .rows = rows,
+                                          .bits = bits};
     return &table;
 }
 #else

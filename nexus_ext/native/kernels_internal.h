@@ -20,6 +20,7 @@ typedef struct nx_kernel_table {
     /* Round blocks of 256, or of 64 inputs. */
     void (*activate_256)(const float *x, size_t n, nx_act_256 *out);
     void (*activate_64)(const float *x, size_t n, nx_act_64 *out);
+    void (*activate_128)(const float *x, size_t n, nx_act_128 *out);
 
     /* One tile of 8 rows times 1 to NX_MOST_COLUMNS columns. `scales`: 8 for each block, or NULL and
      * `scale` for all. out[8 c + r] is row r of column c. */
@@ -28,11 +29,15 @@ typedef struct nx_kernel_table {
     /* One tile of 64 rows: out[64 c + r]. */
     void (*rows)(const uint8_t *codes, const uint16_t *scales, float scale, size_t n_blocks,
                  const nx_act_64 *const *columns, size_t n_columns, float *out);
+    /* One tile of 16 rows of bits: out[16 c + r]. */
+    void (*bits)(const uint8_t *codes, const uint16_t *scales, float scale, size_t n_blocks,
+                 const nx_act_128 *const *columns, size_t n_columns, float *out);
 } nx_kernel_table;
 
 /* Of the reference, also for instruction sets whose own would gain nothing. */
 void nx_ref_activate_256(const float *x, size_t n, nx_act_256 *out);
 void nx_ref_activate_64(const float *x, size_t n, nx_act_64 *out);
+void nx_ref_activate_128(const float *x, size_t n, nx_act_128 *out);
 
 /* Half to single precision, in software. */
 float nx_half_to_float(uint16_t half);

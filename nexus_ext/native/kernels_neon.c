@@ -111,12 +111,42 @@ NX_TARGET_NEON static void rows(const uint8_t *codes, const uint16_t *scales, fl
         }
 }
 
+/* Eight rows of bits at a time, in two registers of four lanes each. */
+NX_TARGET_NEON static void bits(const uint8_t *codes, const uint16_t *scales, float scale, size_t n_blocks,
+                                const nx_act_128 *const *columns, size_t n_columns, float *out) {
+    for (size_t c = 0; c < n_columns; c++)
+        for (size_t h = 0; h < 2; h++)
+            for (size_t r = 0; r < 8; r++) {
+                float32x4_t sum[2] = {vdupq_n_f32(0), vdupq_n_f32(0)};
+                for (size_t b = 0; b < n_blocks; b++) {
+                    const nx_act_128 *a = &columns[c][b];
+                    const float d = scales ? nx_half_to_float(scales[16 * b + 8 * h + r]) : scale;
+                    for (size_t half = 0; half < 2; half++) {
+                        float32x4_t part = vdupq_n_f32(0);
+                        for (size_t v = 0; v < 4; v++) {
+                            const uint8x16_t q = vld1q_u8(codes + 256 * b + 64 * v + 32 * h + 16 * half);
+                            const uint8x16_t bit = vandq_u8(vshlq_u8(q, vdupq_n_s8((int8_t)-(int)r)), vdupq_n_u8(1));
+                            const int8x16_t y = vld1q_s8(a->q + 32 * v + 16 * half);
+                            const int32x4_t dot = vdotq_s32(vdupq_n_s32(0), vreinterpretq_s8_u8(bit), y);
+                            const float32x4_t f = vcvtq_f32_s32(vaddq_s32(dot, dot));
+                            const float32x4_t s = vsubq_f32(f, vld1q_f32(a->lane[v] + 4 * half));
+                            part = v ? vfmaq_n_f32(part, s, a->d[v]) : vmulq_n_f32(s, a->d[v]);
+                        }
+                        sum[half] = vfmaq_n_f32(sum[half], part, d);
+                    }
+                }
+                out[16 * c + 8 * h + r] = sum_lanes(sum[0], sum[1]);
+            }
+}
+
 const nx_kernel_table *nx_kernels_neon(void) {
     static const nx_kernel_table table = {.residual_rows = residual_rows,
                                           .activate_256 = nx_ref_activate_256,
                                           .activate_64 = nx_ref_activate_64,
+                                          .activate_128 = nx_ref_activate_128,
                                           .lanes = lanes,
-                                          .rows = rows};
+                                          .rows = rows,
+                                          .bits = bits};
     return &table;
 }
 #else

@@ -58,21 +58,35 @@ void nx_ref_activate_256(const float *x, size_t n, nx_act_256 *out) {
     }
 }
 
-/* As ggml's x86 code: NaN loses against numbers, and what is no number becomes -128. */
+/* A block of Q8_0; returns its scale. As ggml's x86 code: NaN loses against numbers, and what is no number
+ * becomes -128. */
+static float round_32(const float *x, int8_t *q) {
+    float size = 0;
+    for (int i = 0; i < 32; i++)
+        if (fabsf(x[i]) > size) size = fabsf(x[i]);
+    const float inverse = size != 0 ? 127.0f / size : 0;
+    for (int i = 0; i < 32; i++) {
+        const float v = rintf(x[i] * inverse);
+        q[i] = (int8_t)(v >= -128 && v <= 127 ? (int)v : -128);
+    }
+    return nx_half_to_float(nx_float_to_half(size / 127.0f));
+}
+
+void nx_ref_activate_128(const float *x, size_t n, nx_act_128 *out) {
+    for (size_t b = 0; b < n; b++, out++)
+        for (int v = 0; v < 4; v++, x += 32) {
+            int8_t *q = out->q + 32 * v;
+            out->d[v] = round_32(x, q);
+            for (int i = 0; i < 8; i++) out->lane[v][i] = (float)(q[4 * i] + q[4 * i + 1] + q[4 * i + 2] + q[4 * i + 3]);
+        }
+}
+
 void nx_ref_activate_64(const float *x, size_t n, nx_act_64 *out) {
     for (size_t b = 0; b < n; b++, out++)
         for (int half = 0; half < 2; half++, x += 32) {
-            float size = 0;
-            for (int i = 0; i < 32; i++)
-                if (fabsf(x[i]) > size) size = fabsf(x[i]);
-            const float d = nx_half_to_float(nx_float_to_half(size / 127.0f));
-            const float inverse = size != 0 ? 127.0f / size : 0;
+            const float d = round_32(x, out->q + 32 * half);
             int sum = 0;
-            for (int i = 0; i < 32; i++) {
-                const float v = rintf(x[i] * inverse);
-                out->q[32 * half + i] = (int8_t)(v >= -128 && v <= 127 ? (int)v : -128);
-                sum += out->q[32 * half + i];
-            }
+            for (int i = 0; i < 32; i++) sum += out->q[32 * half + i];
             for (int r = 0; r < 4; r++) out->d[half][r] = d / (float)(1 << 2 * r);
             out->start[half][0] = -sum;
             out->start[half][1] = -5 * sum;
@@ -82,6 +96,13 @@ void nx_ref_activate_64(const float *x, size_t n, nx_act_64 *out) {
 }
 
 /* -- tiles -------------------------------------------------------------------------------------- */
+
+/* The sums of a row's 8 lanes, in ggml's order. */
+static float sum_lanes(const float *sum) {
+    float four[4];
+    for (int i = 0; i < 4; i++) four[i] = sum[4 + i] + sum[i];
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
 
 static void lanes(const uint8_t *codes, const uint16_t *scales, float scale, size_t n_blocks,
                   const nx_act_256 *const *columns, size_t n_columns, float *out) {
@@ -98,9 +119,7 @@ static void lanes(const uint8_t *codes, const uint16_t *scales, float scale, siz
                     dot[i % 32 / 4] += (code[i / 32 * 64 + i % 32] >> r % 4 * 2 & 3) * a->q[i];
                 for (int i = 0; i < 8; i++) sum[i] = fmaf((float)dot[i], d, sum[i]);
             }
-            float four[4];
-            for (int i = 0; i < 4; i++) four[i] = sum[4 + i] + sum[i];
-            out[8 * c + (size_t)r] = (four[0] + four[2]) + (four[1] + four[3]);
+            out[8 * c + (size_t)r] = sum_lanes(sum);
         }
 }
 
@@ -125,11 +144,37 @@ static void rows(const uint8_t *codes, const uint16_t *scales, float scale, size
         }
 }
 
+static void bits(const uint8_t *codes, const uint16_t *scales, float scale, size_t n_blocks,
+                 const nx_act_128 *const *columns, size_t n_columns, float *out) {
+    for (size_t c = 0; c < n_columns; c++)
+        for (int r = 0; r < 16; r++) {
+            float sum[8] = {0};
+            for (size_t b = 0; b < n_blocks; b++) {
+                const nx_act_128 *a = &columns[c][b];
+                const uint8_t *code = codes + 256 * b + 32 * (r / 8);
+                const float d = scales ? nx_half_to_float(scales[16 * b + (size_t)r]) : scale;
+                float part[8];
+                for (int v = 0; v < 4; v++)
+                    for (int i = 0; i < 8; i++) {
+                        int dot = 0;
+                        for (int k = 4 * i; k < 4 * i + 4; k++)
+                            dot += (code[64 * v + k] >> r % 8 & 1) * a->q[32 * v + k];
+                        const float s = 2 * (float)dot - a->lane[v][i];
+                        part[i] = v ? fmaf(a->d[v], s, part[i]) : a->d[v] * s;
+                    }
+                for (int i = 0; i < 8; i++) sum[i] = fmaf(d, part[i], sum[i]);
+            }
+            out[16 * c + (size_t)r] = sum_lanes(sum);
+        }
+}
+
 const nx_kernel_table *nx_kernels_ref(void) {
     static const nx_kernel_table table = {.residual_rows = residual_rows,
                                           .activate_256 = nx_ref_activate_256,
                                           .activate_64 = nx_ref_activate_64,
+                                          .activate_128 = nx_ref_activate_128,
                                           .lanes = lanes,
-                                          .rows = rows};
+                                          .rows = rows,
+                                          .bits = bits};
     return &table;
 }

@@ -246,7 +246,8 @@ void nx_ternary_activate(nx_ternary_type t, const float *x, uint32_t begin, uint
     const nx_kernel_table *kernels = nx_kernels_table();
     x += (size_t)begin * types[t].block;
     if (t == NX_Q2_0) kernels->activate_64(x, end - begin, (nx_act_64 *)out + begin);
-    else if (t != NX_Q1_0) kernels->activate_256(x, end - begin, (nx_act_256 *)out + begin);
+    else if (t == NX_Q1_0) kernels->activate_128(x, end - begin, (nx_act_128 *)out + begin);
+    else kernels->activate_256(x, end - begin, (nx_act_256 *)out + begin);
 }
 
 /* -- products ----------------------------------------------------------------------------------- */
@@ -274,6 +275,8 @@ static void tile(const nx_kernel_table *kernels, const nx_ternary *t, uint32_t n
     const void *at[NX_MOST_COLUMNS];
     for (uint32_t c = 0; c < n; c++) at[c] = columns + c * bytes;
     if (t->type == NX_Q2_0) kernels->rows(codes, scales, t->scale, n_blocks, (const nx_act_64 *const *)at, n, out);
+    else if (t->type == NX_Q1_0)
+        kernels->bits(codes, scales, t->scale, n_blocks, (const nx_act_128 *const *)at, n, out);
     else kernels->lanes(codes, scales, t->scale, n_blocks, (const nx_act_256 *const *)at, n, out);
 }
 

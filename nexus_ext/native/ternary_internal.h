@@ -22,8 +22,10 @@ typedef struct nx_act_64 { /* two blocks of Q8_0 */
     int8_t q[64];
 } nx_act_64;
 
-typedef struct nx_act_128 { /* four blocks of Q8_0, for single bits: d divided by 2^r, sums without bias */
-    float d[4][8];
+typedef struct nx_act_128 { /* four blocks of Q8_0, for single bits: a bit b weighs 2 b - 1, so a lane's sum of */
+    float d[4];             /* products is twice that of the bits less `lane`, the sum of its four inputs */
+    float unused[12];
+    float lane[4][8];
     int8_t q[128];
 } nx_act_128;
 

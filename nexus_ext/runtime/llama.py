@@ -153,8 +153,8 @@ class Llama(llama_cpp.Llama):
         policy: how streamed weights are read: "auto", "direct" or "buffered".
         pins: (regex, tier) pairs, or `Pin`s: tensors that the plan must not move.
         hardware: a profile to plan for; None: this machine, measured once and remembered.
-        kernels: who multiplies by resident ternary weights (TQ1_0, TQ2_0, Q2_0): "ggml", "nexus"
-            (ours, faster), or "auto": ours where a trial shows the same bits as ggml's.
+        kernels: who multiplies by resident ternary weights (TQ1_0, TQ2_0, Q2_0, Q1_0): "ggml",
+            "nexus" (ours, faster), or "auto": ours where a trial shows the same bits as ggml's.
         progress: called with (done, total) bytes while resident weights are read; True stops.
         warm_start: remember which experts a mixture uses most, and have them read before the first
             request; None: unless NEXUS_WARM_START is 0.

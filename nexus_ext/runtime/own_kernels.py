@@ -16,7 +16,7 @@ from nexus_ext.placement import Plan
 from nexus_ext.runtime import backend
 from nexus_ext.types import Catalog
 
-TYPES = ("tq1_0", "tq2_0", "q2_0")
+TYPES = ("tq1_0", "tq2_0", "q2_0", "q1_0")
 MODES = ("ggml", "auto", "nexus")
 """ggml: never ours. auto: where the results are the same bits. nexus: always."""
 

@@ -81,7 +81,7 @@ static bool same(const float *a, const float *b, size_t n) {
     return true;
 }
 
-static const nx_ternary_type tested[] = {NX_TQ1_0, NX_TQ2_0, NX_Q2_0};
+static const nx_ternary_type tested[] = {NX_TQ1_0, NX_TQ2_0, NX_Q2_0, NX_Q1_0};
 #define N_TESTED (sizeof tested / sizeof *tested)
 
 static void check_agreement(world *w, const char *what) {
@@ -161,7 +161,10 @@ static void close_to_double_precision(void) {
                     for (int i = 0; i < 1280; i++) {
                         double a;
                         const uint8_t *column = w.columns + (uint64_t)c * w.column_bytes;
-                        if (tested[t] == NX_Q2_0) {
+                        if (tested[t] == NX_Q1_0) {
+                            const nx_act_128 *block = (const nx_act_128 *)(const void *)column + i / 128;
+                            a = (double)block->d[i % 128 / 32] * block->q[i % 128];
+                        } else if (tested[t] == NX_Q2_0) {
                             const nx_act_64 *block = (const nx_act_64 *)(const void *)column + i / 64;
                             a = (double)block->d[i % 64 / 32][0] * block->q[i % 64];
                         } else {
@@ -187,7 +190,10 @@ static void activations_are_rounded_to_the_nearest(void) {
         free(result(&w, 1));
         for (int i = 0; i < 256; i++) {
             double d, q;
-            if (tested[t] == NX_Q2_0) {
+            if (tested[t] == NX_Q1_0) {
+                const nx_act_128 *block = (const nx_act_128 *)(const void *)w.columns + i / 128;
+                d = block->d[i % 128 / 32], q = block->q[i % 128];
+            } else if (tested[t] == NX_Q2_0) {
                 const nx_act_64 *block = (const nx_act_64 *)(const void *)w.columns + i / 64;
                 d = block->d[i % 64 / 32][0], q = block->q[i % 64];
             } else {
@@ -195,7 +201,7 @@ static void activations_are_rounded_to_the_nearest(void) {
                 d = block->d[0], q = block->q[i % 256];
             }
             /* half a step; Q8_0's step is rounded to a half afterwards */
-            NX_CHECK(fabs(d * q - w.x[i]) <= fabs(d) * (tested[t] == NX_Q2_0 ? 0.57 : 0.5001));
+            NX_CHECK(fabs(d * q - w.x[i]) <= fabs(d) * (tested[t] == NX_Q2_0 || tested[t] == NX_Q1_0 ? 0.57 : 0.5001));
         }
         drop(&w);
     }
