@@ -38,6 +38,13 @@ if TYPE_CHECKING:
 )
 @plan_options
 @click.option("--plan", "plan_file", metavar="FILE", help="Use this plan (`nexus plan -o`).")
+@click.option(
+    "--kernels",
+    type=click.Choice(["ggml", "auto", "nexus"]),
+    default="ggml",
+    help="Who multiplies by resident ternary weights; auto: nexus if the bits are the same."
+    "  [default: ggml]",
+)
 @sampling_options
 @output_options
 def run(
@@ -48,6 +55,7 @@ def run(
     as_chat: bool | None,
     planning: PlanOptions,
     plan_file: str | None,
+    kernels: str,
     choosing: SamplingOptions,
     output: Output,
 ) -> int:
@@ -76,7 +84,10 @@ def run(
         choosing = choosing.with_parameters(stored.parameters)
         system = system if system is not None else stored.system
     path = model if stored is None else stored.path
-    with open_session(path, planning, plan_file, choosing.repeat_last_n, live) as session:
+    opened = open_session(path, planning, plan_file, choosing.repeat_last_n, live, kernels)
+    with opened as session:
+        if kernels != "ggml":
+            output.note(_kernels_line(session.llm.nexus.own_kernels))
         if stored is not None and stored.template is not None:
             session.use_template(stored.template)
         with_template = session.has_template if as_chat is None else as_chat
@@ -109,9 +120,22 @@ def prompt_tokens(
     return session.complete(f"{system}\n\n{prompt}" if system else prompt), []
 
 
+def _kernels_line(types: tuple[str, ...]) -> str:
+    from nexus_ext.kernels import why
+
+    if not types:
+        return "kernels: ggml's, there are no resident weights that ours are for"
+    return f"kernels for {', '.join(types)}: {why()}"
+
+
 @contextmanager
 def open_session(
-    model: str, planning: PlanOptions, plan_file: str | None, repeat_last_n: int, live: Live
+    model: str,
+    planning: PlanOptions,
+    plan_file: str | None,
+    repeat_last_n: int,
+    live: Live,
+    kernels: str = "ggml",
 ) -> Iterator[Session]:
     """Plan, load and close a model, with progress on the terminal."""
     from nexus_ext.formats import open_gguf
@@ -136,6 +160,7 @@ def open_session(
         plan=planned.plan,
         hardware=hardware,
         progress=progress,
+        kernels=kernels,
         n_ctx=request.n_ctx,
         n_batch=request.n_batch,
         n_ubatch=request.n_ubatch,

@@ -1,4 +1,4 @@
-"""The kernels for ARM, compiled by a cross compiler and run under emulation where there are both."""
+"""The kernels for ARM, compiled by a cross compiler and run under emulation if both are there."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import pytest
 from nexus_ext import Llama, kernels
 from nexus_ext.errors import UsageError
 from nexus_ext.runtime.own_kernels import same_bits
+from tests.cli_support import hardware_file, run
 from tests.integration.streaming import SMALL, logits, paged, prompt, stock
 from tests.models_folder import find_model
 
@@ -82,3 +83,28 @@ def test_ggml_is_the_default_and_a_typing_mistake_is_named() -> None:
         assert llm.nexus.own_kernels == ()
     with pytest.raises(UsageError, match="'nexsu'"):
         Llama(path, ram="2G", kernels="nexsu", **ARGUMENTS)
+
+
+def test_the_command_says_whose_kernels_it_uses(tmp_path: Path) -> None:
+    hardware = hardware_file(tmp_path)
+    options = [
+        "--hardware",
+        hardware,
+        "--ram",
+        "2G",
+        "-t",
+        "1",
+        "--temp",
+        "0",
+        "-n",
+        "8",
+        "-c",
+        "128",
+    ]
+    answers = {}
+    for choice in ("ggml", "auto"):
+        done = run("run", find_model(MODELS[0]), "Once", *options, "--kernels", choice)
+        assert done.status == 0, done.err
+        answers[choice] = done.out
+        assert ("kernels for tq2_0" in done.err) == (choice == "auto" and bool(same_bits("tq2_0")))
+    assert answers["auto"] == answers["ggml"]
