@@ -65,6 +65,12 @@ size_t nx_fetch_max(const nx_model *m, uint64_t record_bytes) {
     return record_bytes > scratch_bytes ? 0 : (size_t)(scratch_bytes / record_stride(record_bytes));
 }
 
+/* Where the records of an extent lie within a page. If they are whole pages apart, as experts usually are,
+ * all as in the file: then direct reads land without a copy. The scratch area has a page to spare for it. */
+static uint64_t record_lead(const nx_extent *e, uint64_t record_bytes) {
+    return record_bytes % NX_PAGE == 0 ? e->offset % NX_PAGE : 0;
+}
+
 /* Records from place `first` of the scratch area on. */
 static nx_status fetch_start(nx_model *m, nx_extent *e, nx_demand *d, size_t first, const uint64_t *offsets,
                              size_t n, uint64_t record_bytes) {
@@ -76,7 +82,7 @@ static nx_status fetch_start(nx_model *m, nx_extent *e, nx_demand *d, size_t fir
     d->extent = e;
     d->record_bytes = record_bytes;
     d->stride = record_stride(record_bytes);
-    uint8_t *base = m->pager.scratch + NX_IO_SLACK + first * d->stride;
+    uint8_t *base = m->pager.scratch + NX_IO_SLACK + record_lead(e, record_bytes) + first * d->stride;
     for (size_t i = 0; i < n; i++)
         d->reads[i] = (nx_read){.file = m->files[e->file].file, .offset = e->offset + offsets[i],
                                 .nbytes = record_bytes, .dst = base + i * d->stride};

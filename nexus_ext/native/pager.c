@@ -68,7 +68,7 @@ nx_status nx_pager_init(nx_model *m, nx_error *error) {
     p->ahead = calloc(n_pieces + 1, sizeof *p->ahead);
     p->slots = calloc(p->n_slots, sizeof *p->slots);
     if (p->ring_bytes) p->ring = nx_memory_map(p->ring_bytes);
-    if (p->scratch_bytes) p->scratch = nx_memory_map(p->scratch_bytes);
+    if (p->scratch_bytes) p->scratch = nx_memory_map(p->scratch_bytes + NX_PAGE);
     if (!m->piece_extent || !p->successor || !p->ahead || !p->slots || (p->ring_bytes && !p->ring) ||
         (p->scratch_bytes && !p->scratch)) {
         nx_error_set(error, NX_E_NOMEM, ENOMEM,
@@ -90,7 +90,7 @@ void nx_pager_free(nx_model *m) {
     nx_pager *p = &m->pager;
     nx_io_destroy(m->io); /* waits for reads in flight */
     nx_memory_unmap(p->ring, p->ring_bytes);
-    nx_memory_unmap(p->scratch, p->scratch_bytes);
+    nx_memory_unmap(p->scratch, p->scratch_bytes + NX_PAGE);
     nx_memory_unmap(p->orphan, p->orphan_bytes);
     for (size_t i = 0; i < sizeof p->demand / sizeof *p->demand; i++) free(p->demand[i].reads);
     free(p->ahead);

@@ -207,6 +207,20 @@ def test_a_batch_that_exceeds_the_cache_is_served_from_it_as_far_as_it_goes(tmp_
     assert read[12] < read[0] * 0.3
 
 
+@pytest.mark.parametrize("slots", [0, 2])
+def test_experts_that_are_whole_pages_land_without_a_copy(slots: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_moe(path, quant="Q4_K", dims=MoeDims(n_embd=256, n_ff=256), alignment=32)
+    assert {t.nbytes // t.n_experts % 4096 for t in tensors_of(path) if t.n_experts} == {0}
+    with cached(path, slots) as llm:
+        if not core_model(llm).file_io().direct:
+            pytest.skip("this file system takes no direct reads")
+        llm.nexus.reset_stats()
+        logits(llm, prompt(40, llm.n_vocab()), 2)
+        stats = core_model(llm).stats()
+        assert stats.bytes_read > 0 and stats.bounces == 0
+
+
 def tensors_of(path: Path) -> Any:
     return plan_model(path, PlanRequest(weights_bytes=1 << 30, gpu_bytes=0)).catalog.tensors
 
