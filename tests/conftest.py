@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,6 +21,11 @@ sys.path[:] = [p for p in sys.path if Path(p or os.getcwd()).resolve() != ROOT] 
 # when it is loaded. Threads that spin make the tests many times slower beside anything else.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+# How long an example takes says more about what else the machine does than about the code.
+settings.register_profile("nexus", deadline=None)
+settings.load_profile("nexus")
 
 
 @pytest.fixture(scope="session", autouse=True)
