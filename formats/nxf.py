@@ -13,7 +13,8 @@ from nexus_ext.errors import FormatError
 from nexus_ext.formats.gguf import catalog_of
 from nexus_ext.formats.gguf_header import parse_header
 from nexus_ext.formats.nxf_file import NxfFile, read_nxf
-from nexus_ext.types import Catalog, Chunk, FileInfo, TensorChunks
+from nexus_ext.formats.nxf_header import NO_SHA256
+from nexus_ext.types import Catalog, Chunk, ChunkSummary, FileInfo, TensorChunks
 
 
 class NxfChunks:
@@ -36,6 +37,21 @@ class NxfChunks:
                 Chunk(shard, offset, stored, raw, codecs[codec], hash_)
                 for offset, hash_, stored, raw, shard, codec, _ in entries.tolist()
             ),
+        )
+
+    def summary(self) -> ChunkSummary:
+        """Return what the header says of all chunks."""
+        nxf, table = self.file.nxf, self.file.table
+        counts = {name: int((table["codec"] == i).sum()) for i, name in enumerate(nxf.codecs)}
+        return ChunkSummary(
+            writer=nxf.writer,
+            sources=tuple((f.name, "" if f.sha256 == NO_SHA256 else f.sha256) for f in nxf.files),
+            raw_nbytes=int(table["raw"].sum(dtype="u8")),
+            stored_nbytes=int(table["stored"].sum(dtype="u8")),
+            chunks_by_codec={name: count for name, count in counts.items() if count},
+            n_groups=len(nxf.groups),
+            n_records=sum(nxf.tensors[group[0]].n_matrices for group in nxf.groups),
+            sections={section.name: section.nbytes for section in nxf.sections},
         )
 
     def record_groups(self) -> tuple[tuple[str, ...], ...]:

@@ -64,7 +64,7 @@ class Report:
     tensors: tuple[TensorReport, ...]
 
 
-def gguf_to_nxf(
+def to_nxf(
     source: Source,
     target: str | os.PathLike[str],
     *,
@@ -131,7 +131,7 @@ def gguf_to_nxf(
         return _report(writer, nxf, plan, types, resumed, known)
 
 
-def nxf_to_gguf(
+def to_gguf(
     source: NxfSource,
     target: str | os.PathLike[str],
     *,
@@ -384,7 +384,7 @@ def _report(
                 name=item.name,
                 type_name=types[number],
                 nbytes=item.nbytes,
-                stored_nbytes=int(part["stored"].sum()),
+                stored_nbytes=int(part["stored"].sum(dtype="u8")),
                 codec=asked[number],
                 n_chunks=item.n_chunks,
                 n_raw=int((part["codec"] == raw).sum()),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from nexus_ext.codecs import RAW
@@ -26,10 +26,11 @@ Order = Callable[[int, int], Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Which codec each tensor gets: the first expression found in its name decides."""
+    """Which codec each tensor gets: by its whole name, else the first expression found in it."""
 
     default: str = RAW
     rules: tuple[tuple[str, str], ...] = ()  # (regular expression, codec)
+    named: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for pattern, _ in self.rules:
@@ -42,6 +43,8 @@ class Rules:
                 ) from error
 
     def codec_of(self, name: str) -> str:
+        if name in self.named:
+            return self.named[name]
         for pattern, codec in self.rules:
             if re.search(pattern, name):
                 return codec
@@ -49,7 +52,8 @@ class Rules:
 
     def codecs(self) -> tuple[str, ...]:
         """Return every codec that may occur; "raw" always may, it is what others fall back to."""
-        return tuple(dict.fromkeys((RAW, self.default, *(codec for _, codec in self.rules))))
+        ruled = (codec for _, codec in self.rules)
+        return tuple(dict.fromkeys((RAW, self.default, *ruled, *self.named.values())))
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ class NxfReader:
         self._sections = {section.name: section for section in self.file.nxf.sections}
         self._files: list[FileReader] = []
         self._buffer = bytearray()
+        self._last: tuple[int, memoryview] | None = None  # the chunk that was asked for before
         try:
             for path in self.file.paths:
                 self._files.append(FileReader(path, mode))
@@ -71,33 +72,38 @@ class NxfReader:
         """
         entry = self.file.table[index]
         shard, offset, nbytes = (int(entry[k]) for k in ("shard", "offset", "stored"))
+        self._last = None
         if len(self._buffer) < nbytes:
             self._buffer = bytearray(nbytes)
         view = self._files[shard].view(offset, nbytes, self._buffer)
         found = xxhash.xxh3_64_intdigest(view)
         if found != int(entry["hash"]):
-            raise self._damaged(index, f"the hash is {found:016x}, not {int(entry['hash']):016x}")
+            raise self.damaged(index, f"the hash is {found:016x}, not {int(entry['hash']):016x}")
         return view
 
     def codec_of(self, index: int) -> str:
         """Return the name of the codec of a chunk."""
         return self.file.nxf.codecs[int(self.file.table["codec"][index])]
 
-    def chunk(self, index: int) -> memoryview | bytearray:
-        """Return a chunk, decoded. Valid until the next call.
+    def chunk(self, index: int) -> memoryview:
+        """Return a chunk, decoded. Valid until the next call for another.
 
         Raises Damaged, and UsageError for a codec that is not known.
         """
+        if self._last is not None and self._last[0] == index:
+            return self._last[1]
+        self._last = None
         stored = self.stored(index)
         codec = self.codec_of(index)
-        if codec == RAW:
-            return stored
-        out = bytearray(int(self.file.table["raw"][index]))
-        try:
-            self._codecs.get(codec).decode(stored, memoryview(out))
-        except FormatError as error:
-            raise self._damaged(index, str(error)) from error
-        return out
+        if codec != RAW:
+            out = memoryview(bytearray(int(self.file.table["raw"][index])))
+            try:
+                self._codecs.get(codec).decode(stored, out)
+            except FormatError as error:
+                raise self.damaged(index, str(error)) from error
+            stored = out
+        self._last = (index, stored)
+        return stored
 
     def read(self, item: Extent | Section, start: int, nbytes: int) -> bytes:
         """Return decoded bytes of a tensor, a rest or a section."""
@@ -111,13 +117,13 @@ class NxfReader:
             matrix, inside = divmod(start, item.matrix_nbytes)
             number, skip = divmod(inside, item.chunk_nbytes)
             chunk = self.chunk(item.first_chunk + matrix * item.per_matrix + number)
-            piece = bytes(memoryview(chunk)[skip : skip + nbytes])
+            piece = bytes(chunk[skip : skip + nbytes])
             pieces.append(piece)
             start += len(piece)
             nbytes -= len(piece)
         return b"".join(pieces)
 
-    def pieces(self, item: Extent | Section) -> Iterator[memoryview | bytearray]:
+    def pieces(self, item: Extent | Section) -> Iterator[memoryview]:
         """Yield all chunks of a tensor, a rest or a section, decoded, in order."""
         for index in range(item.first_chunk, item.first_chunk + item.n_chunks):
             yield self.chunk(index)
@@ -147,7 +153,8 @@ class NxfReader:
             raise UsageError(f"{self.file.path}: has no tensor {name!r}")
         return extent
 
-    def _damaged(self, index: int, what: str) -> Damaged:
+    def damaged(self, index: int, what: str) -> Damaged:
+        """Return the error that names a chunk and where it is."""
         entry = self.file.table[index]
         item = next(
             item

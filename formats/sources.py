@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final, Protocol
 
-from nexus_ext.codecs import Codecs
+from nexus_ext.codecs import RAW, Codecs
 from nexus_ext.errors import FormatError
 from nexus_ext.formats.file_read import FileReader
 from nexus_ext.formats.gguf import catalog_of, read_parts
@@ -40,6 +40,10 @@ class Source(Protocol):
 
     def token(self) -> bytes:
         """Return what changes when the files do."""
+        ...
+
+    def codecs_by_tensor(self) -> Mapping[str, str]:
+        """Return how each tensor is stored."""
         ...
 
     def close(self) -> None: ...
@@ -82,6 +86,9 @@ class GgufSource:
     def token(self) -> bytes:
         return _token([file.path for file in self.catalog.files])
 
+    def codecs_by_tensor(self) -> Mapping[str, str]:
+        return dict.fromkeys((t.name for t in self.catalog.tensors), RAW)
+
     def close(self) -> None:
         for file in self._files:
             file.close()
@@ -114,6 +121,15 @@ class NxfSource:
 
     def token(self) -> bytes:
         return _token(list(self.file.paths))
+
+    def codecs_by_tensor(self) -> Mapping[str, str]:
+        nxf, found = self.file.nxf, {}
+        for tensor in nxf.tensors:
+            numbers = self.file.table["codec"][tensor.first_chunk :][: tensor.n_chunks].tolist()
+            # Chunks that a codec did not make smaller are raw: the others tell which it was.
+            names = {nxf.codecs[number] for number in set(numbers)} - {RAW}
+            found[tensor.name] = min(names, default=RAW)
+        return found
 
     def close(self) -> None:
         with self._lock:

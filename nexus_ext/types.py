@@ -124,8 +124,24 @@ class TensorChunks:
         return first.file, first.offset, end - first.offset
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkSummary:
+    """What a container with chunks says of itself."""
+
+    writer: str
+    sources: tuple[tuple[str, str], ...]  # (name of a GGUF file, its SHA-256 or "")
+    raw_nbytes: int
+    stored_nbytes: int
+    chunks_by_codec: Mapping[str, int]
+    n_groups: int  # of tensors whose experts make records
+    n_records: int
+    sections: Mapping[str, int]  # name -> bytes
+
+
 class ChunkTable(Protocol):
     """Where the bytes of the tensors of a container with chunks are."""
+
+    def summary(self) -> ChunkSummary: ...
 
     def chunks_of(self, tensor: str) -> TensorChunks:
         """Return the chunks of a tensor of the catalog; KeyError for another name."""

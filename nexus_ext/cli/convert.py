@@ -174,7 +174,8 @@ def parse_rule(text: str) -> tuple[str, str]:
 
 
 def to_nxf(source: str, target: str, wishes: Wishes, meter: Meter) -> Report:
-    from nexus_ext.formats.nxf_convert import gguf_to_nxf
+    """Convert a GGUF, or an NXF to be laid out anew, as `wishes` say."""
+    from nexus_ext.formats import nxf_convert
     from nexus_ext.formats.nxf_layout import Rules
     from nexus_ext.formats.sources import open_source
     from nexus_ext.plugins import plugins
@@ -182,7 +183,7 @@ def to_nxf(source: str, target: str, wishes: Wishes, meter: Meter) -> Report:
     codecs = plugins().codecs()
     opened = open_source(source, codecs)
     try:
-        return gguf_to_nxf(
+        return nxf_convert.to_nxf(
             opened,
             target,
             rules=Rules(wishes.codec, wishes.rules),
@@ -198,13 +199,13 @@ def to_nxf(source: str, target: str, wishes: Wishes, meter: Meter) -> Report:
 
 
 def _to_gguf(source: str, target: str, wishes: Wishes, meter: Meter) -> Report:
-    from nexus_ext.formats.nxf_convert import nxf_to_gguf
+    from nexus_ext.formats.nxf_convert import to_gguf
     from nexus_ext.formats.sources import NxfSource
     from nexus_ext.plugins import plugins
 
     opened = NxfSource(source, plugins().codecs())
     try:
-        return nxf_to_gguf(opened, target, overwrite=wishes.overwrite, progress=meter)
+        return to_gguf(opened, target, overwrite=wishes.overwrite, progress=meter)
     finally:
         opened.close()
 

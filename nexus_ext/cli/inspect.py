@@ -13,7 +13,7 @@ from nexus_ext.cli.output import Output
 from nexus_ext.units import format_bytes
 
 if TYPE_CHECKING:
-    from nexus_ext.types import Catalog, TensorInfo
+    from nexus_ext.types import Catalog, ChunkTable, TensorInfo
 
 _LONGEST_VALUE = 80  # characters of metadata that a line shows; JSON has it all
 
@@ -34,11 +34,14 @@ def inspect(model: str, tensors: bool, metadata: bool, output: Output) -> None:
       nexus inspect model.gguf --tensors | grep ffn_down
       nexus inspect model.gguf --metadata --json
     """
-    from nexus_ext.formats import open_gguf
+    from nexus_ext.formats import open_model
 
-    catalog = open_gguf(model)
+    catalog = open_model(model)
     output.result(_fields(catalog, tensors=tensors, metadata=metadata))
     output.facts(_summary(catalog))
+    if catalog.chunks is not None:
+        output.heading("Container")
+        output.facts(_container(catalog.chunks))
     output.heading("Weights by role")
     _show_groups(output, "role", _groups(catalog, lambda tensor: tensor.role.value))
     output.heading("Weights by type")
@@ -88,6 +91,21 @@ def _summary(catalog: Catalog) -> list[tuple[str, str]]:
     return [*facts, ("chat template", "yes" if template else "no"), ("id", catalog.fingerprint)]
 
 
+def _container(chunks: ChunkTable) -> list[tuple[str, str]]:
+    facts = chunks.summary()
+    codecs = ", ".join(f"{n} {name}" for name, n in facts.chunks_by_codec.items())
+    ratio = facts.stored_nbytes / max(facts.raw_nbytes, 1)
+    rows = [
+        ("written by", facts.writer),
+        ("made of", ", ".join(name for name, _ in facts.sources)),
+        ("chunks", f"{sum(facts.chunks_by_codec.values())}: {codecs}"),
+        ("stored", f"{format_bytes(facts.stored_nbytes)}, {ratio:.3f} of what it decodes to"),
+        ("records", f"{facts.n_records} of experts, in {facts.n_groups} layers"),
+    ]
+    rows += [("section", f"{name}, {format_bytes(n)}") for name, n in facts.sections.items()]
+    return [*rows, *(("sha256", f"{d}  {name}") for name, d in facts.sources if d)]
+
+
 def _groups(catalog: Catalog, key: Callable[[TensorInfo], str]) -> dict[str, tuple[int, int]]:
     """Return key -> (tensors, bytes), the largest first."""
     groups: dict[str, tuple[int, int]] = {}
@@ -111,6 +129,8 @@ def _show_groups(output: Output, what: str, groups: dict[str, tuple[int, int]]) 
 def _fields(catalog: Catalog, *, tensors: bool, metadata: bool) -> dict[str, object]:
     fields: dict[str, object] = {
         "files": catalog.files,
+        "container": catalog.container,
+        "chunks": None if catalog.chunks is None else catalog.chunks.summary(),
         "fingerprint": catalog.fingerprint,
         "name": catalog.metadata.get("general.name"),
         "n_parameters": _n_parameters(catalog),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nexus_ext.codecs import Codecs
 from nexus_ext.errors import FormatError, UsageError
-from nexus_ext.formats.nxf_convert import Report, gguf_to_nxf, nxf_to_gguf
+from nexus_ext.formats.nxf_convert import Report, to_gguf, to_nxf
 from nexus_ext.formats.nxf_layout import Order, Rules
 from nexus_ext.formats.nxf_reader import NxfReader
 from nexus_ext.formats.sources import NxfSource, open_source
@@ -26,7 +26,7 @@ MODELS = sorted({p.name: p for f in model_folders() for p in f.glob("*.gguf")}.v
 def there(gguf: Path, nxf: Path, codec: str = "raw", order: Order | None = None) -> Report:
     source = open_source(gguf)
     try:
-        return gguf_to_nxf(source, nxf, rules=Rules(codec), order=order, overwrite=True)
+        return to_nxf(source, nxf, rules=Rules(codec), order=order, overwrite=True)
     finally:
         source.close()
 
@@ -34,7 +34,7 @@ def there(gguf: Path, nxf: Path, codec: str = "raw", order: Order | None = None)
 def back(nxf: Path, target: Path) -> Report:
     source = NxfSource(str(nxf))
     try:
-        return nxf_to_gguf(source, target, overwrite=True)
+        return to_gguf(source, target, overwrite=True)
     finally:
         source.close()
 
@@ -185,7 +185,7 @@ def test_parts_of_records_that_are_stored_as_they_are_have_one_place_in_all(tmp_
 def test_shards_hold_what_one_file_holds(tmp_path: Path) -> None:
     (gguf,) = write_moe(tmp_path / "m.gguf")
     source = open_source(gguf)
-    report = gguf_to_nxf(source, tmp_path / "m.nxf", shard_nbytes=100_000)
+    report = to_nxf(source, tmp_path / "m.nxf", shard_nbytes=100_000)
     source.close()
     assert len(report.paths) > 3
     back(tmp_path / "m.nxf", tmp_path / "b.gguf")
