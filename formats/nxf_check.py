@@ -40,6 +40,18 @@ def section_is_named_well(name: str) -> bool:
     return name in SECTIONS or _SECTION.fullmatch(name) is not None
 
 
+def is_plain_name(name: str) -> bool:
+    """Tell whether `name` names a file in the same directory, on every system."""
+    apart = set(name) & set("/\\\0:")
+    return bool(name) and name not in (".", "..") and not apart and name == name.strip()
+
+
+def plain_name(name: str) -> str:
+    """Return `name`, or what comes near to it and is a plain file name."""
+    found = "".join("_" if c in "/\\\0:" else c for c in name).strip() or "_"
+    return found if is_plain_name(found) else "_"
+
+
 def check_nxf(
     path: str, nxf: Nxf, table: Table, sizes: tuple[int, ...], header_sizes: tuple[int, ...]
 ) -> None:
@@ -58,6 +70,14 @@ def check_nxf(
     for codec in nxf.codecs:
         if _CODEC.fullmatch(codec) is None:
             raise FormatError(f"{path}: {codec!r} cannot be the name of a codec")
+    names: set[str] = set()
+    for name in (file.name for file in nxf.files):
+        if not is_plain_name(name) or name in names:
+            raise FormatError(
+                f"{path}: the name of a GGUF file is {name!r}, which is no plain file name, or is "
+                "there twice"
+            )
+        names.add(name)
     if nxf.shards and "shards" not in nxf.requires:
         raise FormatError(f"{path}: has shards without the feature 'shards'")
     _check_sections(path, nxf)

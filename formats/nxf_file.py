@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import xxhash
 
 from nexus_ext.errors import FormatError, ModelChanged, ReadFailed
-from nexus_ext.formats.nxf_check import check_nxf
+from nexus_ext.formats.nxf_check import check_nxf, is_plain_name
 from nexus_ext.formats.nxf_header import (
     DRAFT_MAGIC,
     ENTRY_NBYTES,
@@ -140,7 +140,7 @@ def _with_shards(found: NxfFile) -> NxfFile:
 
 def _shard_path(main: str, shard: Shard, before: tuple[Shard, ...]) -> str:
     name = shard.name
-    if not name or name in (".", "..") or set(name) & set("/\\\0:") or name != name.strip():
+    if not is_plain_name(name):
         raise FormatError(f"{main}: the name of a shard is {name!r}, which is no plain file name")
     folder, own = os.path.split(main)
     if name == own or any(name == other.name for other in before):

@@ -134,6 +134,9 @@ class NxfWriter:
         self._final: list[str] = []
         try:
             self._open(folder, raw_nbytes)
+        except WriteFailed:
+            self.discard()
+            raise
         except BaseException:
             self.close()
             raise
@@ -274,11 +277,7 @@ class NxfWriter:
         left = raw_nbytes - sum(step.nbytes for step in self._steps[: self.position])
         if any(step.codec != "raw" for step in self._steps):
             left = int(left * _COMPRESSED)
-        try:
-            check_space(folder, left)
-        except WriteFailed:
-            self.discard()
-            raise
+        check_space(folder, left)
 
     def _start_over(self) -> None:
         for part in self._parts[1:]:

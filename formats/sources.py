@@ -17,6 +17,7 @@ from nexus_ext.formats.file_read import FileReader
 from nexus_ext.formats.gguf import catalog_of, read_parts
 from nexus_ext.formats.gguf_header import Header
 from nexus_ext.formats.nxf import catalog_of_nxf
+from nexus_ext.formats.nxf_check import plain_name
 from nexus_ext.formats.nxf_file import is_nxf, read_nxf
 from nexus_ext.formats.nxf_header import MAX_TENSORS, SourceFile
 from nexus_ext.formats.nxf_reader import NxfReader
@@ -62,8 +63,10 @@ class GgufSource:
         headers = read_parts(path)
         self.path = path
         self.catalog = catalog_of(headers)
+        names = [plain_name(os.path.basename(header.path)) for header in headers]
         self.files = tuple(
-            SourceFile(os.path.basename(h.path), h.file_nbytes, h.encoded) for h in headers
+            SourceFile(name, header.file_nbytes, header.encoded)
+            for name, header in zip(names, headers, strict=True)
         )
         self.sections: dict[str, int] = {}
         self._files = [FileReader(h.path) for h in headers]

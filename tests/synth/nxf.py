@@ -29,6 +29,7 @@ class Draft:
     data: bytearray  # everything behind the header; offsets of entries count from there
     magic: bytes = MAGIC
     version: int = 2
+    alignment: int = ALIGNMENT
     changes: dict[str, Any] = field(default_factory=dict)
 
     def encode(self) -> bytes:
@@ -38,7 +39,7 @@ class Draft:
         body = text + self.gguf
         body += bytes(-(64 + len(body)) % 32)
         size = 64 + len(body) + 32 * len(self.entries)
-        padding = bytes(-size % ALIGNMENT)
+        padding = bytes(-size % self.alignment)
         size += len(padding)
         table = b"".join(
             struct.pack("<QQIIHHI", (entry[0] + size) % 2**64, *entry[1:]) for entry in self.entries

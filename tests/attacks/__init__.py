@@ -1,0 +1,1 @@
+"""Files that were made to harm a reader, each with what it must be told."""
