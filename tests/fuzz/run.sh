@@ -1,0 +1,27 @@
+#!/bin/sh
+# Fuzz the decoder of the core:   run.sh [SECONDS]
+# With clang and its libFuzzer where they are, else with any compiler and the driver beside this.
+set -eu
+
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+native=$here/../../nexus_ext/native
+seconds=${1:-60}
+build=$(mktemp -d)
+trap 'rm -rf "$build"' EXIT
+flags="-std=c11 -Wall -Wextra -Werror -O1 -g -D_GNU_SOURCE -I$native/include -I$native"
+sources="$here/fuzz_ans.c $native/codec_ans_decode.c $native/codec_ans_encode.c $native/codec_ans_simd.c"
+checks="address,undefined -fno-sanitize-recover=all"
+
+echo 'int LLVMFuzzerTestOneInput(const unsigned char *, unsigned long);
+int LLVMFuzzerTestOneInput(const unsigned char *p, unsigned long n) { return p && n ? 0 : 0; }' \
+    >"$build/try.c"
+cd "$build"
+if clang -fsanitize=fuzzer "$build/try.c" -o "$build/try" 2>/dev/null; then
+    # shellcheck disable=SC2086
+    clang $flags -fsanitize=fuzzer,$checks $sources -lm -o "$build/fuzz"
+    "$build/fuzz" -max_total_time="$seconds" -max_len=80000
+else
+    # shellcheck disable=SC2086
+    ${CC:-cc} $flags -fsanitize=$checks $sources "$here/driver.c" -lm -o "$build/fuzz"
+    "$build/fuzz" "$seconds"
+fi
