@@ -150,17 +150,23 @@ def to_gguf(
     digests: list[str] = []
     with ExitStack() as stack:
         outputs = []
+        hashing = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="nexus-sha256"))
         for number, path in enumerate(gguf_paths(os.fspath(target), nxf)):
             file = nxf.files[number]
             output = NewFile(path, expected_nbytes=file.nbytes, overwrite=overwrite)
             outputs.append(stack.enter_context(output))
             digest = hashlib.sha256()
+            hashed: Future[None] | None = None
             for piece in _ahead(_file_pieces(source, number), 8):
-                digest.update(piece)
+                if hashed is not None:
+                    hashed.result()
+                hashed = hashing.submit(digest.update, piece)
                 output.write(piece)
                 done += len(piece)
                 if progress is not None:
                     progress(done, total)
+            if hashed is not None:
+                hashed.result()
             digests.append(digest.hexdigest())
             if file.sha256 not in (NO_SHA256, digests[-1]):
                 raise Damaged(
@@ -205,9 +211,7 @@ def _file_pieces(source: NxfSource, number: int) -> Iterator[bytes]:
     items = [(e.offset, i, e.nbytes) for i, e in extents if e.file == number]
     for offset, item, nbytes in sorted(items):
         yield from _zeros(offset - at)
-        for start in range(0, nbytes, _PIECE_NBYTES):
-            piece = source.read(item, start, min(_PIECE_NBYTES, nbytes - start), bytearray())
-            yield bytes(piece)
+        yield from source.pieces(item)
         at = offset + nbytes
     yield from _zeros(file.nbytes - at)
 

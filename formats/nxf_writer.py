@@ -14,11 +14,10 @@ Knows nothing of GGUF and of codecs: chunks come encoded.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +30,6 @@ from nexus_ext.formats.new_file import check_space, refuse_existing
 from nexus_ext.formats.nxf_header import (
     DRAFT_MAGIC,
     ENTRY_NBYTES,
-    MAGIC,
     MAX_CHUNKS,
     MAX_DESCRIPTOR_NBYTES,
     MAX_HEADER_NBYTES,
@@ -46,11 +44,20 @@ from nexus_ext.formats.nxf_header import (
     padded,
 )
 from nexus_ext.formats.nxf_layout import Step
+from nexus_ext.formats.nxf_parts import (
+    SUFFIX,
+    Part,
+    carrier_descriptor,
+    encode_header,
+    shards_of,
+    sync_folder,
+    unlink,
+    write_failed,
+)
 
 if TYPE_CHECKING:
     from nexus_ext.formats.nxf_header import Table
 
-PART_SUFFIX: Final = ".part"
 _COMPRESSED: Final = 0.5  # the least of a compressed model that is expected to be left
 
 
@@ -60,15 +67,6 @@ class State(Enum):
     OPEN = "open"
     FINISHED = "finished"
     CLOSED = "closed"
-
-
-@dataclass(slots=True)
-class _Part:
-    """One file of the set while it is written."""
-
-    path: str
-    descriptor: int
-    end: int  # where the next chunk may start
 
 
 class NxfWriter:
@@ -130,7 +128,7 @@ class NxfWriter:
         digest.update(repr([(s.chunk, s.align, s.codec) for s in steps]).encode())
         digest.update(repr(shard_nbytes).encode())
         self._token = digest.intdigest()
-        self._parts: list[_Part] = []
+        self._parts: list[Part] = []
         self._final: list[str] = []
         try:
             self._open(folder, raw_nbytes)
@@ -188,10 +186,10 @@ class NxfWriter:
         entry["offset"], entry["stored"], entry["raw"] = offset, len(view), step.nbytes
         entry["hash"] = xxhash.xxh3_64_intdigest(view)
         entry["shard"], entry["codec"] = len(self._parts) - 1, self._codecs[codec]
-        self._write(part, view, offset)
+        part.write(view, offset)
         # The entry after the bytes: a draft that has the one has the other, unless power fails.
         at = self._table_at + step.chunk * ENTRY_NBYTES
-        self._write(self._parts[0], memoryview(entry.tobytes()), at)
+        self._parts[0].write(entry.tobytes(), at)
         part.end = offset + len(view)
         self.position += 1
 
@@ -207,9 +205,9 @@ class NxfWriter:
         set_hash = xxhash.xxh3_64_intdigest(self._table.tobytes()) & 0xFFFFFFFF
         shards = []
         for index, part in enumerate(self._parts[1:], 1):
-            text = _carrier(index)
-            header = self._encode_header(text, b"", b"", part.end, nxf.alignment)
-            self._write(part, memoryview(header), 0)
+            text = carrier_descriptor(index)
+            header = encode_header(text, b"", b"", part.end, nxf.alignment)
+            part.write(header, 0)
             shards.append(
                 Shard(
                     self._shard_name(index, set_hash),
@@ -220,7 +218,7 @@ class NxfWriter:
         if shards:
             nxf = replace(nxf, shards=tuple(shards), requires=(*nxf.requires, "shards"))
         main = self._parts[0]
-        header = self._encode_header(
+        header = encode_header(
             encode_descriptor(nxf).ljust(self._descriptor_nbytes),
             self._gguf,
             self._table.tobytes(),
@@ -228,24 +226,21 @@ class NxfWriter:
             nxf.alignment,
         )
         assert len(header) == self._header_nbytes
-        self._write(main, memoryview(header), 0)
+        main.write(header, 0)
         self._name_files([s.name for s in shards])
         self.state = State.FINISHED
 
     def discard(self) -> None:
         """Remove what was written. Nothing happens to a file that was finished."""
-        if self.state is not State.OPEN:
-            return
-        for part in self._parts:
-            _unlink(part.path)
-        self.close()
+        if self.state is State.OPEN:
+            for part in self._parts:
+                part.discard()
+            self.close()
 
     def close(self) -> None:
         """Leave what was written to the next attempt."""
         for part in self._parts:
-            if part.descriptor >= 0:
-                os.close(part.descriptor)
-                part.descriptor = -1
+            part.close()
         if self.state is State.OPEN:
             self.state = State.CLOSED
 
@@ -281,14 +276,14 @@ class NxfWriter:
 
     def _start_over(self) -> None:
         for part in self._parts[1:]:
-            os.close(part.descriptor)
+            part.close()
         del self._parts[1:]
         self._table[:] = 0
         self.position = 0
         main = self._parts[0]
         os.ftruncate(main.descriptor, 0)
         main.end = self._header_nbytes
-        self._write(main, memoryview(self._draft_preamble()), 0)
+        main.write(self._draft_preamble(), 0)
 
     def _draft_preamble(self) -> bytes:
         sizes = (self._header_nbytes, self._descriptor_nbytes, len(self._table))
@@ -340,18 +335,10 @@ class NxfWriter:
         part.end = offset + stored
         return True
 
-    def _add_part(self, index: int, *, keep: bool = False) -> _Part:
+    def _add_part(self, index: int, *, keep: bool = False) -> Part:
         name = self.path if index == 0 else f"{self.path}.{index:03d}"
-        path = name + PART_SUFFIX
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        if index and not keep:
-            flags |= os.O_TRUNC
-        try:
-            descriptor = os.open(path, flags, 0o666)
-        except OSError as error:
-            raise self._failed(path, error) from error
         start = self._nxf.alignment if index else self._header_nbytes
-        self._parts.append(_Part(path, descriptor, start))
+        self._parts.append(Part(name + SUFFIX, start, keep=keep or index == 0))
         return self._parts[-1]
 
     # -- files ----------------------------------------------------------------------------------
@@ -361,87 +348,23 @@ class NxfWriter:
         stem = Path(self.path).name.removesuffix(".nxf")
         return f"{stem}.{index:03d}-{set_hash:08x}.nxf"
 
-    def _encode_header(
-        self, text: bytes, gguf: bytes, table: bytes, file_nbytes: int, alignment: int
-    ) -> bytes:
-        n_chunks = len(table) // ENTRY_NBYTES
-        size = header_nbytes(len(text), len(gguf), n_chunks, alignment)
-        head = PREAMBLE.pack(MAGIC, VERSION, 0, size, len(text), n_chunks, file_nbytes, 0, 0)
-        body = head + text + gguf
-        body += bytes(-len(body) % ENTRY_NBYTES) + table
-        body += bytes(size - len(body))
-        digest = xxhash.xxh3_64_intdigest(body)
-        return body[: PREAMBLE.size - 8] + digest.to_bytes(8, "little") + body[PREAMBLE.size :]
-
     def _name_files(self, shards: list[str]) -> None:
         folder = os.path.dirname(os.path.abspath(self.path))
-        old = _shards_of(self.path) if self._overwrite else []
+        old = shards_of(self.path) if self._overwrite else []
+        for part in self._parts:
+            part.complete()
         try:
-            for part in self._parts:
-                os.ftruncate(part.descriptor, part.end)
-                os.fsync(part.descriptor)
             for part, name in zip(self._parts[1:], shards, strict=True):
                 os.replace(part.path, os.path.join(folder, name))
             if not self._overwrite:
                 refuse_existing(self.path, overwrite=False)
             # The main file last: until then, a file under its name is the old one, with its shards.
             os.replace(self._parts[0].path, self.path)
-            _sync_folder(folder)
+            sync_folder(folder)
         except OSError as error:
-            if isinstance(error, WriteFailed):
-                raise
-            raise self._failed(self.path, error) from error
+            raise write_failed(self.path, error) from error
         self._final = [self.path, *(os.path.join(folder, name) for name in shards)]
         for name in set(old) - set(shards):
-            _unlink(os.path.join(folder, name))
+            unlink(os.path.join(folder, name))
         for part in self._parts:
-            os.close(part.descriptor)
-            part.descriptor = -1
-
-    def _write(self, part: _Part, view: memoryview, offset: int) -> None:
-        try:
-            while len(view):
-                done = os.pwrite(part.descriptor, view, offset)
-                view = view[done:]
-                offset += done
-        except OSError as error:
-            raise self._failed(part.path, error) from error
-
-    def _failed(self, path: str, error: OSError) -> WriteFailed:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        return WriteFailed(
-            f"{path}: cannot be written: {error.strerror}",
-            hint="Free some space, or write to another disk." if full else "",
-            path=path,
-            errno=error.errno or 0,
-        )
-
-
-def _carrier(index: int) -> bytes:
-    return b'{"shard":{"index":%d}}' % index
-
-
-def _shards_of(path: str) -> list[str]:
-    """Return the names of the shards of the file that is about to be replaced, if it is an NXF."""
-    from nexus_ext.errors import NexusError
-    from nexus_ext.formats.nxf_file import read_nxf
-
-    try:
-        return [shard.name for shard in read_nxf(path).nxf.shards]
-    except NexusError:
-        return []  # whatever it is, it has no shards of ours
-
-
-def _sync_folder(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _unlink(path: str) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
+            part.close()

@@ -109,18 +109,27 @@ class NxfSource:
         self.files = nxf.files
         self.rests = tuple((rest.file, rest.offset, rest.nbytes) for rest in nxf.rests)
         self.sections = {section.name: section.nbytes for section in nxf.sections}
+        self._items = nxf.items
         self._codecs = codecs
         self._own = threading.local()
         self._lock = threading.Lock()
         self._readers: list[NxfReader] = []
 
     def read(self, item: int, offset: int, nbytes: int, buffer: bytearray) -> memoryview:
+        return memoryview(self._reader().read(self._items[item], offset, nbytes))
+
+    def pieces(self, item: int) -> Iterator[bytes]:
+        """Yield an item in pieces of its chunks, the cheapest way to read all of it."""
+        for chunk in self._reader().pieces(self._items[item]):
+            yield bytes(chunk)
+
+    def _reader(self) -> NxfReader:
         reader: NxfReader | None = getattr(self._own, "reader", None)
         if reader is None:
             reader = self._own.reader = NxfReader(self.file, codecs=self._codecs)
             with self._lock:
                 self._readers.append(reader)
-        return memoryview(reader.read(self.file.nxf.items[item], offset, nbytes))
+        return reader
 
     def token(self) -> bytes:
         return _token(list(self.file.paths))
