@@ -39,16 +39,21 @@ async def tags(service: Service, _: Any) -> Response:
 
 async def ps(service: Service, _: Any) -> Response:
     """Return what holds memory. `size_vram` is 0: nothing of ours is in a GPU's memory."""
-    return JSONResponse({"models": [_running(service, s) for s in service.engine.status()]})
+    found, budget = service.engine.status(), service.engine.budget()
+    # In a thread: a header that was not read yet takes a moment.
+    models = await anyio.to_thread.run_sync(
+        lambda: [_running(service, status, budget) for status in found]
+    )
+    return JSONResponse({"models": models})
 
 
-def _running(service: Service, status: ModelStatus) -> dict[str, Any]:
+def _running(service: Service, status: ModelStatus, budget: tuple[int, int]) -> dict[str, Any]:
     try:
         made = describe.listed(service.library.find(status.name))
     except NexusError:  # removed from the store while it runs
         made = {"name": status.name, "model": status.name, "digest": "", "details": {}}
     until = timestamp(time.time() + status.until_s) if status.until_s is not None else None
-    used, total = service.engine.budget()
+    used, total = budget
     return {
         **made,
         "size": status.file_bytes,

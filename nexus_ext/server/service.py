@@ -11,6 +11,7 @@ from nexus_ext.errors import UsageError
 from nexus_ext.multiplexer.api import ContextTooLong, Engine, ModelFacts, Sampling
 from nexus_ext.server.config import Config
 from nexus_ext.server.errors import HttpError
+from nexus_ext.server.grammars import check_grammar
 from nexus_ext.server.metrics import Metrics
 from nexus_ext.store import Library, StoredModel
 from nexus_ext.store.own import OwnStore
@@ -117,6 +118,8 @@ class Service:
         if "seed" in chosen:
             seed = int(chosen["seed"])
             chosen["seed"] = None if seed < 0 else seed % _MAX_SEED
+        if chosen.get("grammar"):
+            check_grammar(chosen["grammar"])
         for token in chosen.get("logit_bias", {}):
             if not 0 <= token < model.facts.n_vocab:
                 raise HttpError(

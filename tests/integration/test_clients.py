@@ -232,6 +232,25 @@ def test_errors_are_those_that_clients_know(one: openai.OpenAI, two: ollama.Clie
         list(two.generate("nope", "x", stream=True))
 
 
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        "root ::= " + "(" * 20_000 + '"a"' + ")" * 20_000,
+        r'root ::= "\x00"',
+        'root ::= root "a"',
+        'root ::= "a"{1,100000}',
+        "root ::= [",
+        "rule ::= x",
+    ],
+)
+def test_grammars_that_would_end_llama_cpp_are_refused(one: openai.OpenAI, grammar: str) -> None:
+    with pytest.raises(openai.BadRequestError, match="grammar"):
+        one.completions.create(model="base", prompt="x", extra_body={"grammar": grammar})
+    deepest = "root ::= " + "(" * 2000 + '"a"' + ")" * 2000
+    reply = one.completions.create(model="base", prompt="x", extra_body={"grammar": deepest})
+    assert reply.choices[0].text == "a"
+
+
 def test_ollama_manages_models(two: ollama.Client) -> None:
     assert two.create("made", from_="bit", system="Be brief.", stream=False).status == "success"
     two.copy("made", "copied")
