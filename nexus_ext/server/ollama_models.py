@@ -192,6 +192,8 @@ async def pull_model(service: Service, body: PullBody) -> Response:
             await task
         finally:
             stopped = True
+            # When nobody waits for it any more, how it ended interests nobody either.
+            task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         yield {"status": "success"}
 
     return await _statuses(service, statuses(), body.stream)

@@ -56,10 +56,10 @@ class Source:
         self._encode = encode
         self._first: asyncio.Future[Any] | None = None
 
-    async def start(self, patience_s: float = PATIENCE_S) -> Source:
+    async def start(self) -> Source:
         self._first = asyncio.ensure_future(anext(self._values))
         try:
-            await asyncio.wait({self._first}, timeout=patience_s)
+            await asyncio.wait({self._first}, timeout=PATIENCE_S)
             if self._first.done():
                 self._first.result()
         except BaseException:

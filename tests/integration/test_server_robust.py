@@ -115,6 +115,27 @@ def test_a_client_that_goes_away_before_the_first_token_is_noticed(
         assert engine.n_produced == 0
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/chat"])
+def test_a_stream_begins_before_its_first_token_if_that_takes_long(
+    engine: FakeEngine, library: Library, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nexus_ext.server.streams.PATIENCE_S", 0.01)
+    with (
+        live(endless(engine), library) as server,
+        httpx.Client(base_url=server.url, trust_env=False, timeout=20) as client,
+    ):
+        asked = {**CHAT, "stream": True, "max_tokens": 2, "options": {"num_predict": 2}}
+        with client.stream("POST", path, json=asked) as response:
+            assert response.status_code == 200 and engine.n_produced == 0
+            Tokens(server, engine).give(2)
+            text = response.read().decode()
+        assert "[DONE]" in text or '"done": true' in text
+        engine.fail_after = 0
+        with client.stream("POST", path, json=asked) as response:
+            Tokens(server, engine).give(1)
+            assert "mistake" in response.read().decode()
+
+
 def test_more_requests_than_allowed_are_told_to_come_back(
     engine: FakeEngine, library: Library
 ) -> None:
