@@ -26,6 +26,10 @@ typedef struct nx_kernel_table {
      * `scale` for all. out[8 c + r] is row r of column c. */
     void (*lanes)(const uint8_t *codes, const uint16_t *scales, float scale, size_t n_blocks,
                   const nx_act_256 *const *columns, size_t n_columns, float *out);
+    /* The same for tiles that follow each other: row r of tile t and column c at out[c * stride + 8 t + r].
+     * NULL: nothing would be gained over one call for each. */
+    void (*lanes_run)(const uint8_t *codes, const uint16_t *scales, float scale, size_t n_blocks, size_t n_tiles,
+                      const nx_act_256 *const *columns, size_t n_columns, float *out, size_t stride);
     /* One tile of 64 rows: out[64 c + r]. */
     void (*rows)(const uint8_t *codes, const uint16_t *scales, float scale, size_t n_blocks,
                  const nx_act_64 *const *columns, size_t n_columns, float *out);

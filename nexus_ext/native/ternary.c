@@ -285,7 +285,18 @@ void nx_ternary_multiply(const nx_ternary *t, const void *columns, uint32_t n_co
     const uint32_t unit = types[t->type].rows;
     const uint64_t bytes = nx_ternary_activation_bytes(t->type, t->n_in);
     const nx_kernel_table *kernels = any_tiny(t, columns, n_columns) ? nx_kernels_ref() : nx_kernels_table();
-    for (uint32_t batch = 0; batch < n_columns; batch += BATCH_COLUMNS) {
+    const bool by_lanes = t->type == NX_TQ1_0 || t->type == NX_TQ2_0;
+    if (by_lanes && kernels->lanes_run && n_columns <= NX_MOST_COLUMNS && end - begin >= unit) {
+        const uint32_t n_blocks = t->n_in / types[t->type].block, first = begin / unit, n = (end - begin) / unit;
+        const nx_act_256 *at[NX_MOST_COLUMNS];
+        for (uint32_t c = 0; c < n_columns; c++)
+            at[c] = (const nx_act_256 *)(const void *)((const uint8_t *)columns + c * bytes);
+        kernels->lanes_run(t->codes + (uint64_t)first * n_blocks * tile_block_bytes(t->type),
+                           t->scales ? t->scales + (uint64_t)first * n_blocks * unit : NULL, t->scale, n_blocks, n, at,
+                           n_columns, y + begin, y_stride);
+        begin += n * unit;
+    }
+    for (uint32_t batch = 0; batch < n_columns && begin < end; batch += BATCH_COLUMNS) {
         const uint32_t batch_end = batch + BATCH_COLUMNS < n_columns ? batch + BATCH_COLUMNS : n_columns;
         for (uint32_t first = begin; first < end; first += unit) {
             const uint32_t rows = first + unit < end ? unit : end - first;
