@@ -12,6 +12,7 @@ NX_TARGET_AVX2 static void residual_rows(const uint8_t *const *rows, const float
         const __m256 low = _mm256_loadu_ps(products + 16 * r), high = _mm256_loadu_ps(products + 16 * r + 8);
         for (size_t half = 0; half < 2 * n_lines; half++) {
             /* words 0..7 of a line, then 8..15 */
+            if (r + 4 < n) _mm_prefetch((const char *)rows[r + 4] + 32 * half, _MM_HINT_T0);
             __m256i words = _mm256_loadu_si256((const __m256i *)(rows[r] + 32 * half));
             float *sum = sums + 128 * (half / 2) + 8 * (half % 2);
             for (size_t j = 0; j < 8; j++) {

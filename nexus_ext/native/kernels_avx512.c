@@ -16,7 +16,10 @@ NX_TARGET_AVX512 static void residual_rows(const uint8_t *const *rows, const flo
     for (; r + 4 <= n; r += 4) { /* four channels for each load and store of the sums */
         const __m512 p0 = _mm512_loadu_ps(products + 16 * r), p1 = _mm512_loadu_ps(products + 16 * r + 16);
         const __m512 p2 = _mm512_loadu_ps(products + 16 * r + 32), p3 = _mm512_loadu_ps(products + 16 * r + 48);
+        const size_t ahead = r + 8 <= n ? 4 : 0; /* rows lie anywhere: no hardware guesses the next ones */
         for (size_t line = 0; line < n_lines; line++) {
+            for (size_t i = 0; i < ahead; i++)
+                _mm_prefetch((const char *)rows[r + 4 + i] + 64 * line, _MM_HINT_T0);
             __m512i w0 = _mm512_loadu_si512(rows[r] + 64 * line), w1 = _mm512_loadu_si512(rows[r + 1] + 64 * line);
             __m512i w2 = _mm512_loadu_si512(rows[r + 2] + 64 * line), w3 = _mm512_loadu_si512(rows[r + 3] + 64 * line);
             float *sum = sums + 128 * line;

@@ -8,7 +8,7 @@
 #include "kernels_internal.h"
 
 #define CANDIDATES 32
-#define ROWS_AT_ONCE 64
+#define ROWS_AT_ONCE 256
 
 uint64_t nx_residual_row_bytes(uint32_t n_out) {
     return ((uint64_t)n_out + NX_RESIDUAL_LINE - 1) / NX_RESIDUAL_LINE * (NX_RESIDUAL_LINE / 2);
