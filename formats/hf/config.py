@@ -16,7 +16,8 @@ from nexus_ext.formats.hf.folder import JsonObject
 # What llama.cpp's arrays of hyperparameters have room for.
 MAX_LAYERS = 512
 MAX_EXPERTS = 1024
-_MAX_SIZE = 1 << 24  # of an embedding, a feed-forward network, a vocabulary
+_MAX_SIZE = 1 << 24  # of an embedding, a feed-forward network
+_MAX_VOCAB = 1 << 21
 _MAX_CONTEXT = (1 << 31) - 1
 
 
@@ -187,7 +188,7 @@ def _sizes(config: JsonObject, hf_name: str, arch: Architecture) -> dict[str, in
         "n_heads": n_heads,
         "n_heads_kv": n_heads_kv,
         "head_dim": head_dim,
-        "n_vocab": config.integer("vocab_size", 1, _MAX_SIZE),
+        "n_vocab": config.integer("vocab_size", 1, _MAX_VOCAB),
     }
 
 

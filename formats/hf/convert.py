@@ -65,7 +65,7 @@ class ConvertReport:
 class HfConversion:
     """A folder that was read and understood; `write` makes the file.
 
-    `float_type` is one of FLOAT_TYPES, or "auto" for the type that most weights are stored in.
+    `float_type` is one of FLOAT_TYPES, or "auto" for the type in which each weight is stored.
     `pre` names llama.cpp's pre-tokenizer where the files do not tell.
     """
 
@@ -77,14 +77,16 @@ class HfConversion:
         pre: str | None = None,
         name: str | None = None,
     ) -> None:
+        if float_type not in (AUTO, *FLOAT_TYPES):
+            raise UsageError(f"the type is {float_type!r}, not {AUTO} or {', '.join(FLOAT_TYPES)}")
         folder = HfFolder(path)
         config = folder.read_json(_CONFIG)
         self.model = read_config(config)
-        self.tokenizer = read_tokenizer(folder, self.model.n_vocab, config, pre)
         self._reader = TensorReader()
         self._tensors = plan_tensors(self.model, folder.weights(), self._reader, folder.path)
-        kind = _weight_type(float_type, self._tensors)
-        self._specs = [_spec(tensor, kind) for tensor in self._tensors]
+        self.tokenizer = read_tokenizer(folder, self.model.n_vocab, config, pre)
+        self._specs = [_spec(tensor, float_type) for tensor in self._tensors]
+        kind = _main_type(self._tensors, self._specs)
         title = name or os.path.basename(os.path.abspath(folder.path)) or self.model.arch.name
         self._header = encode_header(
             _metadata(self.model, self.tokenizer, title, kind), self._specs
@@ -139,23 +141,25 @@ class HfConversion:
         return self.report
 
 
-def _weight_type(float_type: str, tensors: list[OutTensor]) -> str:
-    if float_type == AUTO:
-        stored: Counter[str] = Counter()
-        for tensor in tensors:
-            if tensor.is_weight:
-                for dtype in tensor.stored_dtypes:
-                    stored[dtype] += math.prod(tensor.shape)
-        most = stored.most_common(1)[0][0] if stored else "F32"
-        return most if most in _FILE_TYPES else "F32"
-    if float_type not in FLOAT_TYPES:
-        raise UsageError(f"the type is {float_type!r}, not one of {', '.join(FLOAT_TYPES)}")
-    return float_type.upper()
-
-
-def _spec(tensor: OutTensor, weight_type: str) -> TensorSpec:
-    kind = weight_type if tensor.is_weight else "F32"
+def _spec(tensor: OutTensor, float_type: str) -> TensorSpec:
+    """Choose the type of a tensor. "auto" loses nothing: each keeps the type it is stored in."""
+    if not tensor.is_weight:
+        kind = "F32"
+    elif float_type == AUTO:
+        stored = tensor.stored_dtypes
+        kind = next(iter(stored)) if len(stored) == 1 and stored <= _FILE_TYPES.keys() else "F32"
+    else:
+        kind = float_type.upper()
     return TensorSpec(tensor.name, tensor.shape[::-1], _types_by_name()[kind])
+
+
+def _main_type(tensors: list[OutTensor], specs: list[TensorSpec]) -> str:
+    """Return the type of most weights."""
+    counts: Counter[str] = Counter()
+    for tensor, spec in zip(tensors, specs, strict=True):
+        if tensor.is_weight:
+            counts[spec.type.name] += math.prod(spec.shape)
+    return counts.most_common(1)[0][0]
 
 
 def _types_by_name() -> Mapping[str, GgmlType]:

@@ -101,7 +101,7 @@ def convert(
     conversion to NXF that was stopped goes on where it was when it is started again.
 
     A folder of the Hugging Face hub (config.json, safetensors, tokenizer) becomes either. Weights
-    keep the type in which most are stored, unless --type names another; llama.cpp quantizes.
+    keep the type in which they are stored, unless --type names another; llama.cpp quantizes.
 
     \b
     Examples:

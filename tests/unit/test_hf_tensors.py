@@ -163,6 +163,29 @@ def test_types_of_weights(tmp_path: Path, stored: str, written: str) -> None:
         assert np.allclose(found[name], array, rtol=step, atol=0), name
 
 
+def test_weights_of_several_types_keep_them(tmp_path: Path) -> None:
+    weights = write_hf(tmp_path / "m", "mixtral", dtype="BF16")
+    given = weights_of("mixtral")
+    exact = "model.layers.1.self_attn.v_proj.weight"  # F32 among BF16
+    expert = "model.layers.0.block_sparse_moe.experts.1.w2.weight"  # F16: its tensor becomes F32
+    parts = {"a": ([exact], "F32"), "b": ([expert], "F16")}
+    rest = [name for name in given if name not in (exact, expert)]
+    placed = {}
+    for part, (names, dtype) in {**parts, "c": (rest, "BF16")}.items():
+        file = f"{part}.safetensors"
+        write_safetensors(tmp_path / "m" / file, {n: given[n] for n in names}, dtype)
+        placed.update(dict.fromkeys(names, file))
+    (tmp_path / "m" / "model.safetensors").unlink()
+    write_json(tmp_path / "m" / "model.safetensors.index.json", {"weight_map": placed})
+    weights |= {exact: given[exact], expert: rounded(given[expert], "F16")}
+    out = tmp_path / "m.gguf"
+    assert_equal(convert(tmp_path / "m", out), expected("mixtral", weights))
+    types = {tensor.name: tensor.type_name for tensor in open_gguf(out).tensors}
+    assert types["blk.1.attn_v.weight"] == types["blk.0.ffn_down_exps.weight"] == "F32"
+    assert types["blk.0.attn_v.weight"] == types["blk.1.ffn_down_exps.weight"] == "BF16"
+    assert value_of(out, "general.file_type") == 32
+
+
 def test_shards_are_read_as_one_model(tmp_path: Path) -> None:
     weights = write_hf(tmp_path / "m", "mixtral", shards=5)
     found = convert(tmp_path / "m", tmp_path / "m.gguf")
