@@ -84,6 +84,7 @@ class HfConversion:
         self.model = read_config(config)
         self._reader = TensorReader()
         self._tensors = plan_tensors(self.model, folder.weights(), self._reader, folder.path)
+        self._reader.close()  # until it is written; planning may have read scales
         self.tokenizer = read_tokenizer(folder, self.model.n_vocab, config, pre)
         self._specs = [_spec(tensor, float_type) for tensor in self._tensors]
         kind = _main_type(self._tensors, self._specs)

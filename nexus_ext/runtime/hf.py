@@ -90,6 +90,11 @@ def _quantized(
             f"{type_name} keeps only the signs of weights: a model that was not trained ternary "
             "loses everything it has learned",
         )
+    if type_name in TERNARY_TYPES and report.ternary and notes:
+        notes += (
+            "the ternary weights in those tensors are no longer exact: q8_0 would keep them, but "
+            "for the rounding of their scale",
+        )
     return replace(
         report,
         type_name=type_name.upper(),

@@ -107,6 +107,27 @@ def test_a_ternary_model_is_kept_exactly(tmp_path: Path, type_name: str) -> None
             assert np.array_equal(values, weights["model.layers.0.mlp.down_proj.weight"])
 
 
+def test_rows_that_ternary_types_cannot_hold_are_said_not_to_be_exact(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weights = weights_of("bitnet")
+    for name, array in weights.items():
+        if name.endswith(tuple(f"{part}.weight" for part in LINEAR)):
+            weights[name] = rng.integers(-1, 2, array.shape).astype(np.float32) * np.float32(0.25)
+    quantization = {"quant_method": "bitnet", "linear_class": "autobitlinear"}
+    write_hf(tmp_path / "m", "bitnet", weights=weights, quantization_config=quantization)
+    done = call("convert", tmp_path / "m", tmp_path / "t.gguf", "--type", "tq2_0")
+    assert done.status == 0 and "no longer exact: q8_0 would keep them" in done.err
+    wanted = weights["model.layers.0.self_attn.q_proj.weight"]
+    error = {}
+    assert call("convert", tmp_path / "m", tmp_path / "q.gguf", "--type", "q8_0").status == 0
+    for name in ("t", "q"):
+        for tensor in gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors:
+            if tensor.name == "blk.0.attn_q.weight":
+                values = dequantize(tensor.data, tensor.tensor_type)
+                error[name] = float(np.abs(values - wanted).max() / 0.25)
+    assert error["q"] < 2e-3 < 0.1 < error["t"]
+
+
 def test_what_ternary_types_do_to_other_models_is_said(tmp_path: Path) -> None:
     write_hf(tmp_path / "m", dims=WIDE)
     done = call("convert", tmp_path / "m", tmp_path / "m.gguf", "--type", "TQ2_0")
