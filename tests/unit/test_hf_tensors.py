@@ -16,8 +16,6 @@ from gguf.quants import dequantize
 
 from nexus_ext.errors import FormatError, UsageError
 from nexus_ext.formats import open_gguf
-from nexus_ext.formats.ggml_types import ggml_types
-from nexus_ext.formats.gguf_encode import TensorSpec, encode_header, encode_value
 from nexus_ext.formats.hf import HfConversion
 from tests.models_folder import find_model
 from tests.synth.hf import (
@@ -480,25 +478,6 @@ def test_progress_reaches_the_end_and_an_existing_file_is_kept(tmp_path: Path) -
         HfConversion(tmp_path / "m").write(out)
     with pytest.raises(UsageError, match="the type is 'q9'"):
         HfConversion(tmp_path / "m", float_type="q9")
-
-
-def test_what_readers_refuse_is_not_encoded() -> None:
-    f32, q8 = ggml_types()[0], ggml_types()[8]
-    for bad, message in (
-        (TensorSpec("", (4,), f32), "empty"),
-        (TensorSpec("x" * 64, (4,), f32), "too long"),
-        (TensorSpec("x", (), f32), "0 dimensions"),
-        (TensorSpec("x", (1,) * 5, f32), "5 dimensions"),
-        (TensorSpec("x", (33,), q8), "do not fill blocks"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            encode_header({}, [bad])
-    with pytest.raises(ValueError, match="twice"):
-        encode_header({}, [TensorSpec("x", (4,), f32)] * 2)
-    with pytest.raises(TypeError, match="mixes"):
-        encode_value([1, "a"])  # type: ignore[list-item]
-    with pytest.raises(TypeError, match="dict has no place"):
-        encode_value([{}])  # type: ignore[list-item]
 
 
 def test_a_second_file_is_not_taken_for_the_model(tmp_path: Path) -> None:
