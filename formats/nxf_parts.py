@@ -55,14 +55,20 @@ class Part:
         """Have what was written so far go to the disk, behind the writing."""
         if self._flusher is None:
             self._flusher = ThreadPoolExecutor(1, thread_name_prefix="nexus-flush")
-        if self._flushing is not None:
-            self._flushing.result()  # no more than twice as much waits for the disk
+        self._wait()  # no more than twice as much waits for the disk
         self._flushing = self._flusher.submit(os.fsync, self.descriptor)
         self._not_flushed = 0
+
+    def _wait(self) -> None:
+        """Wait for what is on its way to the disk. The system tells of a failure only once."""
+        if self._flushing is not None:
+            flushing, self._flushing = self._flushing, None
+            flushing.result()
 
     def complete(self) -> None:
         """Cut the file behind its last chunk and have all of it on the disk."""
         try:
+            self._wait()
             os.ftruncate(self.descriptor, self.end)
             os.fsync(self.descriptor)
         except OSError as error:

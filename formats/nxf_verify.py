@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from nexus_ext.codecs import RAW, Codecs
+from nexus_ext.codecs import RAW, Codecs, builtin
 from nexus_ext.errors import Damaged, UsageError
 from nexus_ext.formats.file_read import FileReader
 from nexus_ext.formats.nxf_file import NxfFile, read_nxf
@@ -51,6 +51,7 @@ def check_file(
 
     Raises FormatError when the header is: then nothing is known of the rest.
     """
+    codecs = codecs or builtin()
     file = read_nxf(os.fspath(path))
     table = file.table
     total = sum(file.sizes)
@@ -115,9 +116,9 @@ def _not_zero(file: FileReader, start: int, end: int) -> Iterator[Finding]:
         start += nbytes
 
 
-def _is_known(codec: str, codecs: Codecs | None) -> bool:
+def _is_known(codec: str, codecs: Codecs) -> bool:
     try:
-        (codecs or Codecs()).get(codec)
+        codecs.get(codec)
     except UsageError:
         return False
     return True

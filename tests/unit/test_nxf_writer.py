@@ -182,6 +182,26 @@ def test_a_write_that_fails_is_named_and_leaves_nothing(
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.parametrize("flush_nbytes", [50_000, 1 << 40])
+def test_a_disk_that_fails_behind_the_writing_is_noticed(
+    flush_nbytes: int, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def fsync(descriptor: int) -> None:
+        # The last one that is waited for: as the system does, it tells once.
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("nexus_ext.formats.nxf_parts._FLUSH_NBYTES", flush_nbytes)
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(WriteFailed, match="cannot be written: Input/output error"):
+        convert(gguf, tmp_path / "m.nxf")
+    assert leftovers(tmp_path) == []
+
+
 def test_too_little_space_is_said_before_anything_is_written(
     gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
