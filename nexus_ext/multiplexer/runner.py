@@ -2,7 +2,7 @@
 
 Every sequence of the context is a `Slot`. A slot keeps the KV state of what it computed when its
 request ends, for a prompt that begins alike. Requests join whenever a slot is free; decoding
-sequences are computed in one batch, prompts one at a time in chunks, in turn with them.
+sequences are computed in one batch, prompts in chunks in turn with them.
 
 Belongs to the worker's thread. Which model steps, and when it is loaded, is decided elsewhere.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from nexus_ext.errors import Interrupted, NexusError
 from nexus_ext.multiplexer.job import Job
-from nexus_ext.multiplexer.prefix import chunk_end, prefilled, reusable
+from nexus_ext.multiplexer.prefix import chunk_end, prefilled, reusable, shared_chunk
 from nexus_ext.multiplexer.sessions import Saved, SessionStore, common_prefix
 from nexus_ext.runtime.batch import BatchContext, Row, Shape
 from nexus_ext.runtime.elastic import ElasticModel
@@ -47,6 +47,7 @@ class Runner:
         self.slots = [Slot(i) for i in range(self.shape.n_seq)]
         self._sessions = sessions
         self._prefill_next = True
+        self._n_each = 0  # tokens of each prompt in the next step
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -103,23 +104,30 @@ class Runner:
 
     # -- computing ------------------------------------------------------------------------------
 
-    def next_jobs(self) -> list[Slot]:
-        """Return the slots that the next step computes: one that prefills, or all that decode."""
-        running = [slot for slot in self.slots if slot.job is not None]
-        prefill = [s for s in running if s.job and len(s.tokens) < s.job.n_prompt]
+    def next_slots(self) -> list[Slot]:
+        """Return the slots that the next step computes: such that prefill, or all that decode."""
+        running = [s for s in self.slots if s.job is not None and s.job.reason is None]
+        prefill = [slot for slot in running if self._prefills(slot)]
         decode = [slot for slot in running if slot not in prefill]
-        if prefill and (self._prefill_next or not decode):
-            return [min(prefill, key=lambda s: s.job.started_ns if s.job else 0)]
-        return decode
+        if not prefill or (decode and not self._prefill_next):
+            return decode
+        prefill.sort(key=lambda slot: slot.job.started_ns if slot.job else 0)
+        lengths = [len(self._chunk(slot)) for slot in prefill]
+        together, self._n_each = shared_chunk(lengths, self.shape.n_ubatch)
+        return [prefill[i] for i in together]
 
     def step(self, slots: list[Slot]) -> None:
-        """Compute the slots that `next_jobs` named. A request that fails is told; nothing raises.
+        """Compute the slots that `next_slots` named. A request that fails is told; nothing raises.
 
         After Interrupted (a request was cancelled) everything is as before.
         """
-        prefill = len(slots) == 1 and self._prefills(slots[0])
+        prefill = self._prefills(slots[0])
         self._prefill_next = not prefill
-        rows = self._prompt_rows(slots[0]) if prefill else self._decode_rows(slots)
+        rows: list[Row] = []
+        last: list[int] = []  # row of each slot
+        for slot in slots:
+            rows += self._prompt_rows(slot) if prefill else [self._next_row(slot)]
+            last.append(len(rows) - 1)
         try:
             self.context.compute(rows)
         except Interrupted:
@@ -129,31 +137,33 @@ class Runner:
                 self._fail(slot, error)
             return
         now = time.monotonic_ns()
-        for row in rows:
-            self.slots[row.sequence].tokens.append(row.token)
-        for i, slot in enumerate(slots):
+        for slot, row in zip(slots, last, strict=True):
+            at = len(slot.tokens)
+            slot.tokens += [r.token for r in rows if r.sequence == slot.index]
             slot.used_ns = now
             if prefill:
-                at = rows[0].position
                 slot.n_prefilled = prefilled(len(slot.tokens), slot.n_prefilled, at)
-            if rows[-1].output:
-                self._take(slot, len(rows) - 1 if prefill else i)
+            if rows[row].output:
+                self._take(slot, row)
 
     def _prefills(self, slot: Slot) -> bool:
         return slot.job is not None and len(slot.tokens) < slot.job.n_prompt
 
-    def _prompt_rows(self, slot: Slot) -> list[Row]:
+    def _chunk(self, slot: Slot) -> range:
+        """The positions that a prompt would compute next, if it were alone."""
         assert slot.job is not None
-        at, n_prompt = len(slot.tokens), slot.job.n_prompt
-        end = chunk_end(at, n_prompt, self.shape.n_ubatch)
-        return [Row(slot.job.tokens[i], i, slot.index, i == n_prompt - 1) for i in range(at, end)]
+        at = len(slot.tokens)
+        return range(at, chunk_end(at, slot.job.n_prompt, self.shape.n_ubatch))
 
-    def _decode_rows(self, slots: list[Slot]) -> list[Row]:
-        rows = []
-        for slot in slots:
-            assert slot.job is not None
-            rows.append(Row(slot.job.tokens[-1], len(slot.tokens), slot.index, True))
-        return rows
+    def _prompt_rows(self, slot: Slot) -> list[Row]:
+        job = slot.job
+        assert job is not None
+        positions = self._chunk(slot)[: self._n_each]
+        return [Row(job.tokens[i], i, slot.index, i == job.n_prompt - 1) for i in positions]
+
+    def _next_row(self, slot: Slot) -> Row:
+        assert slot.job is not None
+        return Row(slot.job.tokens[-1], len(slot.tokens), slot.index, True)
 
     def _take(self, slot: Slot, row: int) -> None:
         job = slot.job

@@ -289,7 +289,7 @@ class Scheduler:
         runner = entry.runner
         assert runner is not None
         begin = time.monotonic_ns()
-        slots = runner.next_jobs()
+        slots = runner.next_slots()
         jobs = [slot.job for slot in slots if slot.job is not None]
         if slots:
             with self._wake:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from nexus_ext.errors import UsageError
+from nexus_ext.multiplexer.prefix import TILE
 from nexus_ext.units import MIB
 
 PROCESS_BYTES: Final = 96 * MIB  # Python, llama.cpp's libraries and a server, before any model
@@ -60,7 +61,7 @@ class Settings:
             ("budget_bytes", 1),
             ("n_ctx", 0),
             ("n_parallel", 1),
-            ("n_ubatch", 4),  # a chunk of a prompt must be able to give up one token
+            ("n_ubatch", 2 * TILE),
             ("n_threads", 0),
             ("max_queue", 1),
             ("session_disk_bytes", 0),

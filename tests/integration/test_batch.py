@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from nexus_ext.errors import Interrupted, ReadFailed, UsageError
+from nexus_ext.multiplexer.prefix import TILE
 from nexus_ext.runtime.batch import BatchContext, Row, Shape
 from nexus_ext.runtime.elastic import Blueprint, ElasticModel, blueprint
 from nexus_ext.runtime.sampler import Sampler, SamplerOptions, log_probabilities
@@ -18,7 +20,7 @@ from tests.synth.models import write_moe
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 N_CTX = 512
-SHAPE = Shape(n_seq=4, n_ctx=N_CTX, n_ubatch=64, n_threads=2)
+SHAPE = Shape(n_seq=4, n_ctx=N_CTX, n_ubatch=128, n_threads=2)
 PROMPTS = (5, 37, 64, 130)  # tokens; the last takes three chunks
 N_DECODED = 12
 
@@ -28,8 +30,10 @@ def prompts(n_vocab: int) -> list[list[int]]:
     return [[int(t) for t in rng.integers(3, n_vocab, n)] for n in PROMPTS]
 
 
-def prefill(context: BatchContext, sequence: int, prompt: list[int], chunk: int) -> np.ndarray:
-    for at in range(0, len(prompt), chunk):
+def prefill(
+    context: BatchContext, sequence: int, prompt: list[int], chunk: int, begin: int = 0
+) -> np.ndarray:
+    for at in range(begin, len(prompt), chunk):
         part = prompt[at : at + chunk]
         rows = [Row(t, at + i, sequence, at + i == len(prompt) - 1) for i, t in enumerate(part)]
         context.compute(rows)
@@ -68,8 +72,13 @@ def test_four_sequences_are_four_single_runs_whatever_is_resident(
     alone.close()
     opened = Opened(path)
     context, n_units = opened.context, len(opened.plan.units)
-    # In whole chunks, and in pieces of which none is a token alone: no difference.
-    logits = [prefill(context, s, text, 64 if s != 1 else 13) for s, text in enumerate(texts)]
+    # In whole chunks, in pieces of which none is a token alone, or several prompts in one batch:
+    # no difference.
+    logits = [prefill(context, s, text, (64, 13)[s]) for s, text in enumerate(texts[:2])]
+    context.compute([Row(texts[s][i], i, s, False) for s in (2, 3) for i in range(31)])
+    logits.append(prefill(context, 2, texts[2], 64, begin=31))
+    # Its last two tokens are a chunk of two in a fresh run as well.
+    logits.append(prefill(context, 3, texts[3], 97, begin=31))
     for step in range(N_DECODED):
         for sequence, row in enumerate(logits):
             assert np.array_equal(row, expected[sequence][step]), (name, sequence, step)
@@ -81,6 +90,25 @@ def test_four_sequences_are_four_single_runs_whatever_is_resident(
             [Row(int(row.argmax()), len(texts[s]) + step, s, True) for s, row in enumerate(logits)]
         )
         logits = [context.logits(s).copy() for s in range(4)]
+    opened.close()
+
+
+@pytest.mark.parametrize("name", ["bitllama-3M-q4_k_m", "stories260K-f32", "bitllama-3M-tq1_0"])
+def test_chunks_of_a_tile_or_more_make_no_difference(name: str) -> None:
+    opened = Opened(MODELS / f"{name}.gguf")
+    text = prompts(opened.model.vocabulary.n_tokens)[3]
+    whole = None
+    rng = random.Random(5)
+    for _ in range(10):
+        opened.context.keep(0, 0)
+        at = 0
+        while len(text) - at >= 2 * TILE:
+            n = rng.randrange(TILE, len(text) - at - TILE + 1)
+            opened.context.compute([Row(text[i], i, 0, False) for i in range(at, at + n)])
+            at += n
+        last = prefill(opened.context, 0, text, 512, begin=at)
+        whole = last if whole is None else whole
+        assert np.array_equal(last, whole), name
     opened.close()
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nexus_ext.errors import UsageError
 from nexus_ext.multiplexer.events import EventLog
 from nexus_ext.multiplexer.fairness import FairClock
-from nexus_ext.multiplexer.prefix import chunk_end, prefilled, reusable
+from nexus_ext.multiplexer.prefix import TILE, chunk_end, prefilled, reusable, shared_chunk
 from nexus_ext.multiplexer.sessions import Saved, SessionStore, common_prefix
 from nexus_ext.multiplexer.settings import ModelSpec, Settings
 from nexus_ext.multiplexer.text import TextStream
@@ -118,17 +118,46 @@ def _chunks(begin: int, n_prompt: int, n_ubatch: int) -> list[tuple[int, int]]:
     return found
 
 
-@given(st.integers(1, 60), st.integers(0, 70), st.integers(0, 70), st.integers(4, 9))
-def test_what_is_reused_leaves_tokens_alone_only_where_a_fresh_run_does(
+def _kinds(begin: int, n_prompt: int, n_ubatch: int) -> list[int]:
+    """How each token from `begin` on is computed: alone, in a part of a tile, in a tile or more."""
+    return [
+        min(end - at, 2) if end - at < TILE else 3
+        for at, end in _chunks(begin, n_prompt, n_ubatch)
+        for _ in range(end - at)
+    ]
+
+
+@given(st.integers(1, 130), st.integers(0, 140), st.integers(0, 140), st.integers(16, 40))
+def test_what_is_reused_leaves_the_rest_as_a_fresh_run_computes_it(
     n_prompt: int, n_common: int, n_prefilled: int, n_ubatch: int
 ) -> None:
     n_prefilled = min(n_prefilled, n_common)
     n = reusable(n_prompt, n_common, n_prefilled, n_ubatch, session=False)
+    fresh = _kinds(0, n_prompt, n_ubatch)
     assert 0 <= n < n_prompt and n <= n_prefilled
-    fresh = {begin for begin, end in _chunks(0, n_prompt, n_ubatch) if end - begin == 1}
-    ours = {begin for begin, end in _chunks(n, n_prompt, n_ubatch) if end - begin == 1}
-    assert ours == {begin for begin in fresh if begin >= n}
-    assert n >= min(n_prefilled, n_prompt - 1) - 1  # at most one token is given up
+    assert fresh[:n] == [3] * n  # which is how what counts as prefilled was computed
+    assert fresh[n:] == _kinds(n, n_prompt, n_ubatch)
+    assert n > min(n_prefilled, n_prompt - 1) - TILE  # little is given up
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(16, 40))
+def test_prompts_share_a_pass_and_each_is_computed_as_if_alone(
+    lengths: list[int], n_ubatch: int
+) -> None:
+    lengths = [min(length, n_ubatch) for length in lengths]
+    together, n = shared_chunk(lengths, n_ubatch)
+    assert together[0] == 0 and len(together) * n <= n_ubatch
+    if len(together) == 1 and n == lengths[0]:
+        return
+    for i in together:
+        assert TILE <= n <= lengths[i]
+        assert lengths[i] == n or lengths[i] - n >= TILE
+
+
+def test_equal_prompts_are_one_pass() -> None:
+    assert shared_chunk([9, 9, 9], 64) == ([0, 1, 2], 9)
+    assert shared_chunk([20, 9, 12], 64) == ([0, 1], 9)  # the third would have three left
+    assert shared_chunk([1, 9], 64) == ([0], 1)
 
 
 def test_a_session_goes_on_where_it_was() -> None:
@@ -137,8 +166,8 @@ def test_a_session_goes_on_where_it_was() -> None:
 
 
 def test_states_count_as_prefilled_while_they_are_a_fresh_runs() -> None:
-    assert prefilled(20, 10, 10) == 20
-    assert prefilled(11, 10, 10) == 10  # a token alone
+    assert prefilled(18, 10, 10) == 18
+    assert prefilled(17, 10, 10) == 10  # less than a tile
     assert prefilled(30, 10, 20) == 10  # after generated ones
 
 
@@ -209,7 +238,7 @@ def test_common_prefix() -> None:
 
 
 def test_settings_that_mean_nothing_are_refused(tmp_path: Path) -> None:
-    for wrong in ({"budget_bytes": 0}, {"n_parallel": 0}, {"n_ubatch": 2}, {"max_queue": 0}):
+    for wrong in ({"budget_bytes": 0}, {"n_parallel": 0}, {"n_ubatch": 8}, {"max_queue": 0}):
         with pytest.raises(UsageError):
             Settings(**{"budget_bytes": 1 << 30, **wrong})
     with pytest.raises(UsageError, match="no directory"):
