@@ -88,7 +88,7 @@ class Sampler:
         )
         for sampler in _samplers(options, n_vocab, self.seed, n_ctx):
             bindings.llama_sampler_chain_add(self._chain, sampler)
-        self._candidates = np.empty(n_vocab, _CANDIDATE)
+        self._candidates: npt.NDArray[Any] | None = None  # who waits in a queue needs none
 
     def pick(self, logits: Logits) -> int:
         """Return the next token for `logits` (n_vocab,). NexusError when the grammar allows none.
@@ -120,6 +120,8 @@ class Sampler:
 
     def _apply(self, logits: Logits, *, grammar_first: bool) -> int:
         candidates = self._candidates
+        if candidates is None:
+            candidates = self._candidates = np.empty(len(logits), _CANDIDATE)
         candidates["id"] = np.arange(len(candidates), dtype=np.int32)
         candidates["logit"] = logits
         candidates["p"] = 0
