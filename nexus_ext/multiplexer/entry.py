@@ -32,6 +32,7 @@ class Entry:
     units: tuple[int, ...] = field(init=False)  # bytes
     runner: Runner | None = None
     at_work: core.StopFlag | None = None  # the loader's, while it opens or reads for this model
+    progress: Callable[[], float] | None = None  # of the loader's reading, 0 to 1
     stepping: bool = True  # False: requests wait for the loader
     resident: int = 0  # units that it holds or that are kept free for it
     waiting: deque[Job] = field(default_factory=deque)
@@ -113,8 +114,8 @@ class Entry:
         done = 1.0
         if self.at_work is not None and not self.stepping:
             state = "loading"
-            there = runner.model.core.resident_bytes() if runner else 0
-            done = min(1.0, there / resident) if resident else 0.0
+            progress = self.progress
+            done = progress() if progress is not None else 0.0
         if self.unwanted:
             state = "unloading"
         share = resident / total if total else 1.0

@@ -188,6 +188,7 @@ class Keeper:
         fresh = entry.runner is None and outcome.runner is not None
         foreground = not entry.stepping
         entry.at_work, entry.stepping, entry.runner = None, True, outcome.runner
+        entry.progress = None
         entry.resident = outcome.runner.model.resident if outcome.runner else 0
         if fresh and outcome.runner is not None:
             begin = time.monotonic_ns()

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from nexus_ext import core
+from nexus_ext.errors import ModelClosed
 from nexus_ext.multiplexer.entry import Entry
 from nexus_ext.multiplexer.runner import Runner
 from nexus_ext.multiplexer.sessions import SessionStore
@@ -69,6 +70,7 @@ class Loader:
                 runner = self._open(entry)
                 opened = time.monotonic_ns()
             before = sum(entry.units[: runner.model.resident])
+            entry.progress = _progress(runner.model.core, sum(entry.units[:resident]) - before)
             try:
                 runner.model.set_resident(resident, stop)
             finally:
@@ -90,3 +92,17 @@ class Loader:
         for stop in running:
             stop.set()
         self._pool.shutdown()
+
+
+def _progress(model: core.Model, nbytes: int) -> Callable[[], float]:
+    """Return a function that says how much of `nbytes` has been read since now."""
+    begin = model.stats().bytes_loaded
+
+    def done() -> float:
+        try:
+            read = model.stats().bytes_loaded - begin
+        except ModelClosed:  # in this moment
+            return 0.0
+        return min(1.0, read / nbytes) if nbytes > 0 else 1.0
+
+    return done

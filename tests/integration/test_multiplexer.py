@@ -511,3 +511,21 @@ def test_a_vocabulary_that_does_not_fit_is_refused() -> None:
             assert mux.budget()[0] == 0
 
     run(test())
+
+
+def test_a_load_shows_how_far_it_is() -> None:
+    async def test() -> None:
+        async with multiplexer() as mux:
+            seen: list[float] = []
+            mux.log.listen(lambda _: seen.extend(s.load_done for s in mux.status()))
+            before = mux.status()
+            loading = asyncio.create_task(mux.load("tiny"))
+            while not loading.done():
+                seen.extend(status.load_done for status in mux.status())
+                await asyncio.sleep(0)
+            await loading
+            assert not before
+            assert seen[-1] == 1.0 and all(0.0 <= done <= 1.0 for done in seen)
+            assert mux.status()[0].load_done == 1.0
+
+    run(test())
