@@ -108,7 +108,9 @@ class Entry:
 
     def status(self, now_ns: int) -> ModelStatus:
         runner, plan = self.runner, self.plan
-        resident, total = sum(self.units[: self.resident]), sum(self.units)
+        # What is there: `self.resident` counts also what is being read.
+        n_resident = runner.model.resident if runner is not None else 0
+        resident, total = sum(self.units[:n_resident]), sum(self.units)
         n_running = len(runner.jobs) if runner else 0
         state: ModelState = "ready" if n_running else "idle"
         done = 1.0
