@@ -7,7 +7,8 @@ from nexus_ext.hardware.memory import available_bytes
 from nexus_ext.multiplexer.engine import Multiplexer
 from nexus_ext.multiplexer.settings import ModelSpec, Settings
 from nexus_ext.server.config import Config, ModelConfig
-from nexus_ext.store import Library
+from nexus_ext.server.describe import catalog_of
+from nexus_ext.store import Library, StoredModel
 
 _PART_OF_FREE = 0.8
 
@@ -30,23 +31,34 @@ def make_engine(library: Library, config: Config) -> Multiplexer:
     )
 
     def find(name: str) -> ModelSpec:
-        stored = library.find(name)
-        full = str(stored.name)
-        own = config.model.get(full) or config.model.get(name) or ModelConfig()
-        asked = stored.parameters.get("num_ctx")
-        return ModelSpec(
-            name=full,
-            path=stored.path,
-            n_ctx=own.n_ctx if own.n_ctx is not None or not isinstance(asked, int) else asked,
-            n_parallel=own.n_parallel,
-            kv_type=own.kv_type,
-            keep_alive_s=own.keep_alive_s,
-            pinned=own.pinned,
-            share_bytes=own.share,
-            priority=own.priority,
-        )
+        return spec_of(library.find(name), config)
 
     return Multiplexer(find, settings)
+
+
+def spec_of(stored: StoredModel, config: Config) -> ModelSpec:
+    """Return what the multiplexer is told of a model: its own section first, then what it brings
+    along, then what holds for all. No context is longer by default than the model was trained for.
+    """
+    own = config.model.get(str(stored.name)) or config.model.get(stored.name.path) or ModelConfig()
+    n_ctx = own.n_ctx
+    if n_ctx is None:
+        asked = stored.parameters.get("num_ctx")
+        n_ctx = asked if isinstance(asked, int) else None
+    if n_ctx is None:
+        trained = catalog_of(stored).shape.n_ctx_train
+        n_ctx = min(config.engine.n_ctx or trained, trained) if trained else None
+    return ModelSpec(
+        name=str(stored.name),
+        path=stored.path,
+        n_ctx=n_ctx,
+        n_parallel=own.n_parallel,
+        kv_type=own.kv_type,
+        keep_alive_s=own.keep_alive_s,
+        pinned=own.pinned,
+        share_bytes=own.share,
+        priority=own.priority,
+    )
 
 
 def budget_bytes(config: Config) -> int:
