@@ -89,11 +89,13 @@ def error_of(error: Any, what: str) -> NexusError:
         lib.NX_E_ABORTED: (Interrupted, ""),
         lib.NX_E_CLOSED: (ModelClosed, "open the model again"),
         lib.NX_E_INVALID: (FormatError, ""),
+        lib.NX_E_DAMAGED: (FormatError, "convert or download the model again"),
         lib.NX_E_UNSUPPORTED: (UsageError, ""),
         lib.NX_E_ABI: (BackendUnavailable, ""),
     }
     kind, hint = kinds.get(error.status, (NexusError, ""))
-    return kind(f"{what}: {text}", hint=hint)
+    where = f" ({path})" if path and path not in text else ""
+    return kind(f"{what}: {text}{where}", hint=hint)
 
 
 def check(status: int, what: str) -> None:

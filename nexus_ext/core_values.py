@@ -40,6 +40,10 @@ class ModelStats:
     scratch_bytes: int
     host_bytes: int
     cache_bytes: int
+    bounce_bytes: int  # memory of the threads that decode chunks
+    stored_bytes: int  # of chunks that were checked and decoded
+    raw_bytes: int  # the same, decoded
+    decode_ns: int  # summed over threads
 
 
 @dataclass(frozen=True, slots=True)

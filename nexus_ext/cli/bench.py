@@ -68,7 +68,7 @@ def bench(
       nexus bench model.gguf --limit 4G --baseline --repeat 5
       nexus bench model.gguf --weights 1G -p 128 -n 64 --json > result.json
     """
-    from nexus_ext.formats import open_gguf
+    from nexus_ext.formats import open_model
     from nexus_ext.runtime.bench import bench_model, context_for
     from nexus_ext.runtime.planning import plan_model
     from nexus_ext.runtime.worker import session_of
@@ -78,7 +78,7 @@ def bench(
     unlimited = planning.ram_bytes is None and planning.weights_bytes is None
     if limit_bytes is not None and unlimited and plan_file is None:
         planning = replace(planning, ram_bytes=limit_bytes)
-    request = planning.request(open_gguf(model))
+    request = planning.request(open_model(model))
     hardware = planning.hardware(model)
     if limit_bytes is not None:
         memory = hardware.memory

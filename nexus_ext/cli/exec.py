@@ -89,10 +89,10 @@ def _as_command(planning: PlanOptions, command: tuple[str, ...]) -> PlanOptions:
 
 
 def _plan(path: str, planning: PlanOptions, plan_file: str | None) -> Planned:
-    from nexus_ext.formats import open_gguf
+    from nexus_ext.formats import open_model
     from nexus_ext.runtime import plan_model
 
-    request = planning.request(open_gguf(path))
+    request = planning.request(open_model(path))
     try:
         return plan_model(path, request, hardware=planning.hardware(path), plan=plan_file)
     except DoesNotFit as error:

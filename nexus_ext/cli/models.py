@@ -61,10 +61,10 @@ def show(name: str, stores: StoreOptions, output: Output) -> None:
       nexus show qwen3:8b
       nexus show qwen3:8b --json
     """
-    from nexus_ext.formats import open_gguf
+    from nexus_ext.formats import open_model
 
     model = stores.open().find(name)
-    catalog = open_gguf(model.path)
+    catalog = open_model(model.path)
     in_file = "tokenizer.chat_template" in catalog.metadata
     template = "its own" if model.template else "the file's" if in_file else "none"
     output.result(

@@ -35,11 +35,11 @@ def plan(model: str, planning: PlanOptions, file: str | None, output: Output) ->
       nexus plan model.gguf --ram 8G --hardware laptop-16gb-nvidia-8gb
       nexus plan model.gguf --weights 1G --pin "ffn_down=ram" --pin "attn_(q|k|v)=nvme"
     """
-    from nexus_ext.formats import open_gguf
+    from nexus_ext.formats import open_model
     from nexus_ext.placement import describe
     from nexus_ext.runtime import plan_model
 
-    request = planning.request(open_gguf(model))
+    request = planning.request(open_model(model))
     planned = plan_model(model, request, hardware=planning.hardware(model))
     text = planned.plan.to_json()
     if file is not None:

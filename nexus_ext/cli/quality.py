@@ -53,7 +53,7 @@ def quality(
       nexus quality model-Q4_K_M.gguf --against model-F16.gguf --text wiki.test.raw
       nexus quality model-F16.gguf --text wiki.test.raw --ram 4G
     """
-    from nexus_ext.formats import open_gguf
+    from nexus_ext.formats import open_model
     from nexus_ext.runtime.predictions import opened, read_text
     from nexus_ext.runtime.quality import compare_models, measure_perplexity, quality_request
 
@@ -65,7 +65,7 @@ def quality(
     def tick(what: str, done: int, total: int) -> None:
         live.status(f"{what}: window {done + 1} of {total}")
 
-    request = quality_request(planning.request(open_gguf(model)))
+    request = quality_request(planning.request(open_model(model)))
     hardware = planning.hardware(model)
     if against is None:
         from nexus_ext.runtime import plan_model

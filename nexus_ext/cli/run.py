@@ -138,10 +138,10 @@ def open_session(
     kernels: str = "ggml",
 ) -> Iterator[Session]:
     """Plan, load and close a model, with progress on the terminal."""
-    from nexus_ext.formats import open_gguf
+    from nexus_ext.formats import open_model
     from nexus_ext.formats.ggml_types import ggml_types
 
-    catalog = open_gguf(model)
+    catalog = open_model(model)
     request = planning.request(catalog)
     # After the header was read: what is wrong with the file is said before llama.cpp is loaded.
     from nexus_ext.runtime import Llama, plan_model

@@ -75,13 +75,13 @@ def trace(
       nexus trace model.gguf -o model.nxtrace -n 200 "Once upon a time"
       nexus trace model.gguf -o model.nxtrace --predictors --prompt-file text.txt
     """
-    from nexus_ext.formats import open_gguf
+    from nexus_ext.formats import open_model
     from nexus_ext.routing import repeats
 
     text = _text(prompt, prompt_file)
     if n_predict is None:
         n_predict = DEFAULT_N if prompt_file is None else 0
-    catalog = open_gguf(model)
+    catalog = open_model(model)
     if planning.n_ctx is None:
         planning = replace(planning, n_ctx=min(DEFAULT_CTX, planning.context_tokens(catalog)))
     planned, request = _traceable(model, planning, catalog)

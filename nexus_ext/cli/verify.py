@@ -61,7 +61,7 @@ def verify(
       nexus verify model.gguf --ram 4G --prompt "Once upon a time" -n 64
       nexus verify model.gguf --weights 500M --flash-attn --ubatch 32
     """
-    from nexus_ext.formats import open_gguf
+    from nexus_ext.formats import open_model
     from nexus_ext.runtime.verify import plan_to_verify, verify_model
 
     if planning.gpu_bytes:
@@ -69,7 +69,7 @@ def verify(
             f"--gpu-mem is {planning.gpu_bytes}, but a GPU rounds differently from the CPU",
             hint="leave it out: both sides compute on the CPU",
         )
-    request = replace(planning, gpu_bytes=0).request(open_gguf(model))
+    request = replace(planning, gpu_bytes=0).request(open_model(model))
     planned = plan_to_verify(
         model,
         request,

@@ -16,6 +16,7 @@
 #include <string.h>
 
 #define NX_CACHE_HALF_LIFE 64.0 /* graphs */
+#define JOIN_BYTES (16u << 20) /* larger records are read part by part: computing begins with the first */
 
 /* -- policies ----------------------------------------------------------------------------------- */
 
@@ -62,17 +63,58 @@ nx_status nx_cache_set_policy(nx_model *m, const char *name) {
 
 /* -- setting up --------------------------------------------------------------------------------- */
 
+/* Where the part of an expert is in its file, if it lies there in one piece and on a page. */
+static bool part_place(const nx_group *g, uint32_t part, uint32_t expert, nx_read *at) {
+    const nx_extent *e = g->part[part];
+    if (!e->chunks) return false;
+    nx_extent_locate(e, (uint64_t)expert * g->record_bytes[part], g->record_bytes[part], at);
+    return !at->file->chunks && at->offset % NX_PAGE == 0;
+}
+
+/* One read for all parts of an expert, where every record of the file looks alike. Reads of whole pages write
+ * nothing but these pages, so that parts need no slack between them. */
+static void join(nx_group *g) {
+    uint64_t distance[NX_MAX_PARTS] = {0}, end = 0;
+    uint32_t first = 0;
+    if (g->n_parts < 2 || g->model->files[g->part[0]->file].slack) return;
+    for (uint32_t expert = 0; expert < g->n_experts; expert++) {
+        nx_read at[NX_MAX_PARTS];
+        for (uint32_t p = 0; p < g->n_parts; p++)
+            if (!part_place(g, p, expert, &at[p]) || at[p].file != at[0].file) return;
+        for (uint32_t p = 0; expert == 0 && p < g->n_parts; p++)
+            if (at[p].offset < at[first].offset) first = p;
+        for (uint32_t p = 0; p < g->n_parts; p++) {
+            const uint64_t d = at[p].offset - at[first].offset; /* wraps: then it is no record of this kind */
+            if (expert && d != distance[p]) return;
+            distance[p] = d;
+            if (d > INT32_MAX) return;
+            if (d + g->record_bytes[p] > end) end = d + g->record_bytes[p];
+        }
+    }
+    uint64_t wanted = 0;
+    for (uint32_t p = 0; p < g->n_parts; p++) wanted += g->record_bytes[p];
+    if (end > wanted + g->n_parts * NX_PAGE || end > JOIN_BYTES) return;
+    for (uint32_t p = 0; p < g->n_parts; p++) g->part_at[p] = NX_IO_SLACK + distance[p];
+    g->first_part = first;
+    g->joined_bytes = end;
+    g->n_reads = 1;
+    g->stride = nx_round_up(end, NX_PAGE) + 2 * NX_IO_SLACK;
+}
+
 /* Part p of slot s lies at pool + s * stride + part_at[p], with slack around each part. Where experts are
  * a multiple of a page apart, as is usual, the place within a page is that of the file: no copies. */
 uint64_t nx_record_layout(nx_group *g) {
     uint64_t at = 0;
+    g->n_reads = g->n_parts;
     for (uint32_t p = 0; p < g->n_parts; p++) {
         const nx_extent *e = g->part[p];
         g->record_bytes[p] = e->nbytes / g->n_experts;
         g->part_at[p] = at + NX_IO_SLACK + e->offset % NX_PAGE;
         at = nx_round_up(g->part_at[p] + g->record_bytes[p] + NX_IO_SLACK, NX_PAGE);
     }
-    return g->stride = at;
+    g->stride = at;
+    join(g);
+    return g->stride;
 }
 
 nx_status nx_cache_init(nx_model *m, nx_error *error) {
@@ -116,14 +158,14 @@ void nx_cache_free(nx_model *m) {
 
 /* -- records ------------------------------------------------------------------------------------ */
 
-static bool arrived(const nx_record *r, uint32_t n_parts) {
-    for (uint32_t p = 0; p < n_parts; p++)
+static bool arrived(const nx_record *r, uint32_t n_reads) {
+    for (uint32_t p = 0; p < n_reads; p++)
         if (!r->reads[p].done) return false;
     return true;
 }
 
-static bool failed(const nx_record *r, uint32_t n_parts) {
-    for (uint32_t p = 0; p < n_parts; p++)
+static bool failed(const nx_record *r, uint32_t n_reads) {
+    for (uint32_t p = 0; p < n_reads; p++)
         if (r->reads[p].status != NX_OK) return true; /* also before the last of its requests has ended */
     return false;
 }
@@ -143,7 +185,7 @@ static int32_t find_slot(nx_group *g) {
     double lowest = INFINITY;
     for (uint32_t s = 0; s < g->n_slots; s++) {
         nx_record *r = &g->records[s];
-        if (r->in_use || (r->state == NX_RECORD_LOADING && !arrived(r, g->n_parts))) continue;
+        if (r->in_use || (r->state == NX_RECORD_LOADING && !arrived(r, g->n_reads))) continue;
         if (r->state == NX_RECORD_EMPTY) return (int32_t)s;
         const uint64_t age = g->clock - r->last_use;
         const nx_record_facts facts = {r->expert, age, r->frequency * (float)exp2(-(double)age / NX_CACHE_HALF_LIFE)};
@@ -162,8 +204,8 @@ static nx_status forget_failed(nx_group *g, const int32_t *experts, size_t n) {
     for (size_t i = 0; i < n; i++) {
         if (g->slot_of[experts[i]] < 0) continue;
         nx_record *r = &g->records[g->slot_of[experts[i]]];
-        if (r->in_use || r->state != NX_RECORD_LOADING || !failed(r, g->n_parts)) continue;
-        for (uint32_t p = 0; p < g->n_parts; p++) {
+        if (r->in_use || r->state != NX_RECORD_LOADING || !failed(r, g->n_reads)) continue;
+        for (uint32_t p = 0; p < g->n_reads; p++) {
             const nx_status status = nx_pager_wait(g->model, NX_NO_PIECE, &r->reads[p]);
             if (status != NX_OK) return status;
         }
@@ -176,7 +218,7 @@ nx_status nx_cache_close_slots(nx_group *g, uint32_t n_slots) {
     for (uint32_t s = n_slots; s < g->n_slots; s++) {
         nx_record *r = &g->records[s];
         if (r->in_use) return NX_E_BUSY;
-        for (uint32_t p = 0; p < g->n_parts && r->state == NX_RECORD_LOADING; p++) {
+        for (uint32_t p = 0; p < g->n_reads && r->state == NX_RECORD_LOADING; p++) {
             const nx_status status = nx_pager_wait(g->model, NX_NO_PIECE, &r->reads[p]);
             if (status != NX_OK) return status;
         }
@@ -199,11 +241,12 @@ static void fill(nx_group *g, nx_record *r, int32_t slot, int32_t expert) {
     r->last_use = g->clock;
     r->frequency = 0;
     g->slot_of[expert] = slot;
-    for (uint32_t p = 0; p < g->n_parts; p++)
-        r->reads[p] = (nx_read){.file = g->model->files[g->part[p]->file].file,
-                                .offset = g->part[p]->offset + (uint64_t)expert * g->record_bytes[p],
-                                .nbytes = g->record_bytes[p],
-                                .dst = g->pool + (uint64_t)slot * g->stride + g->part_at[p]};
+    for (uint32_t p = 0; p < g->n_reads; p++) {
+        const uint32_t part = g->joined_bytes ? g->first_part : p;
+        r->reads[p] = (nx_read){.dst = g->pool + (uint64_t)slot * g->stride + g->part_at[part]};
+        nx_extent_locate(g->part[part], (uint64_t)expert * g->record_bytes[part], g->record_bytes[part], &r->reads[p]);
+        if (g->joined_bytes) r->reads[p].nbytes = g->joined_bytes;
+    }
 }
 
 nx_record *nx_cache_place(nx_group *g, int32_t expert) {
@@ -218,10 +261,10 @@ nx_record *nx_cache_place(nx_group *g, int32_t expert) {
 
 /* Reads of all missing records, part by part, ahead of what is only read ahead. */
 static nx_status submit_missing(nx_group *g, const int32_t *missing, size_t n) {
-    nx_read **list = malloc((n * g->n_parts + 1) * sizeof *list);
+    nx_read **list = malloc((n * g->n_reads + 1) * sizeof *list);
     if (!list) return NX_E_NOMEM;
     size_t k = 0;
-    for (uint32_t p = 0; p < g->n_parts; p++)
+    for (uint32_t p = 0; p < g->n_reads; p++)
         for (size_t i = 0; i < n; i++) list[k++] = &g->records[missing[i]].reads[p];
     nx_status status = nx_io_submit_front(g->model->io, list, k);
     free(list);
@@ -268,7 +311,7 @@ nx_status nx_experts_acquire(nx_group *g, const int32_t *experts, size_t n) {
             for (uint32_t s = 0; s < g->n_slots && !busy; s++)
                 if (!g->records[s].in_use) busy = &g->records[s];
             if (!busy) status = NX_E_BUSY;
-            for (uint32_t p = 0; busy && p < g->n_parts && status == NX_OK; p++)
+            for (uint32_t p = 0; busy && p < g->n_reads && status == NX_OK; p++)
                 if (!busy->reads[p].done) status = nx_pager_wait(g->model, NX_NO_PIECE, &busy->reads[p]);
             slot = find_slot(g);
         }
@@ -298,13 +341,22 @@ nx_status nx_experts_acquire(nx_group *g, const int32_t *experts, size_t n) {
     return status;
 }
 
+/* The part in which a read failed: the first missing byte of a whole record may lie in another one. */
+static const nx_extent *failed_part(const nx_group *g, uint32_t part, const nx_read *read) {
+    for (uint32_t p = 0; p < g->n_parts && g->joined_bytes; p++) {
+        const uint64_t at = read->offset + g->part_at[p] - g->part_at[g->first_part];
+        if (read->error_offset >= at && read->error_offset < at + g->record_bytes[p]) return g->part[p];
+    }
+    return g->part[part];
+}
+
 /* NX_OK and *there: this part of the record can be used. */
 static nx_status part_there(nx_group *g, nx_record *r, uint32_t part, bool *there) {
-    const nx_read *read = &r->reads[part];
+    const nx_read *read = nx_record_read(g, r, part);
     *there = r->state == NX_RECORD_READY || read->done;
     if (r->state == NX_RECORD_READY || !read->done) return NX_OK;
-    if (read->status != NX_OK) return nx_pager_fail(g->model, g->part[part], read);
-    if (arrived(r, g->n_parts) && !failed(r, g->n_parts)) r->state = NX_RECORD_READY;
+    if (read->status != NX_OK) return nx_pager_fail(g->model, failed_part(g, part, read), read);
+    if (arrived(r, g->n_reads) && !failed(r, g->n_reads)) r->state = NX_RECORD_READY;
     return NX_OK;
 }
 
@@ -319,7 +371,7 @@ nx_status nx_experts_next(nx_group *g, uint32_t part, int32_t *experts, size_t n
             nx_record *r = &g->records[g->slot_of[experts[i]]];
             bool there;
             status = part_there(g, r, part, &there);
-            if (!there) pending[n_pending++] = &r->reads[part];
+            if (!there) pending[n_pending++] = nx_record_read(g, r, part);
             if (status != NX_OK || !there) continue;
             const int32_t expert = experts[i];
             experts[i] = experts[*done];
@@ -338,7 +390,7 @@ nx_status nx_experts_wait(nx_group *g, uint32_t part, const int32_t *experts, si
         bool there;
         nx_status status = part_there(g, r, part, &there);
         if (status == NX_OK && !there) {
-            status = nx_pager_wait(g->model, NX_NO_PIECE, &r->reads[part]);
+            status = nx_pager_wait(g->model, NX_NO_PIECE, nx_record_read(g, r, part));
             if (status == NX_OK) status = part_there(g, r, part, &there);
         }
         if (status != NX_OK) return status;
@@ -352,8 +404,8 @@ void nx_experts_release(nx_group *g, const int32_t *experts, size_t n) {
         if (slot < 0) continue;
         nx_record *r = &g->records[slot];
         if (r->in_use) r->in_use--;
-        if (r->state != NX_RECORD_LOADING || !arrived(r, g->n_parts)) continue;
-        if (!failed(r, g->n_parts)) r->state = NX_RECORD_READY;
+        if (r->state != NX_RECORD_LOADING || !arrived(r, g->n_reads)) continue;
+        if (!failed(r, g->n_reads)) r->state = NX_RECORD_READY;
         else if (!r->in_use) forget(g, r); /* not kept: the next use reads it again */
     }
 }

@@ -34,6 +34,10 @@ struct nx_group {
     uint32_t n_parts, n_experts, n_slots;
     nx_extent *part[NX_MAX_PARTS];
     uint64_t record_bytes[NX_MAX_PARTS], part_at[NX_MAX_PARTS], stride;
+    /* Of a record: one for each part, or a single one where all parts lie together in a file, with the same
+     * distances for every expert (an NXF). */
+    uint32_t n_reads, first_part; /* the part that such a record begins with */
+    uint64_t joined_bytes;        /* all of it; 0: each part is read by itself */
     uint8_t *pool;
     uint64_t pool_bytes;
     nx_record *records; /* n_slots */
@@ -49,6 +53,10 @@ nx_status nx_cache_init(nx_model *, nx_error *);
 void nx_cache_free(nx_model *);
 /* With the turn: slots from `n_slots` on hold nothing, and nothing is read into them. */
 nx_status nx_cache_close_slots(nx_group *, uint32_t n_slots);
+/* The read that brings a part. */
+static inline nx_read *nx_record_read(const nx_group *g, nx_record *r, uint32_t part) {
+    return &r->reads[g->joined_bytes ? 0 : part];
+}
 /* Bytes of one slot of a group with these parts. */
 uint64_t nx_record_layout(nx_group *);
 

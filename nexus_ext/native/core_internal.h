@@ -6,6 +6,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 
+#include "chunks.h"
 #include "nexus_core.h"
 #include "predict_control.h"
 
@@ -117,6 +118,11 @@ struct nx_model {
     uint32_t own_types;      /* bit t: weights of nx_ternary_type t are for our own kernels */
     uint64_t own_more_bytes; /* by how much packing them may add to what weights take */
 
+    nx_chunk_pool *pool; /* NULL: nothing is stored in chunks */
+    uint32_t n_decoders;
+    bool verify; /* see manifest.c */
+    nx_pool_stats pool_base;
+
     nx_io *io; /* only the holder of the turn touches it */
     nx_group *groups; /* expert tensors that are cached together, see cache.c */
     uint32_t n_groups;
@@ -165,6 +171,16 @@ void nx_stats_see(const nx_io *, nx_io_stats *seen);
 /* Anonymous memory, page aligned; NULL when it cannot be had. */
 void *nx_memory_map(uint64_t nbytes);
 void nx_memory_unmap(void *, uint64_t nbytes);
+
+/* Name in `read` where bytes of an extent are: in a file, or in its chunks. */
+void nx_extent_locate(const nx_extent *, uint64_t from, uint64_t nbytes, nx_read *);
+/* The files are open: point chunks to them, check where they lie, start the threads. */
+nx_status nx_stored_init(nx_model *, nx_error *);
+void nx_stored_free(nx_model *);
+nx_status nx_stored_read(nx_model *, const nx_extent *, uint64_t offset, void *dst, uint64_t nbytes);
+void nx_stored_stats(const nx_model *, nx_stats *);
+/* A failed read of a tensor in chunks, in words. */
+void nx_stored_error(nx_model *, const nx_extent *, const nx_read *, nx_error *);
 
 static inline uint64_t nx_round_up(uint64_t value, uint64_t to) {
     return (value + to - 1) / to * to;

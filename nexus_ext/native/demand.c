@@ -83,9 +83,10 @@ static nx_status fetch_start(nx_model *m, nx_extent *e, nx_demand *d, size_t fir
     d->record_bytes = record_bytes;
     d->stride = record_stride(record_bytes);
     uint8_t *base = m->pager.scratch + NX_IO_SLACK + record_lead(e, record_bytes) + first * d->stride;
-    for (size_t i = 0; i < n; i++)
-        d->reads[i] = (nx_read){.file = m->files[e->file].file, .offset = e->offset + offsets[i],
-                                .nbytes = record_bytes, .dst = base + i * d->stride};
+    for (size_t i = 0; i < n; i++) {
+        d->reads[i] = (nx_read){.dst = base + i * d->stride};
+        nx_extent_locate(e, offsets[i], record_bytes, &d->reads[i]);
+    }
     return demand_start(m, d);
 }
 
@@ -144,8 +145,8 @@ nx_status nx_whole_fetch(nx_model *m, nx_extent *e, void **data) {
     }
     d->n = 1;
     d->extent = e;
-    d->reads[0] = (nx_read){
-        .file = f->file, .offset = e->offset, .nbytes = e->nbytes, .dst = memory + nx_lead(f, e->offset)};
+    d->reads[0] = (nx_read){.dst = memory + nx_lead(f, e->offset)};
+    nx_extent_locate(e, 0, e->nbytes, &d->reads[0]);
     status = demand_start(m, d);
     if (status == NX_OK) status = demand_wait(m, d);
     if (status == NX_OK) {

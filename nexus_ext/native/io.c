@@ -6,7 +6,7 @@
  * -> done, when its last request has ended. nx_active counts its requests that exist.
  * A read is done with NX_OK only if every one of its requests saw all its wanted bytes arrive.
  */
-#include "io_internal.h"
+#include "chunks.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -17,8 +17,9 @@
 /* The longest gap between two questions to `abort` is the sum of both, and below 50 ms. */
 #define NX_WAIT_NS 25000000
 #define NX_ASK_NS 20000000u
+#define NX_BETWEEN_NS 2000000
 
-enum { NX_READ_IDLE = 0, NX_READ_QUEUED = 1, NX_READ_ISSUED = 2 };
+enum { NX_READ_IDLE = 0, NX_READ_QUEUED = 1, NX_READ_ISSUED = 2, NX_READ_POOLED = 3 };
 
 /* ------------------------------------------------------------ the queue */
 
@@ -45,6 +46,10 @@ static void read_done(nx_io *io, nx_read *read) {
         io->stats.errors++;
     read->nx_state = NX_READ_IDLE;
     read->done = 1;
+}
+
+void nx_io_pooled_done(nx_io *io, nx_read *read) {
+    read_done(io, read);
 }
 
 /* The failure at the lowest offset wins: what is reported does not depend on the order of arrival.
@@ -268,7 +273,8 @@ static nx_status submit(nx_io *io, nx_read **reads, size_t n, int where) {
     for (i = 0; i < n; i++) {
         nx_read *read = reads[i];
         if (!read || !read->file || (!read->dst && read->nbytes) ||
-            read->nbytes > (uint64_t)INT64_MAX / 2 || read->offset > (uint64_t)INT64_MAX / 2) {
+            read->nbytes > (uint64_t)INT64_MAX / 2 || read->offset > (uint64_t)INT64_MAX / 2 ||
+            (read->file->chunks && (!io->pool || read->offset + read->nbytes > read->file->chunks->nbytes))) {
             status = NX_E_INVALID;
             break;
         }
@@ -283,6 +289,7 @@ static nx_status submit(nx_io *io, nx_read **reads, size_t n, int where) {
         return status;
     }
     nx_read *before = where == AT_FRONT ? io->head : where == IN_ORDER ? io->spare : NULL;
+    io->pool_batch++;
     for (i = 0; i < n; i++) {
         nx_read *read = reads[i];
         read->status = NX_OK;
@@ -297,7 +304,12 @@ static nx_status submit(nx_io *io, nx_read **reads, size_t n, int where) {
         read->nx_spare = where == WHEN_SPARE;
         if (read->nbytes == 0)
             read_done(io, read);
-        else
+        else if (read->file->chunks) {
+            read->nx_state = NX_READ_POOLED;
+            io->pool_reads++;
+            io->pool_wanted += !read->nx_spare;
+            nx_pool_submit(io, read, where == AT_FRONT);
+        } else
             queue_insert(io, read, before);
     }
     return nx_io_poll(io);
@@ -321,11 +333,15 @@ void nx_io_spare_limits(nx_io *io, uint32_t n_requests, uint32_t n_beside) {
 }
 
 int nx_io_only_spare(const nx_io *io) {
-    return io->head == io->spare && io->n_requests == io->spare_active;
+    return io->head == io->spare && io->n_requests == io->spare_active && !io->pool_wanted;
 }
 
 void nx_io_raise(nx_io *io, nx_read *read) {
     if (read->nx_owner != io || read->nx_state == NX_READ_IDLE || !read->nx_spare) return;
+    if (read->nx_state == NX_READ_POOLED) {
+        nx_pool_raise(io, read);
+        return;
+    }
     io->spare_active -= read->nx_active;
     const bool queued = read->nx_state == NX_READ_QUEUED;
     if (queued) queue_remove(io, read);
@@ -334,6 +350,7 @@ void nx_io_raise(nx_io *io, nx_read *read) {
 }
 
 int nx_io_drop(nx_io *io, nx_read *read) {
+    if (read->nx_owner == io && read->nx_state == NX_READ_POOLED) return nx_pool_drop(io, read);
     if (read->nx_owner != io || read->nx_state != NX_READ_QUEUED) return 0;
     read_failed(io, read, NX_E_ABORTED, 0, read->nx_pos);
     if (read->nx_active == 0) read_done(io, read);
@@ -341,6 +358,7 @@ int nx_io_drop(nx_io *io, nx_read *read) {
 }
 
 nx_status nx_io_poll(nx_io *io) {
+    nx_pool_collect(io);
     issue(io);
     nx_status status = turn(io, 0);
     if (status != NX_OK) return status;
@@ -351,6 +369,12 @@ nx_status nx_io_poll(nx_io *io) {
 static bool any_done(nx_read *const *reads, size_t n) {
     for (size_t i = 0; i < n; i++)
         if (reads[i]->done) return true;
+    return false;
+}
+
+static bool pooled(nx_read *const *reads, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (reads[i]->nx_state == NX_READ_POOLED) return true;
     return false;
 }
 
@@ -372,7 +396,12 @@ nx_status nx_io_wait_any(nx_io *io, nx_read *const *reads, size_t n, int (*abort
                 if (abort(ctx)) return NX_E_ABORTED;
             }
         }
-        status = turn(io, NX_WAIT_NS);
+        if (pooled(reads, n)) { /* a queue of others is looked after in between */
+            nx_pool_wait(io, io->in_flight ? NX_BETWEEN_NS : NX_WAIT_NS);
+            status = turn(io, 0);
+        } else {
+            status = turn(io, NX_WAIT_NS);
+        }
         issue(io);
         if (io->stats.bytes_read == arrived) asked_ns = 0; /* a signal, a timeout or a failure */
     }
@@ -388,6 +417,7 @@ nx_status nx_io_wait(nx_io *io, nx_read *read, int (*abort)(void *), void *ctx) 
 }
 
 int nx_io_cancel(nx_io *io, nx_read *read) {
+    if (read->nx_owner == io && read->nx_state == NX_READ_POOLED) return nx_pool_cancel(io, read);
     if (read->nx_owner != io || read->nx_state != NX_READ_QUEUED || read->nx_pos != read->offset)
         return 0;
     queue_remove(io, read);
@@ -396,65 +426,10 @@ int nx_io_cancel(nx_io *io, nx_read *read) {
     return 1;
 }
 
-static nx_status start_engine(nx_io *io) {
-    int number = io->options.engine;
-    if (number == NX_IO_ENGINE_AUTO) {
-        const char *asked = getenv("NEXUS_IO_ENGINE");
-        if (asked && *asked) {
-            if (strcmp(asked, "uring") == 0)
-                number = NX_IO_ENGINE_URING;
-            else if (strcmp(asked, "threads") == 0)
-                number = NX_IO_ENGINE_THREADS;
-            else
-                return NX_E_INVALID;
-        }
-    }
-    if (number != NX_IO_ENGINE_THREADS) {
-        io->engine = &nx_engine_uring;
-        nx_status status = io->engine->start(io);
-        if (status != NX_E_UNSUPPORTED || number == NX_IO_ENGINE_URING) return status;
-    }
-    io->engine = &nx_engine_threads;
-    return io->engine->start(io);
-}
-
-nx_status nx_io_create(const nx_io_options *options, nx_io **out) {
-    *out = NULL;
-    nx_io *io = calloc(1, sizeof *io);
-    if (!io) return NX_E_NOMEM;
-    if (options) io->options = *options;
-    nx_io_options *o = &io->options;
-    if (o->depth == 0) o->depth = NX_IO_DEPTH;
-    if (o->depth > NX_IO_DEPTH_MAX) o->depth = NX_IO_DEPTH_MAX;
-    if (o->request_bytes == 0) o->request_bytes = NX_IO_REQUEST_BYTES;
-    if (o->request_bytes > NX_IO_REQUEST_BYTES_MAX) o->request_bytes = NX_IO_REQUEST_BYTES_MAX;
-    o->request_bytes = (uint32_t)nx_io_ceil(o->request_bytes, NX_IO_CUT_BYTES);
-    if (o->n_threads == 0) o->n_threads = NX_IO_THREADS;
-    if (o->n_threads > o->depth) o->n_threads = o->depth;
-    if (o->retries == 0) o->retries = NX_IO_RETRIES;
-
-    nx_io_spare_limits(io, 0, 0);
-    nx_status status = NX_E_INVALID;
-    if (o->engine >= NX_IO_ENGINE_AUTO && o->engine <= NX_IO_ENGINE_THREADS) {
-        io->requests = calloc(o->depth, sizeof *io->requests);
-        status = io->requests ? start_engine(io) : NX_E_NOMEM;
-    }
-    if (status != NX_OK) {
-        free(io->requests);
-        free(io);
-        return status;
-    }
-    for (uint32_t i = o->depth; i-- > 0;) {
-        io->requests[i].next = io->free_list;
-        io->free_list = &io->requests[i];
-    }
-    *out = io;
-    return NX_OK;
-}
-
 void nx_io_destroy(nx_io *io) {
     if (!io) return;
     io->closing = true;
+    nx_pool_leave(io);
     while (io->head) {
         nx_read *read = io->head;
         read_failed(io, read, NX_E_CLOSED, 0, read->nx_pos);
@@ -477,16 +452,4 @@ void nx_io_destroy(nx_io *io) {
     }
     free(io->requests);
     free(io);
-}
-
-const char *nx_io_engine_name(const nx_io *io) {
-    return io->engine->name;
-}
-
-const char *nx_io_engine_note(const nx_io *io) {
-    return io->note;
-}
-
-void nx_io_get_stats(const nx_io *io, nx_io_stats *out) {
-    *out = io->stats;
 }

@@ -3,11 +3,10 @@
 
 #include <errno.h>
 
-int64_t nx_io_apply_faults(nx_io *io, const nx_request *q, int64_t result) {
-    uint64_t begin = q->begin + q->have;
-    for (uint32_t i = 0; i < io->n_faults; i++) {
-        nx_fault *f = &io->faults[i];
-        if (f->count == 0 || begin >= f->offset_end || q->end <= f->offset_begin) continue;
+int64_t nx_fault_apply(nx_fault *faults, uint32_t n, uint64_t begin, uint64_t end, int64_t result) {
+    for (uint32_t i = 0; i < n; i++) {
+        nx_fault *f = &faults[i];
+        if (f->count == 0 || begin >= f->offset_end || end <= f->offset_begin) continue;
         if (f->count > 0) f->count--;
         switch (f->kind) {
         case NX_FAULT_EIO: return -EIO;
@@ -22,6 +21,10 @@ int64_t nx_io_apply_faults(nx_io *io, const nx_request *q, int64_t result) {
         }
     }
     return result;
+}
+
+int64_t nx_io_apply_faults(nx_io *io, const nx_request *q, int64_t result) {
+    return nx_fault_apply(io->faults, io->n_faults, q->begin + q->have, q->end, result);
 }
 
 nx_status nx_io_inject(nx_io *io, const nx_fault *fault) {

@@ -6,6 +6,7 @@
  *   io_file.c     an open file: can it be read directly, with which alignment, is it still the same
  *   io_uring.c    an engine: moves requests through io_uring
  *   io_threads.c  an engine: moves requests through a pool of threads
+ *   chunks.h      tensors in chunks: reads that are decoded as well
  *   io_probe.c    the bandwidth of a disk, with the above
  *
  * A request is one contiguous range of one file on its way into memory. It is in exactly one place
@@ -14,6 +15,7 @@
 #ifndef NEXUS_IO_INTERNAL_H
 #define NEXUS_IO_INTERNAL_H
 
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <time.h>
@@ -54,6 +56,7 @@ struct nx_file {
     uint32_t offset_align, mem_align; /* of fd_direct */
     atomic_int how;                   /* nx_file_how; engines of several threads may change it */
     atomic_int sys_errno;
+    const struct nx_chunks *chunks; /* not a file but a tensor in chunks: nothing else of this holds */
 };
 
 static inline bool nx_file_is_direct(const nx_file *file) {
@@ -115,6 +118,10 @@ struct nx_io {
     uint32_t in_flight; /* pushed and not completed */
     bool pushed;        /* since the last turn */
 
+    struct nx_chunk_pool *pool; /* what follows is of reads that it has */
+    uint64_t pool_batch;
+    uint32_t pool_reads, pool_wanted; /* given to it and not collected; those that are not spare */
+
     nx_io_stats stats;
     uint32_t n_faults;
     nx_fault faults[NX_IO_FAULTS];
@@ -122,9 +129,18 @@ struct nx_io {
 
 /* What became of a request whose result was `result`, with the faults that tests asked for. */
 int64_t nx_io_apply_faults(nx_io *io, const nx_request *request, int64_t result);
+/* The same for bytes [begin, end) of a file. */
+int64_t nx_fault_apply(nx_fault *faults, uint32_t n, uint64_t begin, uint64_t end, int64_t result);
 
 /* result: bytes that arrived, or minus an errno. The engine no longer knows the request. */
 void nx_io_completed(nx_io *io, nx_request *request, int64_t result);
+
+/* A read that the pool had has ended. */
+void nx_io_pooled_done(nx_io *io, nx_read *read);
+
+/* Conditions that are waited for by the monotonic clock. */
+int nx_io_cond_init(pthread_cond_t *cond);
+void nx_io_cond_wait(pthread_cond_t *cond, pthread_mutex_t *lock, int64_t ns);
 
 static inline uint64_t nx_io_floor(uint64_t value, uint64_t to) {
     return value / to * to;

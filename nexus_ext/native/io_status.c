@@ -14,6 +14,7 @@ const char *nx_status_text(nx_status status) {
     case NX_E_ABI: return "the host library is not laid out as expected";
     case NX_E_CLOSED: return "the object was closed before this could be done";
     case NX_E_BUSY: return "the object is in use";
+    case NX_E_DAMAGED: return "what is stored is not what was written";
     }
     return "unknown status";
 }

@@ -74,7 +74,7 @@ static void *worker(void *arg) {
     return NULL;
 }
 
-static int cond_init_monotonic(pthread_cond_t *cond) {
+int nx_io_cond_init(pthread_cond_t *cond) {
 #ifdef __APPLE__
     return pthread_cond_init(cond, NULL);
 #else
@@ -88,7 +88,7 @@ static int cond_init_monotonic(pthread_cond_t *cond) {
 #endif
 }
 
-static void cond_wait_ns(pthread_cond_t *cond, pthread_mutex_t *lock, int64_t ns) {
+void nx_io_cond_wait(pthread_cond_t *cond, pthread_mutex_t *lock, int64_t ns) {
 #ifdef __APPLE__
     struct timespec t = {.tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000};
     (void)pthread_cond_timedwait_relative_np(cond, lock, &t);
@@ -142,7 +142,7 @@ static nx_status threads_start(nx_io *io) {
         free(pool);
         return NX_E_NOMEM;
     }
-    if (cond_init_monotonic(&pool->finished_there) != 0) {
+    if (nx_io_cond_init(&pool->finished_there) != 0) {
         pthread_cond_destroy(&pool->work_there);
         pthread_mutex_destroy(&pool->lock);
         free(pool);
@@ -174,7 +174,7 @@ static int threads_turn(nx_io *io, int64_t wait_ns) {
             pthread_cond_signal(&pool->work_there);
     }
     if (wait_ns > 0 && !pool->finished.head)
-        cond_wait_ns(&pool->finished_there, &pool->lock, wait_ns);
+        nx_io_cond_wait(&pool->finished_there, &pool->lock, wait_ns);
     request_list done = pool->finished;
     pool->finished = (request_list){NULL, NULL};
     pthread_mutex_unlock(&pool->lock);

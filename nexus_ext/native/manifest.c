@@ -5,6 +5,10 @@
  *   io direct|buffered
  *   file BYTES PATH
  *   tensor TIER FILE OFFSET BYTES VIRTUAL_OFFSET NE0 NE1 NE2 NE3 TYPE NAME
+ *   chunks MATRICES BYTES         (the tensor before is stored in chunks of so many bytes: chunks.h)
+ *   chunk FILE OFFSET STORED_BYTES CODEC HASH        (each of them, in order; HASH in hexadecimal)
+ *   verify                        (hashes are compared also where bytes are stored as they are)
+ *   decoders N                    (threads that read and decode chunks)
  *   experts SLOTS TENSOR_NUMBER ...      (tensors that are cached together, counted from 0)
  *   kernels MORE_BYTES TYPE ...          (resident weights of these types are for our own kernels)
  *   end N_TENSORS
@@ -23,8 +27,9 @@
 #include <string.h>
 
 typedef struct cursor {
-    const char *at, *end;
+    const char *at, *end, *text_end;
     unsigned line;
+    uint32_t n_chunks; /* of the last tensor, so far */
 } cursor;
 
 static bool at_end(cursor *c) {
@@ -97,7 +102,7 @@ static bool parse_tensor(nx_model *m, cursor *c, uint32_t capacity) {
     if (file >= m->n_files) return false;
     const uint64_t size = m->files[file].nbytes;
     uint64_t rows = 1, virtual_end;
-    if (e->offset > size || e->nbytes > size - e->offset) return false;
+    if (e->offset > size) return false;
     if (__builtin_add_overflow(e->virtual_offset, e->nbytes, &virtual_end)) return false;
     for (int i = 1; i < NX_MAX_DIMS; i++)
         if (__builtin_mul_overflow(rows, e->ne[i], &rows)) return false;
@@ -111,6 +116,50 @@ static bool parse_tensor(nx_model *m, cursor *c, uint32_t capacity) {
     e->model = m;
     m->n_extents++;
     return true;
+}
+
+/* Where the last tensor lies is known when the next line begins: as it is, or in all of its chunks. */
+static bool tensor_is_whole(const nx_model *m, const cursor *c) {
+    if (!m->n_extents) return true;
+    const nx_extent *e = &m->extents[m->n_extents - 1];
+    if (e->chunks) return c->n_chunks == e->chunks->n;
+    return e->nbytes <= m->files[e->file].nbytes - e->offset;
+}
+
+static bool parse_chunks(nx_model *m, cursor *c) {
+    uint64_t n_matrices, nbytes;
+    if (!m->n_extents || !take_number(c, &n_matrices) || !take_last_number(c, &nbytes)) return false;
+    nx_extent *e = &m->extents[m->n_extents - 1];
+    if (e->chunks || (n_matrices != 1 && n_matrices != e->ne[2])) return false;
+    /* No more chunks than there is text for: a line of one has at least this many bytes. */
+    const uint64_t room = (uint64_t)(c->text_end - c->end) / 16;
+    if (!nbytes || !n_matrices || n_matrices > room || e->nbytes / n_matrices / nbytes > room / n_matrices) return false;
+    e->chunks = nx_chunks_create(e->nbytes, n_matrices, nbytes);
+    if (e->chunks) e->chunks->verify = m->verify;
+    return e->chunks != NULL;
+}
+
+static bool parse_chunk(nx_model *m, cursor *c) {
+    static const char *const codecs[] = {"raw", "ans", "zstd"};
+    nx_extent *e = m->n_extents ? &m->extents[m->n_extents - 1] : NULL;
+    uint64_t file, offset, stored;
+    char codec[16], hash[20], *end = NULL;
+    if (!e || !e->chunks || c->n_chunks >= e->chunks->n) return false;
+    if (!take_number(c, &file) || !take_number(c, &offset) || !take_number(c, &stored) ||
+        !take_word(c, codec, sizeof codec) || !take_word(c, hash, sizeof hash) || !at_end(c))
+        return false;
+    nx_chunk *k = &e->chunks->chunk[c->n_chunks++];
+    size_t known = 0;
+    while (known < 3 && strcmp(codecs[known], codec) != 0) known++;
+    if (known == 3 || file >= m->n_files || !stored || stored > k->raw || (known == NX_CODEC_RAW && stored != k->raw))
+        return false;
+    if (offset > m->files[file].nbytes || stored > m->files[file].nbytes - offset) return false;
+    k->codec = (nx_codec)known;
+    k->offset = offset;
+    k->stored = (uint32_t)stored;
+    k->hash = strtoull(hash, &end, 16);
+    k->file = (nx_file *)(uintptr_t)file; /* its number until it is open: nx_stored_init */
+    return hash[0] != '-' && hash[0] != '+' && *end == 0;
 }
 
 static bool parse_experts(nx_model *m, cursor *c) {
@@ -176,6 +225,15 @@ static bool parse_line(nx_model *m, cursor *c, const char *key, uint32_t capacit
         return one && (m->io_mode == NX_IO_BUFFERED || strcmp(word, "direct") == 0);
     }
     if (strcmp(key, "file") == 0) return parse_file(m, c);
+    if (strcmp(key, "verify") == 0) return at_end(c) && !m->n_extents && (m->verify = true);
+    if (strcmp(key, "decoders") == 0) {
+        if (!take_last_number(c, &n) || !n || n > 64) return false;
+        m->n_decoders = (uint32_t)n;
+        return true;
+    }
+    if (strcmp(key, "chunk") == 0) return parse_chunk(m, c);
+    if (strcmp(key, "chunks") == 0) return c->n_chunks = 0, parse_chunks(m, c);
+    if (!tensor_is_whole(m, c)) return false;
     if (strcmp(key, "tensor") == 0) return parse_tensor(m, c, capacity);
     if (strcmp(key, "experts") == 0) return parse_experts(m, c);
     if (strcmp(key, "kernels") == 0) return parse_kernels(m, c);
@@ -192,13 +250,14 @@ nx_status nx_manifest_parse(nx_model *m, const char *text, size_t nbytes, nx_err
     }
     bool ended = false;
     unsigned line = 0;
+    uint32_t n_chunks = 0;
     if (nbytes && memchr(text, 0, nbytes)) { /* or a path or a name would end where it does not */
         nx_error_set(error, NX_E_INVALID, 0, "the manifest is not text: it holds a zero byte");
         return NX_E_INVALID;
     }
     for (const char *at = text, *end = text + nbytes; at < end;) {
         const char *newline = memchr(at, '\n', (size_t)(end - at));
-        cursor c = {.at = at, .end = newline ? newline : end, .line = ++line};
+        cursor c = {.at = at, .end = newline ? newline : end, .text_end = end, .line = ++line, .n_chunks = n_chunks};
         at = newline ? newline + 1 : end;
         char key[24];
         if (line > 1 && at_end(&c)) continue;
@@ -206,6 +265,7 @@ nx_status nx_manifest_parse(nx_model *m, const char *text, size_t nbytes, nx_err
             nx_error_set(error, NX_E_INVALID, 0, "line %u of the manifest (\"%s\") is not valid", line, key);
             return NX_E_INVALID;
         }
+        n_chunks = c.n_chunks;
     }
     if (!ended) {
         nx_error_set(error, NX_E_INVALID, 0, "the manifest ends after line %u without \"end\"", line);

@@ -66,6 +66,7 @@ void nx_read_error(nx_model *m, const nx_extent *e, const nx_read *read, nx_erro
     snprintf(error->tensor, sizeof error->tensor, "%s", e->name);
     error->offset = read->error_offset;
     error->nbytes = read->nbytes;
+    if (read->file && read->file->chunks) nx_stored_error(m, e, read, error);
 }
 
 void nx_model_fail(nx_model *m, const nx_error *error) {
@@ -220,6 +221,7 @@ static void model_free(nx_model *m) {
     nx_attachments_free(m);
     nx_memory_unmap(m->pinned, m->pinned_bytes);
     nx_residency_free(m);
+    nx_stored_free(m);
     for (uint32_t i = 0; i < m->n_files; i++) {
         if (m->files[i].file) nx_file_close(m->files[i].file);
         if (m->files[i].fd >= 0) close(m->files[i].fd);
@@ -258,6 +260,7 @@ nx_status nx_model_create(const char *manifest, size_t manifest_bytes, const voi
     nx_status status = nx_manifest_parse(m, manifest, manifest_bytes, error);
     if (status == NX_OK) status = index_names(m, error);
     if (status == NX_OK) status = open_files(m, error);
+    if (status == NX_OK) status = nx_stored_init(m, error);
     if (status == NX_OK) status = place_pinned(m, error);
     if (status == NX_OK) status = nx_residency_init(m, error);
     if (status == NX_OK) status = nx_pager_init(m, error);
@@ -270,6 +273,7 @@ nx_status nx_model_create(const char *manifest, size_t manifest_bytes, const voi
         if (!m->load_reads || !m->load_state || !m->header) status = NX_E_NOMEM;
         else status = nx_io_create(&options, &m->load_io);
         if (status != NX_OK) nx_error_set(error, status, errno, "the read engine cannot be set up");
+        else nx_io_set_pool(m->load_io, m->pool);
     }
     if (status != NX_OK) {
         model_free(m);
@@ -307,8 +311,8 @@ static nx_status load_start(nx_model *m, nx_extent *e) {
     nx_read *read = &m->load_reads[i];
     if (m->load_state[i] && !(read->done && read->status != NX_OK)) return NX_OK;
     m->load_state[i] = 0;
-    *read = (nx_read){
-        .file = m->files[e->file].file, .offset = e->offset, .nbytes = e->nbytes, .dst = e->pinned};
+    *read = (nx_read){.dst = e->pinned};
+    nx_extent_locate(e, 0, e->nbytes, read);
     atomic_store(&m->loaded, false);
     nx_status status = nx_io_submit(m->load_io, &read, 1);
     if (status != NX_OK && status != NX_E_IO) return status;
@@ -380,6 +384,7 @@ nx_status nx_model_finish_load(nx_model *m, int (*progress)(void *, uint64_t, ui
 
 nx_status nx_model_read(nx_model *m, const nx_extent *e, uint64_t offset, void *dst, uint64_t nbytes) {
     if (offset > e->nbytes || nbytes > e->nbytes - offset) return NX_E_INVALID;
+    if (e->chunks) return nx_stored_read(m, e, offset, dst, nbytes);
     uint8_t *at = dst;
     uint64_t from = e->offset + offset;
     while (nbytes) {
@@ -434,6 +439,7 @@ void nx_model_get_stats(nx_model *m, nx_stats *out) {
     out->scratch_bytes = m->pager.scratch_bytes;
     out->host_bytes = m->host_bytes;
     out->cache_bytes = m->cache_bytes;
+    nx_stored_stats(m, out);
     pthread_mutex_unlock(&m->lock);
 }
 
@@ -443,6 +449,7 @@ void nx_model_reset_stats(nx_model *m) {
     copy_words(&m->stats, &zero, sizeof zero);
     copy_words(&m->run_base, &m->run_seen, sizeof m->run_base);
     copy_words(&m->load_base, &m->load_seen, sizeof m->load_base);
+    if (m->pool) nx_pool_get_stats(m->pool, &m->pool_base);
     pthread_mutex_unlock(&m->lock);
 }
 
@@ -456,12 +463,14 @@ nx_status nx_model_file_info(const nx_model *m, uint32_t file, struct nx_file_in
 
 nx_status nx_model_inject(nx_model *m, const nx_fault *fault) {
     nx_status status = nx_io_inject(m->io, fault);
+    if (status == NX_OK && m->pool) status = nx_pool_inject(m->pool, fault);
     return status == NX_OK ? nx_io_inject(m->load_io, fault) : status;
 }
 
 void nx_model_clear_faults(nx_model *m) {
     nx_io_clear_faults(m->io);
     nx_io_clear_faults(m->load_io);
+    if (m->pool) nx_pool_clear_faults(m->pool);
 }
 
 static _Thread_local nx_model *loading;

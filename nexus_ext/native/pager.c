@@ -44,6 +44,7 @@ nx_status nx_pager_init(nx_model *m, nx_error *error) {
             e->n_pieces = 1;
         } else {
             nx_slab_split(e->ne[1], e->row_bytes, p->slab_bytes, &e->slab_rows, &e->n_pieces);
+            nx_slab_of_chunks(e, p->slab_bytes, p->ring_bytes);
         }
         e->first_piece = (uint32_t)n_pieces;
         n_pieces += e->n_pieces;
@@ -63,6 +64,7 @@ nx_status nx_pager_init(nx_model *m, nx_error *error) {
         nx_error_set(error, status, errno, "the read engine cannot be set up");
         return status;
     }
+    nx_io_set_pool(m->io, m->pool);
     m->piece_extent = malloc((n_pieces + 1) * sizeof *m->piece_extent);
     p->successor = malloc((n_pieces + 1) * sizeof *p->successor);
     p->ahead = calloc(n_pieces + 1, sizeof *p->ahead);
@@ -164,14 +166,14 @@ static nx_status issue(nx_model *m) {
         if (p->issued == p->n_order && p->ahead[piece]) break;
         uint64_t row, rows, start;
         nx_extent *e = piece_of(m, piece, &row, &rows);
-        const uint64_t offset = e->offset + row * e->row_bytes, nbytes = rows * e->row_bytes;
+        const uint64_t from = row * e->row_bytes, nbytes = rows * e->row_bytes, offset = e->offset + from;
         const nx_model_file *f = &m->files[e->file];
         const uint64_t span = nx_span(f, offset, nbytes);
         if (!reserve(p, span, &start)) break;
         nx_slot *s = SLOT(p, p->head_slot);
         *s = (nx_slot){.piece = piece, .state = NX_SLOT_LOADING, .start = start, .span = span};
-        s->read = (nx_read){.file = f->file, .offset = offset, .nbytes = nbytes,
-                            .dst = p->ring + start + nx_lead(f, offset)};
+        s->read = (nx_read){.dst = p->ring + start + nx_lead(f, offset)};
+        nx_extent_locate(e, from, nbytes, &s->read);
         nx_read *read = &s->read;
         nx_status status = nx_io_submit(m->io, &read, 1);
         if (status != NX_OK) return nx_engine_failed(m, errno);

@@ -79,8 +79,8 @@ static nx_status preload_one(nx_group *g, int32_t expert) {
     uint64_t total = 0;
     for (uint32_t e = 0; e < g->n_experts; e++) total += g->before[e];
     r->frequency = (float)(PRELOAD_FREQUENCY * (double)g->before[expert] / (double)total);
-    for (uint32_t p = 0; p < g->n_parts; p++) list[p] = &r->reads[p];
-    const nx_status status = nx_io_submit_spare(g->model->io, list, g->n_parts);
+    for (uint32_t p = 0; p < g->n_reads; p++) list[p] = &r->reads[p];
+    const nx_status status = nx_io_submit_spare(g->model->io, list, g->n_reads);
     if (status != NX_OK) return nx_engine_failed(g->model, errno);
     uint64_t bytes = 0;
     for (uint32_t p = 0; p < g->n_parts; p++) bytes += g->record_bytes[p];
@@ -106,7 +106,7 @@ static int preload(nx_model *m, uint64_t until_ns) {
             if (status != NX_OK) return -(int)status;
             /* One record at a time is in hand: a request that comes waits for no more than its requests. */
             nx_record *r = &m->groups[i].records[m->groups[i].slot_of[expert]];
-            for (uint32_t p = 0; p < m->groups[i].n_parts; p++) {
+            for (uint32_t p = 0; p < m->groups[i].n_reads; p++) {
                 const nx_status waited = nx_io_wait(m->io, &r->reads[p], somebody_waits, m);
                 if (!r->reads[p].done && waited != NX_E_ABORTED) return -(int)nx_engine_failed(m, r->reads[p].sys_errno);
                 if (!r->reads[p].done) return 1;

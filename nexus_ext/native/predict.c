@@ -25,7 +25,7 @@ void nx_ahead_used(nx_group *g, nx_record *r) {
 void nx_ahead_forgotten(nx_group *g, nx_record *r) {
     r->ahead = false;
     uint64_t n = 0;
-    for (uint32_t p = 0; p < g->n_parts; p++) n += r->reads[p].bytes_read;
+    for (uint32_t p = 0; p < g->n_reads; p++) n += r->reads[p].bytes_read;
     NX_COUNT(g->model, prefetch_wasted, n);
 }
 
@@ -33,7 +33,7 @@ void nx_ahead_forgotten(nx_group *g, nx_record *r) {
 void nx_ahead_settle(nx_group *g, const int32_t *experts, size_t n) {
     if (!g->n_ahead) return;
     nx_io *io = g->model->io;
-    for (uint32_t p = g->n_parts; p-- > 0;) /* what is raised last ends in front */
+    for (uint32_t p = g->n_reads; p-- > 0;) /* what is raised last ends in front */
         for (size_t i = n; i-- > 0;) {
             const int32_t slot = g->slot_of[experts[i]];
             if (slot < 0) continue;
@@ -43,7 +43,7 @@ void nx_ahead_settle(nx_group *g, const int32_t *experts, size_t n) {
     for (uint32_t s = 0; s < g->n_slots; s++) {
         nx_record *r = &g->records[s];
         if (r->ahead && !r->wanted && r->state == NX_RECORD_LOADING)
-            for (uint32_t p = 0; p < g->n_parts; p++) (void)nx_io_drop(io, &r->reads[p]);
+            for (uint32_t p = 0; p < g->n_reads; p++) (void)nx_io_drop(io, &r->reads[p]);
         r->wanted = false;
     }
     g->n_ahead = 0;
@@ -53,7 +53,7 @@ void nx_ahead_settle(nx_group *g, const int32_t *experts, size_t n) {
 nx_status nx_experts_prefetch(nx_group *g, const int32_t *experts, size_t n, size_t limit) {
     nx_model *m = g->model;
     if (m->pager.broken) return NX_E_IO;
-    nx_read **list = malloc((limit * g->n_parts + 1) * sizeof *list);
+    nx_read **list = malloc((limit * g->n_reads + 1) * sizeof *list);
     if (!list) return NX_E_NOMEM;
     /* What is predicted and there is held, so that nothing that is predicted evicts it. */
     for (size_t i = 0; i < n; i++)
@@ -66,7 +66,7 @@ nx_status nx_experts_prefetch(nx_group *g, const int32_t *experts, size_t n, siz
         r->ahead = true;
         r->in_use++;
         n_started++;
-        for (uint32_t p = 0; p < g->n_parts; p++) list[k++] = &r->reads[p];
+        for (uint32_t p = 0; p < g->n_reads; p++) list[k++] = &r->reads[p];
     }
     for (size_t i = 0; i < n; i++)
         if (g->slot_of[experts[i]] >= 0) g->records[g->slot_of[experts[i]]].in_use--;

@@ -109,7 +109,8 @@ static nx_status start(nx_model *m, uint32_t i) {
     if (open_pages(pages_of(m, e), span_of(m, e)) != NX_OK)
         return say(m, NX_E_NOMEM, "memory for a weight cannot be had");
     nx_read *read = &m->load_reads[i];
-    *read = (nx_read){.file = m->files[e->file].file, .offset = e->offset, .nbytes = e->nbytes, .dst = e->pinned};
+    *read = (nx_read){.dst = e->pinned};
+    nx_extent_locate(e, 0, e->nbytes, read);
     const nx_status status = nx_io_submit(m->load_io, &read, 1);
     if (status == NX_OK || status == NX_E_IO) { /* a broken engine still knows the read */
         m->load_state[i] = READING;

@@ -169,7 +169,7 @@ static bool overlay_extent(nx_model *m, const nx_extent *e, uint8_t *base, uint6
     const uint64_t from = e->virtual_offset, to = from + e->nbytes;
     const uint64_t begin = from / NX_PAGE * NX_PAGE, end = nx_round_up(to, NX_PAGE);
     uint64_t inner = nx_round_up(from, NX_PAGE), inner_end = to / NX_PAGE * NX_PAGE;
-    if (e->offset % NX_PAGE != from % NX_PAGE || inner >= inner_end) inner = inner_end = end;
+    if (e->chunks || e->offset % NX_PAGE != from % NX_PAGE || inner >= inner_end) inner = inner_end = end;
     return overlay_memory(base, begin, inner, made) && overlay_memory(base, inner_end, end, made) &&
            (inner == inner_end || mmap(base + inner, inner_end - inner, PROT_READ, MAP_SHARED | MAP_FIXED,
                                        m->files[e->file].fd, (off_t)(e->offset + (inner - from))) != MAP_FAILED) &&

@@ -51,6 +51,8 @@ _TENSOR_BYTES: Final = 10 * KIB  # graph and scheduler nodes: 8.5 to 9.1 KiB wer
 _CELL_BYTES: Final = 64  # bookkeeping of one cell of the KV cache
 _THREAD_BYTES: Final = 256 * KIB
 _TILE_BYTES: Final = 512 * KIB  # scratch of ggml's tiled matrix product, per thread
+_DECODER_BYTES: Final = 512 * KIB  # tables and stack of a thread that decodes
+_CHUNK_BUFFERS: Final = 32 * MIB  # for chunks on their way, all threads together
 _FLASH_TILE: Final = 64  # edge of the tiles of ggml's flash attention
 
 
@@ -182,6 +184,32 @@ def graph_bytes(catalog: Catalog, context: Context) -> int:
     return floats + margin + mask + inputs
 
 
+def chunk_nbytes(catalog: Catalog) -> tuple[int, int]:
+    """Return (stored, decoded) bytes of the largest chunk that has to be decoded or gathered."""
+    stored = raw = 0
+    for tensor in catalog.tensors:
+        if catalog.chunks is None or not tensor.nbytes:
+            continue
+        found = catalog.chunks.chunks_of(tensor.name)
+        stored = max(stored, max(chunk.stored_nbytes for chunk in found.chunks))
+        raw = max(raw, found.chunk_nbytes)
+    return stored, raw
+
+
+def chunk_threads(catalog: Catalog) -> int:
+    """Return how many threads read and decode chunks: fewer where chunks are large."""
+    return max(2, min(8, _CHUNK_BUFFERS // max(sum(chunk_nbytes(catalog)), 1)))
+
+
+def bounce_bytes(catalog: Catalog) -> int:
+    """Return the memory of the threads that read and decode chunks; 0 without chunks."""
+    stored, raw = chunk_nbytes(catalog)
+    if not raw:
+        return 0
+    each = round_up(stored, PAGE) + 2 * PAGE + round_up(raw, PAGE) + _DECODER_BYTES
+    return chunk_threads(catalog) * each
+
+
 def runtime_bytes(catalog: Catalog, context: Context) -> int:
     """Return the bytes of the process itself: Python, libraries, vocabulary, bookkeeping."""
     n_vocab = catalog.shape.n_vocab
@@ -198,6 +226,7 @@ def runtime_bytes(catalog: Catalog, context: Context) -> int:
         + _TOKEN_BYTES * n_vocab
         + _MERGE_BYTES * n_merges
         + _TENSOR_BYTES * len(catalog.tensors)
+        + bounce_bytes(catalog)
         + _CELL_BYTES * context.n_ctx
         + _THREAD_BYTES * context.n_threads
         + batch

@@ -303,7 +303,7 @@ def _result(
 ) -> Bench:
     paged = summarize("paged", runs)
     stock = summarize("stock", runs) if any(run.side == "stock" for run in runs) else None
-    active = not planned.plan.everything_fits
+    active = not planned.plan.everything_fits or planned.catalog.chunks is not None
     tiers = planned.plan.tiers
     return Bench(
         model=job.model,
@@ -412,7 +412,7 @@ def _how(drops: bool, warm_pass: bool, runs: tuple[Run, ...]) -> str:
 
 def _notes(planned: Planned, runs: tuple[Run, ...], disk: tuple[DiskSample, ...]) -> list[str]:
     notes = list(planned.plan.notes)
-    if planned.plan.everything_fits:
+    if planned.plan.everything_fits and planned.catalog.chunks is None:
         notes.append("Everything fits: the paged side is llama.cpp as it comes, nothing is hooked.")
     if not all(sample.direct for sample in disk):
         notes.append("The disk was measured through the page cache; the bound may be too high.")

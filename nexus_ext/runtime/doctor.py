@@ -19,7 +19,7 @@ from typing import Final, Literal
 
 from nexus_ext import core
 from nexus_ext.errors import NexusError, UsageError
-from nexus_ext.formats import open_gguf
+from nexus_ext.formats import open_model
 from nexus_ext.hardware.cgroup import cpu_quota, memory_groups
 from nexus_ext.hardware.memory import read_memory
 from nexus_ext.hardware.mounts import MEMORY_FILESYSTEMS, mount_of, read_mounts
@@ -337,7 +337,7 @@ def check_space(subject: Subject) -> Check:
 
 def check_model(subject: Subject) -> Check:
     """The header can be read, and the files are as long as it says."""
-    catalog = open_gguf(subject.path)
+    catalog = open_model(subject.path)
     text = f"{catalog.shape.architecture}, {format_bytes(catalog.nbytes)} of weights"
     return Check("model", "ok", f"{text} in {len(catalog.tensors)} tensors")
 
@@ -385,7 +385,7 @@ def check_file_system(subject: Subject) -> Check:
 
 def check_io_policy(subject: Subject) -> Check:
     """What the policy would choose if all of this model were streamed."""
-    nbytes = open_gguf(subject.path).nbytes
+    nbytes = open_model(subject.path).nbytes
     memory = read_memory(subject.system)
     mode = plugins().choose_io(IoInfo(nbytes, 0, memory.available_bytes, memory.limit_bytes))
     why = "fits" if mode == "buffered" else "does not fit"

@@ -21,7 +21,7 @@ import llama_cpp.llama_cpp as bindings
 
 from nexus_ext import core
 from nexus_ext.errors import FormatError
-from nexus_ext.formats import open_gguf
+from nexus_ext.formats import open_model
 from nexus_ext.placement import PlanRequest, experts, memory, ring
 from nexus_ext.placement.costs import PAGED, is_dense
 from nexus_ext.placement.plan import ExpertCache
@@ -106,7 +106,7 @@ def blueprint(path: str | os.PathLike[str], shape: Shape) -> Blueprint:
 
     `shape.n_ctx` 0 means the length that the model was trained with.
     """
-    catalog = open_gguf(os.fspath(path))
+    catalog = open_model(os.fspath(path))
     if not shape.n_ctx:
         trained = catalog.shape.n_ctx_train or 512
         shape = Shape(shape.n_seq, trained, shape.n_ubatch, shape.n_threads, shape.kv_type)

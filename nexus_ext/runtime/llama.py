@@ -146,6 +146,8 @@ def _request(arguments: dict[str, Any], **budget: Any) -> PlanRequest:
 class Llama(llama_cpp.Llama):
     """`llama_cpp.Llama` for models larger than memory. Bit-identical to an unmodified run.
 
+    `model_path` is a GGUF or an NXF.
+
     Arguments beyond those of `llama_cpp.Llama`:
         ram: everything that the process may touch ("4G" or bytes); None: 80 % of what is free.
         weights: resident weights and their pools only (for small models and tests).
@@ -196,7 +198,8 @@ class Llama(llama_cpp.Llama):
         layers = planned.plan.n_gpu_layers if n_gpu_layers is None else n_gpu_layers
         model = None
         ours = own_types(planned.catalog, planned.plan, kernels)
-        if ours or not planned.plan.everything_fits:
+        # llama.cpp alone cannot open an NXF, whatever fits.
+        if ours or planned.catalog.chunks or not planned.plan.everything_fits:
             backend.register()
             text = manifest(planned.catalog, planned.plan, planned.io_mode, ours)
             model = core.Model(text, planned.catalog.header)

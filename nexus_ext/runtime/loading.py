@@ -21,6 +21,7 @@ from nexus_ext import core
 @dataclass(slots=True)
 class _Request:
     model: core.Model | None  # None: llama.cpp's own loader
+    paged: bool  # False: llama.cpp reads all weights of `model` into buffers of its own
     extra_buffers: bool  # repacked weights of the CPU backend, which round differently
 
 
@@ -44,22 +45,25 @@ def _install() -> None:
             params.use_extra_bufts = params.use_extra_bufts and request.extra_buffers
             if request.model is None:
                 return stock(path, params)
-            return load_paged(request.model, params)
+            return load_paged(request.model, params, paged=request.paged)
 
         load.nexus_ext = True  # type: ignore[attr-defined]
         bindings.llama_model_load_from_file = load
 
 
-def load_paged(model: core.Model, params: Any) -> Any:
-    """Let llama.cpp load from the core's stream; paged tensors cost it nothing."""
+def load_paged(model: core.Model, params: Any, *, paged: bool = True) -> Any:
+    """Let llama.cpp load from the core's stream; paged tensors cost it nothing.
+
+    Not `paged`: it reads every tensor, and nothing of ours is in its way afterwards.
+    """
     import llama_cpp.llama_cpp as bindings
 
     params.use_extra_bufts = False  # our buffers come first, and a mix would round differently
     with model.stream() as (stream, can_map):
         params.load_mode = (
-            bindings.LLAMA_LOAD_MODE_MMAP if can_map else bindings.LLAMA_LOAD_MODE_NONE
+            bindings.LLAMA_LOAD_MODE_MMAP if can_map and paged else bindings.LLAMA_LOAD_MODE_NONE
         )
-        model.set_loading(True)
+        model.set_loading(paged)
         try:
             return bindings.llama_model_load_from_file_ptr(ctypes.c_void_p(stream), params)
         finally:
@@ -67,10 +71,10 @@ def load_paged(model: core.Model, params: Any) -> Any:
 
 
 @contextlib.contextmanager
-def loads(model: core.Model | None, *, extra_buffers: bool) -> Iterator[None]:
+def loads(model: core.Model | None, *, extra_buffers: bool, paged: bool = True) -> Iterator[None]:
     """Within the block, models that this thread creates are loaded like this."""
     _install()
-    _thread.request = _Request(model, extra_buffers)
+    _thread.request = _Request(model, paged, extra_buffers)
     try:
         yield
     finally:

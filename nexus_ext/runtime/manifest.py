@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Final, Protocol
 
 from nexus_ext.errors import UsageError
 from nexus_ext.placement import Plan
+from nexus_ext.placement.memory import chunk_threads
 from nexus_ext.placement.plan import ExpertCache
-from nexus_ext.types import Catalog
+from nexus_ext.types import Catalog, TensorChunks
 
 # What stays resident is ours to read and to keep, however small. What goes to a GPU is llama.cpp's.
 _CORE_TIERS = {"gpu": "host", "host": "ram", "ram": "ram", "nvme": "nvme"}
+_CORE_CODECS = frozenset({"raw", "ans", "zstd"})  # those that native/chunks.c has
+# Set to 1: hashes are also compared where chunks are stored as they are, at some cost.
+VERIFY_VARIABLE: Final = "NEXUS_VERIFY_CHUNKS"
 
 
 def manifest(catalog: Catalog, plan: Plan, io_mode: str, own_kernels: tuple[str, ...] = ()) -> str:
@@ -64,6 +69,10 @@ def manifest_text(
         f"virtual {catalog.virtual_nbytes}",
         f"io {io_mode}",
     ]
+    verify = os.environ.get(VERIFY_VARIABLE, "") not in ("", "0")
+    if catalog.chunks is not None:
+        lines.append(f"decoders {chunk_threads(catalog)}")
+        lines += ["verify"] if verify else []
     for file in catalog.files:
         if "\n" in file.path:
             raise UsageError(f"the path {file.path!r} has a line break", hint="rename the file")
@@ -75,6 +84,8 @@ def manifest_text(
             f"tensor {tier} {tensor.file} {tensor.offset} {tensor.nbytes} {virtual_offset} "
             f"{shape[0]} {shape[1]} {shape[2]} {shape[3]} {tensor.type_name} {tensor.name}"
         )
+        if catalog.chunks is not None and tensor.nbytes:
+            lines += _stored(tensor.name, catalog.chunks.chunks_of(tensor.name), verify)
     number = {tensor.name: i for i, tensor in enumerate(catalog.tensors)}
     for cache in caches:
         members = " ".join(str(number[name]) for name in cache.tensors)
@@ -83,3 +94,20 @@ def manifest_text(
         lines.append(kernels)
     lines.append(f"end {len(catalog.tensors)}")
     return "\n".join(lines) + "\n"
+
+
+def _stored(name: str, stored: TensorChunks, verify: bool) -> list[str]:
+    """Return the lines of a tensor's chunks; none where it lies in the file as it is."""
+    if stored.span() is not None and not verify:
+        return []
+    lines = [f"chunks {stored.n_matrices} {stored.chunk_nbytes}"]
+    for chunk in stored.chunks:
+        if chunk.codec not in _CORE_CODECS:
+            raise UsageError(
+                f"{name} is stored with the codec {chunk.codec!r}, which cannot be streamed",
+                hint="convert the model with another one: nexus convert --codec ans",
+            )
+        lines.append(
+            f"chunk {chunk.file} {chunk.offset} {chunk.stored_nbytes} {chunk.codec} {chunk.hash:x}"
+        )
+    return lines

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nexus_ext import core
 from nexus_ext.errors import UsageError
-from nexus_ext.formats import open_gguf
+from nexus_ext.formats import open_model
 from nexus_ext.hardware import HardwareProfile, load_profile, probe
 from nexus_ext.hardware.disk import DirectIO
 from nexus_ext.hardware.profile import Gpu
@@ -85,7 +85,7 @@ def plan_model(
     `plan` is a plan made before (or the file that holds it) instead of a new one. Raises
     FormatError, DoesNotFit, UsageError, or what a plugin's solver may raise.
     """
-    catalog = open_gguf(os.fspath(path))
+    catalog = open_model(os.fspath(path))
     hardware = hardware or hardware_profile(path)
     if plan is None:
         plan = plugins().solve(catalog, hardware, request)

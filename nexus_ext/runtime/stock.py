@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+from nexus_ext import core
+from nexus_ext.formats import open_model
 from nexus_ext.runtime.loading import loads
+from nexus_ext.runtime.manifest import manifest_text
+
+
+@dataclass(frozen=True, slots=True)
+class _NoAreas:
+    """Nothing is streamed."""
+
+    ring_bytes: int = 0
+    slab_bytes: int = 0
+    scratch_bytes: int = 0
 
 
 def stock_llama(path: str, **arguments: Any) -> Any:
     """Return `llama_cpp.Llama(path, **arguments)` with weights in plain CPU buffers.
 
     By default llama.cpp may repack weights for the CPU at hand, and products of repacked weights
-    round differently; everything else is as the user would get it.
+    round differently; everything else is as the user would get it. An NXF, which llama.cpp cannot
+    open, is decoded into its buffers.
     """
     import llama_cpp
 
-    with loads(None, extra_buffers=False):
+    with _decoded(path) as model, loads(model, extra_buffers=False, paged=False):
         return llama_cpp.Llama(path, **arguments)
+
+
+@contextlib.contextmanager
+def _decoded(path: str) -> Iterator[core.Model | None]:
+    catalog = open_model(path)
+    if catalog.chunks is None:
+        yield None
+        return
+    tiers = {tensor.name: "host" for tensor in catalog.tensors}
+    model = core.Model(manifest_text(catalog, tiers, _NoAreas(), "buffered", ()), catalog.header)
+    try:
+        yield model
+    finally:
+        model.release()

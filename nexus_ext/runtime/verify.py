@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from nexus_ext.errors import DoesNotFit, UsageError
-from nexus_ext.formats import open_gguf
+from nexus_ext.formats import open_model
 from nexus_ext.hardware import HardwareProfile
 from nexus_ext.placement import Plan, PlanRequest
 from nexus_ext.runtime.planning import Planned, hardware_profile, plan_model
@@ -153,7 +153,7 @@ def plan_to_verify(
 
 
 def _stream_half(path: str, request: PlanRequest, hardware: HardwareProfile) -> Planned:
-    half = open_gguf(path).nbytes // 2
+    half = open_model(path).nbytes // 2
     try:
         return plan_model(path, replace(request, weights_bytes=half), hardware=hardware)
     except DoesNotFit as error:

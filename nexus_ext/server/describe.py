@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from nexus_ext.errors import NexusError
-from nexus_ext.formats import open_gguf
+from nexus_ext.formats import open_model
 from nexus_ext.server.ollama_common import timestamp
 from nexus_ext.store import StoredModel
 from nexus_ext.types import Catalog
@@ -19,7 +19,7 @@ _MAX_VALUE = 100  # of metadata: longer lists and texts are not repeated to ever
 
 @functools.lru_cache(maxsize=256)
 def _opened(path: str, size: int, modified_ns: int) -> Catalog:
-    return open_gguf(path)
+    return open_model(path)
 
 
 def catalog_of(model: StoredModel) -> Catalog:

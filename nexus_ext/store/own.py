@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_ext.errors import FormatError, ModelNotFound, UsageError
-from nexus_ext.formats import open_gguf
+from nexus_ext.formats import open_model
 from nexus_ext.store.model import StoredModel
 from nexus_ext.store.names import ModelName
 from nexus_ext.store.parameters import checked
@@ -87,7 +87,7 @@ class OwnStore:
         The header is read first, so that no name leads to a file that is no model. A name that
         exists is replaced.
         """
-        catalog = open_gguf(path)
+        catalog = open_model(path)
         files = [Path(file.path).resolve() for file in catalog.files]
         first = files[0]
         inside = self.files.resolve()

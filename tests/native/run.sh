@@ -53,7 +53,7 @@ for kind in $builds; do
         name=test_${name#test_}
         # shellcheck disable=SC2046,SC2086
         $cc $warnings $(flags_of "$kind") $defines -pthread $include "$here/$name.c" \
-            "$build/$kind"/*.o -lm -o "$build/$name-$kind"
+            "$build/$kind"/*.o -lm -ldl -o "$build/$name-$kind"
         echo "$name ($kind)"
         ASAN_OPTIONS=${ASAN_OPTIONS:-detect_leaks=1} TSAN_OPTIONS=${TSAN_OPTIONS:-halt_on_error=1} \
             "$build/$name-$kind"

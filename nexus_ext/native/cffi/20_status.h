@@ -12,6 +12,7 @@ typedef enum {
     NX_E_ABI,
     NX_E_CLOSED,
     NX_E_BUSY,
+    NX_E_DAMAGED,
     ...
 } nx_status;
 

@@ -30,6 +30,7 @@ typedef struct {
     uint64_t prefetched, prefetch_used, prefetch_wasted;
     uint64_t preloaded, idle_ns, predict_ns;
     uint64_t pinned_bytes, ring_bytes, scratch_bytes, host_bytes, cache_bytes;
+    uint64_t bounce_bytes, stored_bytes, raw_bytes, decode_ns;
 } nx_stats;
 
 #define NX_EVENT_PASS_BEGIN ...

@@ -1,4 +1,4 @@
-/* Written by build.py with cffi 2.1.1 from 632ca4fe2aa5ca72e25134211bc1d0db873e0e7f379f8e6590b56a63c76eb9ab. */
+/* Written by build.py with cffi 2.1.1 from 69d98fcb34d7886d046da858a7f98b2735c11d3a39732841a45ff6d5e5eecfd1. */
 #define _CFFI_
 
 /* We try to define Py_LIMITED_API before including Python.h.
@@ -1290,6 +1290,10 @@ static void _cffi_checkfld_typedef_nx_stats(nx_stats *p)
   (void)((p->scratch_bytes) | 0);  /* check that 'nx_stats.scratch_bytes' is an integer */
   (void)((p->host_bytes) | 0);  /* check that 'nx_stats.host_bytes' is an integer */
   (void)((p->cache_bytes) | 0);  /* check that 'nx_stats.cache_bytes' is an integer */
+  (void)((p->bounce_bytes) | 0);  /* check that 'nx_stats.bounce_bytes' is an integer */
+  (void)((p->stored_bytes) | 0);  /* check that 'nx_stats.stored_bytes' is an integer */
+  (void)((p->raw_bytes) | 0);  /* check that 'nx_stats.raw_bytes' is an integer */
+  (void)((p->decode_ns) | 0);  /* check that 'nx_stats.decode_ns' is an integer */
 }
 struct _cffi_align_typedef_nx_stats { char x; nx_stats y; };
 
@@ -1367,6 +1371,13 @@ static int _cffi_const_NX_E_BUSY(unsigned long long *o)
 {
   int n = (NX_E_BUSY) <= 0;
   *o = (unsigned long long)((NX_E_BUSY) | 0);  /* check that NX_E_BUSY is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_E_DAMAGED(unsigned long long *o)
+{
+  int n = (NX_E_DAMAGED) <= 0;
+  *o = (unsigned long long)((NX_E_DAMAGED) | 0);  /* check that NX_E_DAMAGED is an integer */
   return n;
 }
 
@@ -5987,6 +5998,7 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "NX_E_BUSY", (void *)_cffi_const_NX_E_BUSY, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_E_CHANGED", (void *)_cffi_const_NX_E_CHANGED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_E_CLOSED", (void *)_cffi_const_NX_E_CLOSED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "NX_E_DAMAGED", (void *)_cffi_const_NX_E_DAMAGED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_E_INVALID", (void *)_cffi_const_NX_E_INVALID, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_E_IO", (void *)_cffi_const_NX_E_IO, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_E_NOMEM", (void *)_cffi_const_NX_E_NOMEM, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
@@ -6392,6 +6404,18 @@ static const struct _cffi_field_s _cffi_fields[] = {
   { "cache_bytes", offsetof(nx_stats, cache_bytes),
                    sizeof(((nx_stats *)0)->cache_bytes),
                    _CFFI_OP(_CFFI_OP_NOOP, 23) },
+  { "bounce_bytes", offsetof(nx_stats, bounce_bytes),
+                    sizeof(((nx_stats *)0)->bounce_bytes),
+                    _CFFI_OP(_CFFI_OP_NOOP, 23) },
+  { "stored_bytes", offsetof(nx_stats, stored_bytes),
+                    sizeof(((nx_stats *)0)->stored_bytes),
+                    _CFFI_OP(_CFFI_OP_NOOP, 23) },
+  { "raw_bytes", offsetof(nx_stats, raw_bytes),
+                 sizeof(((nx_stats *)0)->raw_bytes),
+                 _CFFI_OP(_CFFI_OP_NOOP, 23) },
+  { "decode_ns", offsetof(nx_stats, decode_ns),
+                 sizeof(((nx_stats *)0)->decode_ns),
+                 _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "type", offsetof(nx_ternary, type),
             sizeof(((nx_ternary *)0)->type),
             _CFFI_OP(_CFFI_OP_NOOP, 161) },
@@ -6442,9 +6466,9 @@ static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
   { "$nx_residual_matrix", 367, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_residual_matrix), offsetof(struct _cffi_align_typedef_nx_residual_matrix, y), 60, 4 },
   { "$nx_stats", 368, _CFFI_F_CHECK_FIELDS,
-    sizeof(nx_stats), offsetof(struct _cffi_align_typedef_nx_stats, y), 64, 31 },
+    sizeof(nx_stats), offsetof(struct _cffi_align_typedef_nx_stats, y), 64, 35 },
   { "$nx_ternary", 369, _CFFI_F_CHECK_FIELDS,
-    sizeof(nx_ternary), offsetof(struct _cffi_align_typedef_nx_ternary, y), 95, 8 },
+    sizeof(nx_ternary), offsetof(struct _cffi_align_typedef_nx_ternary, y), 99, 8 },
   { "_IO_FILE", 338, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
   { "nx_file", 358, _CFFI_F_OPAQUE,
@@ -6467,7 +6491,7 @@ static const struct _cffi_enum_s _cffi_enums[] = {
     "NX_ISA_REF,NX_ISA_AVX2,NX_ISA_AVX512,NX_ISA_NEON,NX_ISA_COUNT" },
   { "$nx_status", 14, _cffi_prim_int(sizeof(nx_status), ((nx_status)-1) <= 0),
     "NX_OK,NX_E_NOMEM,NX_E_IO,NX_E_TRUNCATED,NX_E_CHANGED,NX_E_INVALID,NX_E_ABORTED,NX_E_UNSUPPORTED,NX_E_ABI,"
-    "NX_E_CLOSED,NX_E_BUSY" },
+    "NX_E_CLOSED,NX_E_BUSY,NX_E_DAMAGED" },
   { "$nx_ternary_type", 161, _cffi_prim_int(sizeof(nx_ternary_type), ((nx_ternary_type)-1) <= 0),
     "NX_TQ1_0,NX_TQ2_0,NX_Q2_0,NX_Q1_0,NX_TERNARY_TYPES" },
 };
@@ -6505,7 +6529,7 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   _cffi_enums,
   _cffi_typenames,
-  140,  /* num_globals */
+  141,  /* num_globals */
   17,  /* num_struct_unions */
   6,  /* num_enums */
   23,  /* num_typenames */

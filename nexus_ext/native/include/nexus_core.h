@@ -54,6 +54,7 @@ typedef struct nx_extent {
     int claimed;                    /* load: a tensor of the runtime stands for this extent */
     nx_group *group;                /* nvme experts with a cache; NULL: none */
     uint32_t group_part;            /* which part of the group's records it is */
+    struct nx_chunks *chunks; /* how it is stored, see chunks.h; NULL: as it is, at `offset` */
     struct nx_attachment *attached; /* what our own kernels have for it, see nexus_attach.h; atomic */
 } nx_extent;
 
@@ -88,6 +89,9 @@ typedef struct nx_stats {
     uint64_t idle_ns;   /* computing while nothing was being read, but for what is read ahead of routers */
     uint64_t predict_ns; /* computing predictions */
     uint64_t pinned_bytes, ring_bytes, scratch_bytes, host_bytes, cache_bytes;
+    uint64_t bounce_bytes; /* memory of the threads that decode chunks */
+    uint64_t stored_bytes, raw_bytes; /* of chunks that were checked and decoded: as stored, and decoded */
+    uint64_t decode_ns; /* that this took, summed over threads */
 } nx_stats;
 
 typedef enum {

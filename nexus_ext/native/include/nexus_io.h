@@ -94,6 +94,7 @@ typedef struct nx_read {
     int sys_errno;         /* the errno behind a failure, or 0 */
     uint64_t bytes_read;   /* bytes that came from the device, alignment and repeats included */
     uint64_t error_offset; /* file offset of the first byte that failed or is missing */
+    uint32_t error_chunk; /* of a tensor in chunks: which of them failed */
     int done;
 
     /* Private to the engine. */
@@ -102,6 +103,13 @@ typedef struct nx_read {
     uint64_t nx_pos, nx_end;
     uint32_t nx_active;
     int nx_state, nx_spare;
+    struct { /* while threads have it that decode chunks */
+        struct nx_read *next;
+        uint64_t offset, bytes_read, front;
+        nx_status status;
+        int sys_errno, queued;
+        uint32_t chunk;
+    } nx_pooled;
 } nx_read;
 
 /* --------------------------------------------------------------- engine */
@@ -130,6 +138,11 @@ typedef struct nx_io_stats {
     uint64_t errors;      /* reads that failed for good */
     uint64_t bounces;     /* requests that needed a bounce buffer and a copy */
 } nx_io_stats;
+
+struct nx_chunk_pool;
+
+/* Reads of tensors in chunks (chunks.h) are passed on to this pool, which outlives the nx_io. */
+void nx_io_set_pool(nx_io *io, struct nx_chunk_pool *pool);
 
 /* `options` may be NULL. An unknown NEXUS_IO_ENGINE is NX_E_INVALID. */
 nx_status nx_io_create(const nx_io_options *options, nx_io **out);

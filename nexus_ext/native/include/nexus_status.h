@@ -18,7 +18,8 @@ typedef enum nx_status {
     NX_E_UNSUPPORTED = 7, /* this machine, kernel or file system cannot do it */
     NX_E_ABI = 8,         /* the host library is not laid out as expected */
     NX_E_CLOSED = 9,      /* the object was shut down before this could be done */
-    NX_E_BUSY = 10        /* the object is in use and cannot be used twice */
+    NX_E_BUSY = 10,       /* the object is in use and cannot be used twice */
+    NX_E_DAMAGED = 11     /* what is stored is not what was written */
 } nx_status;
 
 /* One English clause, static storage, never NULL (also for unknown numbers). */
