@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -103,6 +104,33 @@ def test_a_kill_leaves_the_old_file_and_a_draft_that_is_taken_up(
     assert check_file(target).findings == ()
     assert diff(target, gguf) == []
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", ["raw", "ans"])
+def test_kills_at_any_moment_leave_no_broken_file(codec: str, tmp_path: Path) -> None:
+    """Kill a conversion 25 times, later and later, and let the last attempt end."""
+    dims = MoeDims(n_layers=8, n_experts=32, n_embd=512, n_ff=512)
+    (gguf,) = write_moe(tmp_path / "m.gguf", dims=dims, quant="BF16")
+    target = tmp_path / "m.nxf"
+    arguments = [str(gguf), str(target), codec, "never", "0"]
+    rng = random.Random(codec)
+    killed = 0
+    for attempt in range(25):
+        child = subprocess.Popen([sys.executable, "-c", CHILD, *arguments])
+        try:
+            child.wait(0.3 + rng.random() * 0.1 * (attempt + 1))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            killed += 1
+        if target.exists():
+            assert check_file(target).findings == ()
+            target.unlink()
+    assert killed > 5
+    convert(gguf, target, codec)
+    assert check_file(target).findings == ()
+    assert diff(target, gguf) == []
 
 
 def test_a_draft_is_believed_as_far_as_its_hashes_are_right(gguf: Path, tmp_path: Path) -> None:
