@@ -29,7 +29,7 @@ from tests.models_folder import find_model
 from tests.server_support import MODEL, LiveServer, client_of, events, library_with, live, until
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
-ENDLESS = 10_000
+ENDLESS = 100_000
 
 
 @pytest.fixture(scope="module")
