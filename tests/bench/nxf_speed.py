@@ -27,7 +27,7 @@ from tests.synth.models import llama_dims_for_size, write_llama
 
 # Conversion in a process of its own, which says how much memory it had at most.
 CHILD = """
-import resource, sys
+import sys
 from nexus_ext.formats.nxf_convert import to_nxf, to_gguf
 from nexus_ext.formats.nxf_layout import Rules
 from nexus_ext.formats.sources import NxfSource, open_source
@@ -35,8 +35,8 @@ source, target, codec = sys.argv[1:]
 if codec == "back":
     to_gguf(NxfSource(source), target, overwrite=True)
 else:
-    to_nxf(open_source(source), target, rules=Rules(codec), overwrite=True,
-           sha256=codec != "raw-without-sha256")
+    name, _, without = codec.partition(" without ")
+    to_nxf(open_source(source), target, rules=Rules(name), overwrite=True, sha256=not without)
 with open("/proc/self/status") as status:
     print(next(line for line in status if line.startswith("VmHWM")).split()[1])
 """
@@ -101,6 +101,7 @@ def conversions(folder: Path, size: str, quant: str, repeat: int) -> None:
         for what, source, target, codec in (
             ("to NXF, raw", gguf, nxf, "raw"),
             ("back to GGUF", nxf, other, "back"),
+            ("without SHA-256", gguf, nxf, "raw without sha256"),
             ("to NXF, ans", gguf, nxf, "ans"),
             ("back from ans", nxf, other, "back"),
         ):
@@ -115,7 +116,7 @@ def conversions(folder: Path, size: str, quant: str, repeat: int) -> None:
     for what, found in times.items():
         seconds = statistics.median(found)
         line = (
-            f"  {what:14} {format_bytes(nbytes / seconds):>10}/s  {plain / seconds:.2f} of a copy"
+            f"  {what:15} {format_bytes(nbytes / seconds):>10}/s  {plain / seconds:.2f} of a copy"
         )
         print(line + (f"  {format_bytes(memory[what])} of memory" if what in memory else ""))
     print(f"  ans makes it {ratio:.3f} of its size")
