@@ -48,6 +48,7 @@ COMMANDS = {
     "check": ("nexus_ext.cli.check:check", "Check every byte of an NXF."),
     "diff": ("nexus_ext.cli.check:diff", "Compare what two model files hold."),
     "probe": ("nexus_ext.cli.probe:probe", "Measure this machine: memory, GPUs, a disk."),
+    "quantize": ("nexus_ext.cli.quantize:quantize", "Make a smaller model from an F16 one."),
     "quality": ("nexus_ext.cli.quality:quality", "Measure what a quantized model has lost."),
     "verify": ("nexus_ext.cli.verify:verify", "Compare streamed with resident, bit by bit."),
     "bench": ("nexus_ext.cli.bench:bench", "Measure a model against the physical bound."),

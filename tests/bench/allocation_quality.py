@@ -1,0 +1,117 @@
+"""Mixed-precision allocation against llama.cpp's own mixtures of the same size.
+
+    python -m tests.bench.allocation_quality TEXT F16.gguf [F16.gguf ...]
+
+The first third of the text calibrates (importance matrix, sensitivities), the rest is what all
+models are measured on, so nothing is measured on what it was fitted to. Baselines with and without
+the same importance matrix; allocations of the size of Q4_K_M, of Q3_K_M, and of 3.5 bits a weight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+from nexus_ext.formats import open_gguf
+from nexus_ext.placement import PlanRequest
+from nexus_ext.quality.report import QualityReport, summarize
+from nexus_ext.runtime.allocation import measure
+from nexus_ext.runtime.imatrix import collect_imatrix
+from nexus_ext.runtime.planning import plan_model
+from nexus_ext.runtime.predictions import opened
+from nexus_ext.runtime.quality import record_reference, scores_against
+from nexus_ext.runtime.quantize import Quantized, quantize
+
+
+def split_text(text: bytes) -> tuple[bytes, bytes]:
+    """Return (calibration, evaluation), cut between two lines."""
+    at = text.index(b"\n", len(text) // 3) + 1
+    return text[:at], text[at:]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("text", type=Path)
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--ctx", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--windows", type=int, help="of evaluation; default: all")
+    parser.add_argument("--method", default="measured", choices=["measured", "error"])
+    args = parser.parse_args()
+    calibration, evaluation = split_text(args.text.read_bytes())
+    request = PlanRequest(
+        n_ctx=args.ctx,
+        n_batch=args.ctx,
+        n_ubatch=min(512, args.ctx),
+        n_threads=args.threads,
+        gpu_bytes=0,
+        logits_all=True,
+    )
+    for model in args.models:
+        print(f"{model}: {open_gguf(model).nbytes} bytes")
+        with tempfile.TemporaryDirectory(prefix="nexus-bench-") as directory:
+            compare(model, calibration, evaluation, request, directory, args)
+    return 0
+
+
+def compare(
+    model: str,
+    calibration: bytes,
+    evaluation: bytes,
+    request: PlanRequest,
+    directory: str,
+    args: argparse.Namespace,
+) -> None:
+    target = str(Path(directory) / "quantized.gguf")
+    planned = plan_model(model, request)
+    imatrix = collect_imatrix(model, calibration, planned, request, n_ctx=args.ctx)
+    with opened(model, planned, request) as llm:
+        reference = record_reference(llm, evaluation, n_ctx=args.ctx, most=args.windows)
+
+    def report(name: str, made: Quantized) -> None:
+        plan = plan_model(target, request)
+        with opened(target, plan, request) as llm:
+            scores = scores_against(llm, reference)
+        found: QualityReport = summarize(scores, n_windows=len(reference.windows), n_ctx=args.ctx)
+        ratio, kl = found.log_perplexity_ratio, found.kl_mean
+        print(
+            f"  {name:<28} {made.weight_nbytes:>10} bytes {made.bits_per_weight:5.2f} bpw  "
+            f"PPL {found.perplexity.value:8.4f}  ln ratio {ratio.value:+.5f} ± {ratio.error:.5f}  "
+            f"KL {kl.value:.6f} ± {kl.error:.6f}  p99 {found.kl_p99.value:.4f}  "
+            f"same top {100 * found.same_top.value:.2f} %",
+            flush=True,
+        )
+
+    with reference:
+        sizes = {}
+        for base in ("q4_k_m", "q3_k_m"):
+            made = quantize(model, target, base, overwrite=True)
+            report(base.upper(), made)
+            made = quantize(model, target, base, imatrix=imatrix, overwrite=True)
+            report(f"{base.upper()} + imatrix", made)
+            sizes[f"as large as {base.upper()}"] = made.bits_per_weight
+        begin = time.perf_counter()
+        known = measure(
+            model,
+            imatrix,
+            calibration,
+            n_ctx=args.ctx,
+            n_threads=args.threads,
+            method=args.method,
+        )
+        measured_s = time.perf_counter() - begin
+        for name, bits in {**sizes, "3.5 bits a weight": 3.5}.items():
+            found = known.allocation(bits)
+            made = quantize(
+                model, target, "q4_k_m", imatrix=imatrix, types=found.types, overwrite=True
+            )
+            report(f"allocated, {name}", made)
+            used = sorted(found.types.values())
+            print("      " + ", ".join(f"{used.count(t)} {t}" for t in dict.fromkeys(used)))
+        print(f"  measuring what types cost took {measured_s:.0f} s")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
