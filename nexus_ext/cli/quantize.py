@@ -51,6 +51,12 @@ DEFAULT_CTX = 512  # tokens in a window of calibration
     metavar="N",
     help="Use the first N windows of the text.  [default: all]",
 )
+@click.option(
+    "--residual",
+    "with_residual",
+    is_flag=True,
+    help="Also keep what was lost, at four bits a weight, as FILE.nxr for `nexus run --residual`.",
+)
 @click.option("--scratch", metavar="DIR", help="Where the copy for sensitivities is made.")
 @click.option("--allow-requantize", is_flag=True, help="Also quantize what is quantized.")
 @click.option("--force", is_flag=True, help="Overwrite the target.")
@@ -67,6 +73,7 @@ def quantize(
     method: str,
     types: str | None,
     most: int | None,
+    with_residual: bool,
     scratch: str | None,
     allow_requantize: bool,
     force: bool,
@@ -84,6 +91,7 @@ def quantize(
     Examples:
       nexus quantize model-F16.gguf -o model-Q4_K_M.gguf --base q4_k_m --calibrate text.txt
       nexus quantize model-F16.gguf -o model.gguf --base q4_k_m --calibrate text.txt --allocate 4.5
+      nexus quantize model-F16.gguf -o model.gguf --base q3_k_m --residual
     """
     from nexus_ext.formats import open_gguf
     from nexus_ext.runtime.predictions import read_text
@@ -123,6 +131,17 @@ def quantize(
         overwrite=force,
         progress=lambda tensor, done, total: live.status(f"{done} of {total}: {tensor}"),
     )
+    table = None
+    if with_residual:
+        from nexus_ext.runtime.residual import make_residuals
+
+        table = make_residuals(
+            source,
+            target,
+            n_threads=planning.n_threads,
+            overwrite=force,
+            progress=lambda tensor, done, total: live.status(f"residual {done} of {total}"),
+        )
     live.clear()
     if made.fallbacks:
         output.note(
@@ -135,6 +154,11 @@ def quantize(
         f"from {format_bytes(catalog.file_nbytes)} in {made.seconds:.1f} s"
     )
     output.line("matrices: " + ", ".join(f"{n} {kind}" for kind, n in used.most_common()))
+    if table is not None:
+        output.line(
+            f"{table.path}: residuals of {len(table.tensors)} matrices, "
+            f"{format_bytes(table.nbytes)}"
+        )
     output.result(
         {
             "source": source,
@@ -147,6 +171,7 @@ def quantize(
             "calibration_tokens": imatrix.n_tokens if imatrix else 0,
             "estimated_divergence": chosen.loss if chosen and method == "measured" else None,
             "tensor_types": made.tensor_types,
+            "residual": {"path": table.path, "nbytes": table.nbytes} if table else None,
         }
     )
 

@@ -45,6 +45,18 @@ if TYPE_CHECKING:
     help="Who multiplies by resident ternary weights; auto: nexus if the bits are the same."
     "  [default: ggml]",
 )
+@click.option(
+    "--residual",
+    "residual_file",
+    metavar="FILE",
+    help="Add back part of what quantization lost (`nexus quantize --residual`): other answers.",
+)
+@click.option(
+    "--residual-share",
+    type=click.FloatRange(0, 1),
+    metavar="X",
+    help="Part of the input channels to correct.  [default: what 5 % of time allow]",
+)
 @sampling_options
 @output_options
 def run(
@@ -56,6 +68,8 @@ def run(
     planning: PlanOptions,
     plan_file: str | None,
     kernels: str,
+    residual_file: str | None,
+    residual_share: float | None,
     choosing: SamplingOptions,
     output: Output,
 ) -> int:
@@ -84,7 +98,10 @@ def run(
         choosing = choosing.with_parameters(stored.parameters)
         system = system if system is not None else stored.system
     path = model if stored is None else stored.path
-    opened = open_session(path, planning, plan_file, choosing.repeat_last_n, live, kernels)
+    residual = (residual_file, residual_share)
+    opened = open_session(
+        path, planning, plan_file, choosing.repeat_last_n, live, kernels, residual
+    )
     with opened as session:
         if kernels != "ggml":
             output.note(_kernels_line(session.llm.nexus.own_kernels))
@@ -136,18 +153,26 @@ def open_session(
     repeat_last_n: int,
     live: Live,
     kernels: str = "ggml",
+    residual: tuple[str | None, float | None] = (None, None),
 ) -> Iterator[Session]:
-    """Plan, load and close a model, with progress on the terminal."""
+    """Plan, load and close a model, with progress on the terminal.
+
+    `residual` is a file of residuals and the share of the channels to correct.
+    """
     from nexus_ext.formats import open_model
     from nexus_ext.formats.ggml_types import ggml_types
 
     catalog = open_model(model)
     request = planning.request(catalog)
     # After the header was read: what is wrong with the file is said before llama.cpp is loaded.
-    from nexus_ext.runtime import Llama, plan_model
+    from nexus_ext.formats.residuals import read_residuals
+    from nexus_ext.runtime import Llama
+    from nexus_ext.runtime.residual import plan_with_room
 
     hardware = planning.hardware(model)
-    planned = plan_model(model, request, hardware=hardware, plan=plan_file)
+    file, share = residual
+    table = read_residuals(file) if file is not None else None
+    planned, table = plan_with_room(model, request, table, hardware=hardware, plan=plan_file)
     kv_types = {kind.name.lower(): number for number, kind in ggml_types().items()}
 
     def progress(done: int, total: int) -> None:
@@ -169,6 +194,8 @@ def open_session(
         type_k=kv_types[request.kv_type_k],
         type_v=kv_types[request.kv_type_v],
         flash_attn=request.flash_attn,
+        residual=table.path if table is not None else None,
+        residual_share=share,
         last_n_tokens_size=repeat_last_n,
         verbose=False,
     )
