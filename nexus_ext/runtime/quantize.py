@@ -7,6 +7,7 @@ that process alone. The result appears under its name when it is complete. The w
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
@@ -256,8 +257,9 @@ def _run_worker(job: QuantizeJob, cwd: str, progress: Progress) -> tuple[list[st
         )
         try:
             assert child.stdin is not None and child.stdout is not None
-            child.stdin.write(json.dumps(asdict(job)).encode())
-            child.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # a worker that is dead says nothing below
+                child.stdin.write(json.dumps(asdict(job)).encode())
+                child.stdin.close()
             end = _events(child.stdout, progress, fallbacks, types)
             child.wait()
         except BaseException:
