@@ -279,13 +279,14 @@ def _alone(config_file: str) -> int:
     return 0
 
 
-def _requests(names: list[str], n: int) -> list[dict[str, Any]]:
+def _requests(names: list[str], n: int, longest: int, most: int) -> list[dict[str, Any]]:
     rng = random.Random(20)
+    lengths = [min(longest, length) for length in (1, 2, 17, 60, 150)]
     return [
         {
             "model": rng.choice(names),
-            "prompt": [rng.randrange(3, 30000) for _ in range(rng.choice((1, 2, 17, 60, 150)))],
-            "n": rng.randrange(1, 7),
+            "prompt": [rng.randrange(3, 30000) for _ in range(rng.choice(lengths))],
+            "n": rng.randint(1, most),
         }
         for _ in range(n)
     ]
@@ -315,6 +316,8 @@ def main() -> int:
     parser.add_argument("--quant", default="Q4_K")
     parser.add_argument("--limit", default=None, help="default: half of the models' sizes")
     parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--longest-prompt", type=int, default=150)
+    parser.add_argument("--most-tokens", type=int, default=6)
     parser.add_argument("--cycles", type=int, default=20)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--part", choices=PARTS, action="append")
@@ -344,7 +347,9 @@ def main() -> int:
             "stream_bytes": limit // 2,
             "threads": args.threads or os.cpu_count() or 1,
             "cycles": args.cycles,
-            "requests": _requests(list(paths), args.requests),
+            "requests": _requests(
+                list(paths), args.requests, args.longest_prompt, args.most_tokens
+            ),
         }
         print(f"models {format_bytes(total)}, limit {format_bytes(limit)}")
         statuses = [_run(part, config, directory) for part in args.part or PARTS]
