@@ -51,6 +51,17 @@ _ERRORS: dict[Api, dict[str, Any]] = {
 }
 
 
+# What one event, or one line, of a stream is.
+_PART: dict[str, Any] = {
+    "text/event-stream": {
+        "type": "object",
+        "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+        "required": ["data"],
+    },
+    "application/x-ndjson": {"type": "object"},
+}
+
+
 def description(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     """Return the description of `endpoints` as OpenAPI 3.1."""
     models: dict[type[BaseModel], Any] = {}
@@ -93,7 +104,7 @@ def _operation(endpoint: Endpoint, refs: dict[type[BaseModel], Any]) -> dict[str
             schema = {"type": "string"}
         content[endpoint.media_type] = {"schema": schema}
     if endpoint.stream is not None:
-        content[endpoint.stream] = {"schema": {"type": "string"}}
+        content[endpoint.stream] = {"schema": _PART[endpoint.stream]}
     good: dict[str, Any] = {"description": "What was asked for."}
     if content:
         good["content"] = content
