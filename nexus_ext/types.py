@@ -141,6 +141,8 @@ class ChunkSummary:
 class ChunkTable(Protocol):
     """Where the bytes of the tensors of a container with chunks are."""
 
+    def __hash__(self) -> int: ...
+
     def summary(self) -> ChunkSummary: ...
 
     def chunks_of(self, tensor: str) -> TensorChunks:

@@ -92,7 +92,15 @@ def _plan(path: str, planning: PlanOptions, plan_file: str | None) -> Planned:
     from nexus_ext.formats import open_model
     from nexus_ext.runtime import plan_model
 
-    request = planning.request(open_model(path))
+    catalog = open_model(path)
+    if catalog.chunks is not None:
+        # It opens the file itself. A file in memory with the header alone would do, but for mmap:
+        # populating its holes takes as much memory as the weights have bytes.
+        raise UsageError(
+            f"{path} is an NXF, and another program can open a GGUF only",
+            hint="nexus convert model.nxf model.gguf; nexus run and serve take the NXF itself",
+        )
+    request = planning.request(catalog)
     try:
         return plan_model(path, request, hardware=planning.hardware(path), plan=plan_file)
     except DoesNotFit as error:

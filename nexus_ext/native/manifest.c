@@ -83,6 +83,12 @@ static bool parse_file(nx_model *m, cursor *c) {
     return files[m->n_files++].path != NULL;
 }
 
+/* The tensor of this line is stored in chunks. */
+static bool chunks_follow(const cursor *c) {
+    static const char next[] = "\nchunks ";
+    return (size_t)(c->text_end - c->end) >= sizeof next - 1 && memcmp(c->end, next, sizeof next - 1) == 0;
+}
+
 static bool parse_tensor(nx_model *m, cursor *c, uint32_t capacity) {
     if (m->n_extents >= capacity) return false;
     nx_extent *e = &m->extents[m->n_extents];
@@ -102,7 +108,7 @@ static bool parse_tensor(nx_model *m, cursor *c, uint32_t capacity) {
     if (file >= m->n_files) return false;
     const uint64_t size = m->files[file].nbytes;
     uint64_t rows = 1, virtual_end;
-    if (e->offset > size) return false;
+    if (e->offset > size || (!chunks_follow(c) && e->nbytes > size - e->offset)) return false;
     if (__builtin_add_overflow(e->virtual_offset, e->nbytes, &virtual_end)) return false;
     for (int i = 1; i < NX_MAX_DIMS; i++)
         if (__builtin_mul_overflow(rows, e->ne[i], &rows)) return false;
@@ -118,12 +124,10 @@ static bool parse_tensor(nx_model *m, cursor *c, uint32_t capacity) {
     return true;
 }
 
-/* Where the last tensor lies is known when the next line begins: as it is, or in all of its chunks. */
+/* All chunks of the last tensor were told. */
 static bool tensor_is_whole(const nx_model *m, const cursor *c) {
-    if (!m->n_extents) return true;
-    const nx_extent *e = &m->extents[m->n_extents - 1];
-    if (e->chunks) return c->n_chunks == e->chunks->n;
-    return e->nbytes <= m->files[e->file].nbytes - e->offset;
+    const nx_extent *e = m->n_extents ? &m->extents[m->n_extents - 1] : NULL;
+    return !e || !e->chunks || c->n_chunks == e->chunks->n;
 }
 
 static bool parse_chunks(nx_model *m, cursor *c) {

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from nexus_ext.placement.memory import stored_shares
 from nexus_ext.placement.plan import GPU, NVME, Prediction
 from nexus_ext.types import Catalog, ModelShape, Role, TensorInfo
 
@@ -178,6 +179,7 @@ def predict(
     `missing`: tensors with a cache, and the part of their use that it does not serve.
     """
     shape = catalog.shape
+    stored = stored_shares(catalog)
     head_on_gpu = output_on_gpu(catalog.tensors, tiers)
     ahead_s = waited_s = batch_read_s = batch_compute_s = 0.0
     compute = Compute()
@@ -195,6 +197,7 @@ def predict(
         if tiers[tensor.name] != NVME:
             continue
         share = missing.get(tensor.name, 1.0) if missing else 1.0
+        share *= stored.get(tensor.name, 1.0)  # what is read is what is stored
         streamed += math.ceil(used * share)
         seconds = read_s(tensor, shape, rates, row_only=row_only) * share
         if is_dense(tensor) and not row_only:

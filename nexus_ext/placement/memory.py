@@ -9,12 +9,13 @@ of adapters or of vision projectors.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from nexus_ext.errors import UsageError
-from nexus_ext.types import Catalog, ModelShape, Role, TensorInfo
+from nexus_ext.types import Catalog, ChunkTable, ModelShape, Role, TensorInfo
 
 if TYPE_CHECKING:
     from nexus_ext.placement.plan import PlanRequest
@@ -186,14 +187,31 @@ def graph_bytes(catalog: Catalog, context: Context) -> int:
 
 def chunk_nbytes(catalog: Catalog) -> tuple[int, int]:
     """Return (stored, decoded) bytes of the largest chunk that has to be decoded or gathered."""
-    stored = raw = 0
-    for tensor in catalog.tensors:
-        if catalog.chunks is None or not tensor.nbytes:
-            continue
-        found = catalog.chunks.chunks_of(tensor.name)
-        stored = max(stored, max(chunk.stored_nbytes for chunk in found.chunks))
-        raw = max(raw, found.chunk_nbytes)
-    return stored, raw
+    if catalog.chunks is None:
+        return 0, 0
+    found = _stored(catalog.chunks, tuple(t.name for t in catalog.tensors if t.nbytes))
+    stored = max((largest for _, largest, _ in found.values()), default=0)
+    return stored, max((raw for _, _, raw in found.values()), default=0)
+
+
+def stored_shares(catalog: Catalog) -> Mapping[str, float]:
+    """Return stored by decoded bytes, by tensor; empty where all are stored as they are."""
+    if catalog.chunks is None:
+        return {}
+    found = _stored(catalog.chunks, tuple(t.name for t in catalog.tensors if t.nbytes))
+    return {name: share for name, (share, _, _) in found.items()}
+
+
+@functools.lru_cache(maxsize=4)
+def _stored(chunks: ChunkTable, names: tuple[str, ...]) -> dict[str, tuple[float, int, int]]:
+    """Return (stored by decoded bytes, largest chunk stored, and decoded) by tensor."""
+    result = {}
+    for name in names:
+        found = chunks.chunks_of(name)
+        sizes = [chunk.stored_nbytes for chunk in found.chunks]
+        nbytes = found.n_matrices * found.matrix_nbytes
+        result[name] = (sum(sizes) / nbytes, max(sizes), found.chunk_nbytes)
+    return result
 
 
 def chunk_threads(catalog: Catalog) -> int:

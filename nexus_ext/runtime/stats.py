@@ -40,7 +40,10 @@ class RunStats:
     predicting: bool
     prediction: str  # why, in a sentence; "" without a cache of experts
     retries: int
-    resident_bytes: int  # pinned weights, ring, scratch and expert cache
+    stored_bytes: int  # chunks of an NXF that were checked and decoded, as they are stored
+    raw_bytes: int  # the same, decoded
+    decode_s: float  # that this took, all threads together
+    resident_bytes: int  # pinned weights, ring, scratch, expert cache, chunks on their way
     io_engine: str
     io_mode: str
     direct_reason: str
@@ -85,10 +88,14 @@ def run_stats(
         predicting=prediction.on,
         prediction=describe(prediction) if stats.cache_bytes else "",
         retries=stats.retries,
+        stored_bytes=stats.stored_bytes,
+        raw_bytes=stats.raw_bytes,
+        decode_s=stats.decode_ns / 1e9,
         resident_bytes=stats.pinned_bytes
         + stats.ring_bytes
         + stats.scratch_bytes
-        + stats.cache_bytes,
+        + stats.cache_bytes
+        + stats.bounce_bytes,
         io_engine=io_engine,
         io_mode=io_mode,
         direct_reason=direct_reason,

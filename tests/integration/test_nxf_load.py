@@ -17,7 +17,9 @@ from nexus_ext.formats import open_model
 from nexus_ext.formats.nxf_convert import to_nxf
 from nexus_ext.formats.nxf_layout import Order, Rules
 from nexus_ext.formats.sources import open_source
+from nexus_ext.placement import PlanRequest, memory
 from nexus_ext.runtime.manifest import VERIFY_VARIABLE
+from nexus_ext.runtime.planning import plan_model
 from nexus_ext.types import Chunk
 from tests.cli_support import call
 from tests.integration.streaming import Bits, logits, paged, prompt, stock
@@ -271,6 +273,34 @@ def test_a_codec_of_a_plugin_is_refused_by_name(
         streaming(encoded).__enter__()
 
 
+# -- accounting -----------------------------------------------------------------------------------
+
+
+def test_a_plan_counts_what_is_stored_and_the_room_to_decode_it(encoded: Path) -> None:
+    request = PlanRequest(weights_bytes=3 << 20, gpu_bytes=0)
+    nxf = plan_model(encoded, request)
+    gguf = plan_model(encoded.with_suffix(".gguf"), request)
+    assert nxf.plan.tiers == gguf.plan.tiers
+    ratio = nxf.plan.streamed_bytes_per_token / gguf.plan.streamed_bytes_per_token
+    assert 0.5 < ratio < 0.9
+    room = memory.bounce_bytes(nxf.catalog)
+    more = nxf.plan.breakdown["runtime"] - gguf.plan.breakdown["runtime"]
+    assert 0 < room <= more < 1.01 * room  # and the page tables of that
+    assert memory.bounce_bytes(gguf.catalog) == 0
+
+
+def test_statistics_tell_stored_bytes_from_decoded_ones(encoded: Path) -> None:
+    with streaming(encoded) as llm:
+        llm.nexus.reset_stats()
+        logits(llm, prompt(1, llm.n_vocab()), n_decode=3)
+        chunk, stats = chunk_of(encoded, STREAMED), llm.nexus.stats()
+        assert stats.stored_bytes < stats.raw_bytes
+        assert stats.raw_bytes % chunk.raw_nbytes == 0 and stats.raw_bytes >= 4 * chunk.raw_nbytes
+        assert stats.bytes_read < stats.bytes_used, "fewer bytes came from the disk than were used"
+        assert stats.decode_s > 0
+        assert core(llm).stats().bounce_bytes <= memory.bounce_bytes(llm.nexus.catalog)
+
+
 # -- commands -------------------------------------------------------------------------------------
 
 
@@ -281,3 +311,5 @@ def test_commands_take_an_nxf(encoded: Path) -> None:
     arguments = ("--weights", "3M", "--prompt-tokens", "8", "-n", "3", "--json")
     found = call("verify", encoded, *arguments).json
     assert found["identical"] is True and found["streamed_nbytes"] > 0
+    done = call("exec", "--model", encoded, "--", "true")
+    assert done.status != 0 and "nexus convert" in done.err
