@@ -6,10 +6,7 @@ costs each of them (`sensitivity`), and the choice (`quality.allocation`).
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,8 +62,7 @@ class Measured:
 
     def allocation(self, bits_per_weight: float) -> Allocation:
         """Return the types for a size in bits per weight of the whole model."""
-        with _silent_stdout():
-            return allocate(self.items(), self.budget_nbytes(bits_per_weight))
+        return allocate(self.items(), self.budget_nbytes(bits_per_weight))
 
     def budget_nbytes(self, bits_per_weight: float) -> int:
         """Return what is left for the quantized tensors. UsageError when that is nothing."""
@@ -78,20 +74,6 @@ class Measured:
                 hint="allow more",
             )
         return budget
-
-
-@contextmanager
-def _silent_stdout() -> Iterator[None]:
-    """Keep the banner that HiGHS 1.16 prints on creation, whatever its options, out of answers."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def measure(
