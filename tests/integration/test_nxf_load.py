@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import random
 from collections.abc import Iterator
+from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,26 @@ from nexus_ext.formats.nxf_convert import to_nxf
 from nexus_ext.formats.nxf_layout import Order, Rules
 from nexus_ext.formats.sources import open_source
 from nexus_ext.placement import PlanRequest, memory
+from nexus_ext.runtime.batch import Row
 from nexus_ext.runtime.manifest import VERIFY_VARIABLE
 from nexus_ext.runtime.planning import plan_model
 from nexus_ext.types import Chunk
 from tests.cli_support import call
+from tests.integration.alone import Alone
 from tests.integration.streaming import Bits, logits, paged, prompt, stock
+from tests.integration.test_batch import Opened, prefill
 from tests.integration.test_experts import cached
 from tests.models_folder import find_model
 from tests.synth import MoeDims, write_llama, write_moe
 
 SMALL: dict[str, Any] = {"n_ctx": 256, "n_batch": 256, "n_ubatch": 64}
 TINY_LENGTHS = (1, 40)
+# The package converts, the system's library decodes while weights are streamed.
 ZSTD = pytest.param(
     "zstd",
     marks=pytest.mark.skipif(
-        importlib.util.find_spec("zstandard") is None, reason="needs zstandard to convert"
+        importlib.util.find_spec("zstandard") is None or find_library("zstd") is None,
+        reason="needs the package zstandard and the system's libzstd",
     ),
 )
 CODECS = ("raw", "ans", ZSTD)
@@ -170,6 +176,28 @@ def test_an_nxf_and_a_gguf_at_the_same_time(
         for n in TINY_LENGTHS:
             for llm in (one, other):
                 assert np.array_equal(logits(llm, prompt(n, n_vocab), 10), bits[n]), n
+
+
+@pytest.mark.parametrize("codec", ["raw", "ans"])
+def test_weights_of_an_nxf_come_and_go(
+    codec: str, moe: tuple[Path, dict[int, Bits], int], tmp_path: Path
+) -> None:
+    """As the multiplexer moves them: dense weights and slots of experts, between tokens."""
+    gguf, _, n_vocab = moe
+    nxf = tmp_path / "moe.nxf"
+    convert(gguf, nxf, codec, order=shuffled)
+    alone = Alone(gguf)
+    expected = alone.greedy(prompt(40, n_vocab), 6)
+    alone.close()
+    opened = Opened(nxf)
+    n_units = len(opened.plan.units)
+    row = prefill(opened.context, 0, prompt(40, n_vocab), 64)
+    for step, wanted in enumerate(expected):
+        assert np.array_equal(row, wanted), step
+        opened.model.set_resident((n_units, 0, n_units // 2)[step % 3])
+        opened.context.compute([Row(int(row.argmax()), 40 + step, 0, True)])
+        row = opened.context.logits(0).copy()
+    opened.close()
 
 
 # -- faults ---------------------------------------------------------------------------------------
