@@ -23,7 +23,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ m.content }} {% endfor %}"
     "{% if tools %}{{ tools | length }} tools, write <tool_call>{% endif %}"
 )
-PROMPT = "Once upon a time"
+PROMPT = "Once upon a time a little girl named Lily had a cat that liked to sleep in the warm sun"
 MESSAGES: Any = [{"role": "user", "content": PROMPT}]
 SCHEMA = {
     "type": "object",
