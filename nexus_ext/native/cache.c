@@ -16,7 +16,7 @@
 #include <string.h>
 
 #define NX_CACHE_HALF_LIFE 64.0 /* graphs */
-#define JOIN_BYTES (16u << 20) /* larger records are read part by part: computing begins with the first */
+#define JOIN_BYTES (1u << 20) /* larger records are read part by part: computing begins with the first */
 
 /* -- policies ----------------------------------------------------------------------------------- */
 
