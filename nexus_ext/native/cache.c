@@ -144,6 +144,12 @@ nx_status nx_cache_init(nx_model *m, nx_error *error) {
     return NX_OK;
 }
 
+void nx_cache_prefault(nx_model *m) {
+    for (uint32_t i = 0; i < m->n_extents; i++)
+        if (m->extents[i].elastic) return;
+    for (uint32_t i = 0; i < m->n_groups; i++) nx_prefault_add(m, m->groups[i].pool, m->groups[i].pool_bytes);
+}
+
 void nx_cache_free(nx_model *m) {
     for (uint32_t i = 0; i < m->n_groups; i++) {
         nx_memory_unmap(m->groups[i].pool, m->groups[i].pool_bytes);

@@ -51,6 +51,8 @@ struct nx_group {
 
 nx_status nx_cache_init(nx_model *, nx_error *);
 void nx_cache_free(nx_model *);
+/* Make the pools present in the background, unless slots come and go. With load_lock held. */
+void nx_cache_prefault(nx_model *);
 /* With the turn: slots from `n_slots` on hold nothing, and nothing is read into them. */
 nx_status nx_cache_close_slots(nx_group *, uint32_t n_slots);
 /* The read that brings a part. */

@@ -112,6 +112,7 @@ struct nx_model {
     pthread_mutex_t load_lock; /* guards load_io and the reads of pinned memory */
     nx_io *load_io;
     nx_read *load_reads; /* one per extent, used for ram */
+    struct nx_prefault *prefault; /* while pinned memory is filled, see prefault.c */
     uint8_t *load_state; /* per extent: 0 not asked for, 1 reading, 2 there */
     uint64_t load_begin_ns, load_end_ns; /* atomic: read by nx_model_get_stats */
     atomic_bool loaded; /* nothing claimed is missing */
@@ -167,6 +168,12 @@ void nx_event_add(nx_model *, nx_event_kind, uint32_t a, uint64_t b);
 void nx_read_error(nx_model *, const nx_extent *, const nx_read *, nx_error *);
 /* Publish an engine's counters. Only its driver may ask the engine; anyone may ask for statistics. */
 void nx_stats_see(const nx_io *, nx_io_stats *seen);
+
+/* Memory of this size is about to be read into; until nx_prefault_end, which waits for its thread. With
+ * load_lock held. */
+typedef struct nx_prefault nx_prefault;
+void nx_prefault_add(nx_model *, void *memory, uint64_t nbytes);
+void nx_prefault_end(nx_model *);
 
 /* Anonymous memory, page aligned; NULL when it cannot be had. */
 void *nx_memory_map(uint64_t nbytes);

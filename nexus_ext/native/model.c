@@ -215,6 +215,7 @@ static nx_status place_pinned(nx_model *m, nx_error *error) {
 }
 
 static void model_free(nx_model *m) {
+    nx_prefault_end(m);
     nx_io_destroy(m->load_io); /* waits for reads in flight: they write into our memory */
     nx_pager_free(m);
     nx_cache_free(m); /* after the engine: its reads wrote here */
@@ -314,6 +315,7 @@ static nx_status load_start(nx_model *m, nx_extent *e) {
     *read = (nx_read){.dst = e->pinned};
     nx_extent_locate(e, 0, e->nbytes, read);
     atomic_store(&m->loaded, false);
+    nx_prefault_add(m, e->pinned, e->nbytes);
     nx_status status = nx_io_submit(m->load_io, &read, 1);
     if (status != NX_OK && status != NX_E_IO) return status;
     if (!m->load_begin_ns) __atomic_store_n(&m->load_begin_ns, nx_now_ns(), __ATOMIC_RELAXED);
@@ -374,7 +376,9 @@ nx_status nx_model_finish_load(nx_model *m, int (*progress)(void *, uint64_t, ui
         if (result == NX_OK && load_should_stop(&state)) result = NX_E_ABORTED;
     }
     if (result == NX_OK) {
+        nx_prefault_end(m); /* before memory is given back */
         nx_model_pack(m);
+        nx_cache_prefault(m);
         __atomic_store_n(&m->load_end_ns, nx_now_ns(), __ATOMIC_RELAXED);
         atomic_store(&m->loaded, true);
     }
