@@ -186,17 +186,22 @@ nx_status nx_demote(nx_model *m, const uint32_t *extents, size_t n, uint64_t *by
     pthread_mutex_lock(&m->load_lock);
     nx_status status = nx_turn_take(m);
     if (status == NX_OK) {
+        bool any = false;
         for (size_t i = 0; i < n; i++) {
             nx_extent *e = &m->extents[extents[i]];
             if (m->load_state[extents[i]] != THERE) continue;
+            any = true;
             set_tier(m, e, NX_TIER_NVME);
             m->load_state[extents[i]] = AWAY;
             const nx_status closed = close_pages(pages_of(m, e), span_of(m, e));
-            if (closed != NX_OK) status = say(m, closed, "memory of a weight cannot be given back");
+            if (closed != NX_OK) { /* it still counts */
+                status = say(m, closed, "memory of a weight cannot be given back");
+                continue;
+            }
             atomic_fetch_sub(&m->elastic_bytes, span_of(m, e));
             *bytes += e->nbytes;
         }
-        if (*bytes) nx_pager_forget(m);
+        if (any) nx_pager_forget(m);
         nx_turn_give(m);
     }
     pthread_mutex_unlock(&m->load_lock);

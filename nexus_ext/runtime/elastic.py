@@ -274,17 +274,18 @@ class ElasticModel:
         units = self.blueprint.units
         if n_units < self.resident:
             leaving = units[n_units : self.resident]
-            self.resident = n_units
             self._set_slots(n_units)
             numbers = [n for unit in leaving for n in unit.extents]
             if numbers:
                 self.core.demote(numbers)
+            self.resident = n_units  # what could not be given back still counts
             return sum(unit.nbytes for unit in leaving)
         coming = units[self.resident : n_units]
         numbers = [n for unit in coming for n in unit.extents]
         try:
             if numbers:
                 self.core.promote(numbers, stop)
+            self._set_slots(n_units)
         except BaseException:
             whole = 0
             for unit in coming:
@@ -292,12 +293,12 @@ class ElasticModel:
                     break
                 whole += 1
             partial = [n for unit in coming[whole:] for n in unit.extents]
+            self.resident += min(whole, sum(bool(unit.extents) for unit in coming))
             with contextlib.suppress(Exception):  # the error that matters is on its way already
                 self.core.demote(partial)
-            self.resident += min(whole, sum(bool(unit.extents) for unit in coming))
+                self._set_slots(self.resident)
             raise
         self.resident = n_units
-        self._set_slots(n_units)
         return sum(unit.nbytes for unit in coming)
 
     def _set_slots(self, n_units: int) -> None:

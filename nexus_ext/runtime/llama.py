@@ -215,12 +215,12 @@ class Llama(llama_cpp.Llama):
             backend.register()
             text = manifest(planned.catalog, planned.plan, planned.io_mode, ours)
             model = core.Model(text, planned.catalog.header)
-            if planned.plan.expert_caches:
-                model.set_cache_policy(plugins().choose_cache(_cache_info(planned)))
-                model.set_predictor(plugins().choose_predictor(_cache_info(planned)))
             arguments.setdefault("offload_kqv", layers != 0)
         handle = NexusHandle(path, planned, model, ours)
         try:
+            if model is not None and planned.plan.expert_caches:
+                model.set_cache_policy(plugins().choose_cache(_cache_info(planned)))
+                model.set_predictor(plugins().choose_predictor(_cache_info(planned)))
             with loads(model, extra_buffers=model is None and amx_works() is not False):
                 try:
                     super().__init__(path, n_gpu_layers=layers, **arguments)
@@ -237,6 +237,7 @@ class Llama(llama_cpp.Llama):
                 handle.warm_start = WarmStart(model, planned.catalog)
                 handle.warm_start.start()
         except BaseException:
+            self._nexus = None  # nobody was told of it: nobody is told that it is closed
             self._free(model)
             raise
         plugins().model_loaded(handle.info)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nexus_ext.errors import Interrupted, ReadFailed, UsageError
+from nexus_ext.errors import Interrupted, OutOfMemory, ReadFailed, UsageError
 from nexus_ext.multiplexer.prefix import TILE
 from nexus_ext.runtime.batch import BatchContext, Row, Shape
 from nexus_ext.runtime.elastic import Blueprint, ElasticModel, blueprint
@@ -139,6 +139,34 @@ def test_a_read_error_keeps_the_units_that_are_whole(opened: Opened) -> None:
     model.core.clear_faults()
     model.set_resident(len(plan.units))
     assert prefill(opened.context, 0, [5, 6, 7], 64).shape == (opened.model.vocabulary.n_tokens,)
+
+
+@pytest.mark.parametrize(("grows", "what"), [(True, "resize_cache"), (False, "demote")])
+def test_what_cannot_be_given_or_given_back_is_counted_as_it_is(
+    grows: bool, what: str, moe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Opened(moe)
+    try:
+        model, n_units = opened.model, len(opened.plan.units)
+        assert opened.plan.caches
+        model.set_resident(0 if grows else n_units)
+        before = model.core.resident_bytes()
+
+        def fails(*arguments: Any) -> None:
+            monkeypatch.undo()
+            raise OutOfMemory("for this test")
+
+        monkeypatch.setattr(model.core, what, fails)
+        with pytest.raises(OutOfMemory):
+            model.set_resident(n_units if grows else 0)
+        held = sum(unit.nbytes for unit in opened.plan.units[: model.resident])
+        assert before <= held if not grows else model.core.resident_bytes() <= held
+        for n in (n_units, 0):
+            model.set_resident(n)
+            assert model.resident == n
+        assert model.core.resident_bytes() == 0
+    finally:
+        opened.close()
 
 
 def test_a_failed_or_stopped_batch_leaves_sequences_as_they_were(opened: Opened) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 from llama_cpp import _internals
 
 from nexus_ext import Llama, Plan
-from nexus_ext.errors import FormatError, UsageError
+from nexus_ext.errors import FormatError, Interrupted, UsageError
+from nexus_ext.plugins import plugins
 from tests.integration.streaming import logits, paged, prompt, stock
 from tests.models_folder import find_model
 
@@ -34,6 +36,20 @@ def both(path: Path, use: Any, **arguments: Any) -> tuple[Any, Any]:
     with paged(path, "1500K", **{**ARGUMENTS, **arguments}) as llm:
         assert llm.nexus.active
         return expected, use(llm)
+
+
+def test_of_a_load_that_was_stopped_nobody_hears(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    for event in ("model_loaded", "model_closed"):
+        monkeypatch.setattr(plugins(), event, lambda info, event=event: told.append(event))
+    with pytest.raises(Interrupted):
+        Llama(path, weights="1500K", verbose=False, progress=lambda done, total: True, **ARGUMENTS)
+    gc.collect()
+    assert told == []
+    Llama(path, weights="1500K", verbose=False, **ARGUMENTS).close()
+    assert told == ["model_loaded", "model_closed"]
 
 
 def test_sampled_completions_are_the_same(path: Path) -> None:
