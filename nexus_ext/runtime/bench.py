@@ -218,6 +218,7 @@ def bench_model(
         hardware=planned.hardware.to_json(),
         n_warmup=n_warmup,
         warm_pass=not cold,
+        repack=not _hooked(planned),
     )
     sides: tuple[Side, ...] = ("paged", "stock") if baseline else ("paged",)
     disk, runs, how = [disk_sample(files, planned.hardware)], [], ""
@@ -303,7 +304,7 @@ def _result(
 ) -> Bench:
     paged = summarize("paged", runs)
     stock = summarize("stock", runs) if any(run.side == "stock" for run in runs) else None
-    active = not planned.plan.everything_fits or planned.catalog.chunks is not None
+    active = _hooked(planned)
     tiers = planned.plan.tiers
     return Bench(
         model=job.model,
@@ -326,6 +327,11 @@ def _result(
         prefill_ratio=_ratio(paged.prefill_tok_s, stock.prefill_tok_s if stock else None),
         notes=tuple(_notes(planned, runs, disk)),
     )
+
+
+def _hooked(planned: Planned) -> bool:
+    """Whether anything of ours runs: what fits is left to llama.cpp as it comes."""
+    return not planned.plan.everything_fits or planned.catalog.chunks is not None
 
 
 def summarize(side: Side, runs: tuple[Run, ...]) -> Summary:
@@ -412,7 +418,7 @@ def _how(drops: bool, warm_pass: bool, runs: tuple[Run, ...]) -> str:
 
 def _notes(planned: Planned, runs: tuple[Run, ...], disk: tuple[DiskSample, ...]) -> list[str]:
     notes = list(planned.plan.notes)
-    if planned.plan.everything_fits and planned.catalog.chunks is None:
+    if not _hooked(planned):
         notes.append("Everything fits: the paged side is llama.cpp as it comes, nothing is hooked.")
     if not all(sample.direct for sample in disk):
         notes.append("The disk was measured through the page cache; the bound may be too high.")

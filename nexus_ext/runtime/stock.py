@@ -9,6 +9,7 @@ from typing import Any
 
 from nexus_ext import core
 from nexus_ext.formats import open_model
+from nexus_ext.runtime.amx import amx_works
 from nexus_ext.runtime.loading import loads
 from nexus_ext.runtime.manifest import manifest_text
 
@@ -22,16 +23,17 @@ class _NoAreas:
     scratch_bytes: int = 0
 
 
-def stock_llama(path: str, **arguments: Any) -> Any:
+def stock_llama(path: str, *, repack: bool = False, **arguments: Any) -> Any:
     """Return `llama_cpp.Llama(path, **arguments)` with weights in plain CPU buffers.
 
     By default llama.cpp may repack weights for the CPU at hand, and products of repacked weights
-    round differently; everything else is as the user would get it. An NXF, which llama.cpp cannot
-    open, is decoded into its buffers.
+    round differently: `repack` lets it, where that works. Everything else is as the user would get
+    it. An NXF, which llama.cpp cannot open, is decoded into its buffers.
     """
     import llama_cpp
 
-    with _decoded(path) as model, loads(model, extra_buffers=False, paged=False):
+    extra_buffers = repack and amx_works() is not False
+    with _decoded(path) as model, loads(model, extra_buffers=extra_buffers, paged=False):
         return llama_cpp.Llama(path, **arguments)
 
 

@@ -67,6 +67,7 @@ class Job:
     warm_pass: bool = False  # evaluate the prompt once before anything is measured
     tokens: tuple[int, ...] = ()  # decode along these (prompt included) instead of greedily
     logits: str | None = None  # file for the logits of every position
+    repack: bool = False  # stock side: llama.cpp may repack weights, as it does by default
 
 
 def session_of(request: PlanRequest, planned: Planned) -> Session:
@@ -269,7 +270,7 @@ def _open(job: Job) -> Any:
     if job.side == "stock":
         from nexus_ext.runtime.stock import stock_llama
 
-        return stock_llama(job.model, **arguments)
+        return stock_llama(job.model, repack=job.repack, **arguments)
     from nexus_ext.runtime.llama import Llama
 
     assert job.plan is not None and job.hardware is not None, "a paged run follows a plan"
