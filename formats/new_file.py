@@ -112,6 +112,26 @@ class NewFile:
         )
 
 
+def replace_whole(path: str | os.PathLike[str], data: bytes, *, durable: bool = False) -> None:
+    """Write a small file, in a directory that is made if need be. Raises OSError.
+
+    Readers see the old file or the whole new one, also while several processes write it. `durable`:
+    it is on the disk when this returns.
+    """
+    name = os.fspath(path)
+    beside = f"{name}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
+    os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+    try:
+        with open(beside, "xb") as stream:
+            stream.write(data)
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
+        os.replace(beside, name)
+    finally:
+        _remove(beside)
+
+
 def refuse_existing(path: str, *, overwrite: bool) -> None:
     """Raise UsageError if something is at `path` that may not be overwritten."""
     if os.path.isdir(path):

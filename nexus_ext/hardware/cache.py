@@ -14,10 +14,10 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Final
 
 from nexus_ext.errors import FormatError
+from nexus_ext.formats.new_file import replace_whole
 from nexus_ext.hardware.profile import HardwareProfile
 
 _log = logging.getLogger("nexus_ext.hardware")
@@ -75,16 +75,8 @@ def store(file: str, profile: HardwareProfile) -> bool:
 
     Readers see the old file or the whole new one, never a part.
     """
-    temporary = f"{file}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
     try:
-        os.makedirs(os.path.dirname(file), exist_ok=True)
-        try:
-            with open(temporary, "x", encoding="utf-8") as stream:
-                stream.write(profile.to_json())
-            os.replace(temporary, file)
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary)
+        replace_whole(file, profile.to_json().encode())
     except OSError as error:
         _log.warning("the hardware profile is not stored, the next run measures again: %s", error)
         return False

@@ -18,12 +18,12 @@ import sys
 import threading
 from array import array
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 from nexus_ext import core
 from nexus_ext.errors import FormatError, NexusError
+from nexus_ext.formats.new_file import replace_whole
 from nexus_ext.hardware.cache import default_cache_dir
 from nexus_ext.types import Catalog
 
@@ -132,16 +132,8 @@ def load(file: str, fingerprint: str) -> Popularity:
 
 def store(file: str, popularity: Popularity) -> bool:
     """Write the file and return whether that worked; readers see the old one or the whole new."""
-    temporary = f"{file}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
     try:
-        os.makedirs(os.path.dirname(file), exist_ok=True)
-        try:
-            with open(temporary, "x", encoding="utf-8") as stream:
-                stream.write(popularity.to_json())
-            os.replace(temporary, file)
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary)
+        replace_whole(file, popularity.to_json().encode())
     except OSError as error:
         _log.warning("the popularity of experts is not stored: %s", error)
         return False

@@ -20,6 +20,7 @@ from typing import Any
 
 from nexus_ext.errors import FormatError, ModelNotFound, UsageError
 from nexus_ext.formats import open_model
+from nexus_ext.formats.new_file import replace_whole
 from nexus_ext.store.model import StoredModel
 from nexus_ext.store.names import ModelName
 from nexus_ext.store.parameters import checked
@@ -105,8 +106,8 @@ class OwnStore:
             "source": source or str(path),
         }
         file = self._file(name)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(file, json.dumps(manifest, indent=2, ensure_ascii=False).encode())
+        text = json.dumps(manifest, indent=2, ensure_ascii=False)
+        replace_whole(file, text.encode(), durable=True)
         made = self.find(name)
         assert made is not None
         return made
@@ -200,17 +201,3 @@ def _read_limited(file: Path) -> bytes:
             hint=_REMAKE,
         )
     return raw
-
-
-def _write_whole(file: Path, data: bytes) -> None:
-    """Write beside and rename: a reader sees the old file or the new one."""
-    handle, beside = tempfile.mkstemp(dir=file.parent, prefix=".writing-")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(beside, file)
-    except BaseException:
-        os.unlink(beside)
-        raise
