@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from nexus_ext.errors import ModelNotFound, NexusError
+from nexus_ext.runtime.sampling import Sampling
 
 __all__ = [
     "ContextTooLong",
@@ -47,27 +48,6 @@ class ContextTooLong(NexusError, ValueError):
     """A prompt has more tokens than the model's context."""
 
     code = "context_too_long"
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a token is picked, with llama.cpp's names and meaning. temperature 0 is greedy."""
-
-    temperature: float = 0.8
-    top_k: int = 40  # 0: all
-    top_p: float = 0.95
-    min_p: float = 0.05
-    typical_p: float = 1.0
-    repeat_penalty: float = 1.0
-    repeat_last_n: int = 64
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    mirostat: int = 0
-    mirostat_tau: float = 5.0
-    mirostat_eta: float = 0.1
-    seed: int | None = None  # None: another one each time
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    grammar: str | None = None  # GBNF
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,22 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nexus_ext.multiplexer.api import Done, FinishReason, GenerateRequest, Piece, TokenLogprob
 from nexus_ext.multiplexer.text import TextStream
-from nexus_ext.runtime.sampler import Logits, Sampler, SamplerOptions, log_probabilities
+from nexus_ext.runtime.sampler import Logits, Sampler, log_probabilities
 
 if TYPE_CHECKING:
     from nexus_ext.runtime.vocabulary import Vocabulary
 
 Event = Piece | Done | BaseException
-
-
-def sampler_options(request: GenerateRequest) -> SamplerOptions:
-    values = {f.name: getattr(request.sampling, f.name) for f in fields(SamplerOptions)}
-    return SamplerOptions(**values)
 
 
 class Outlet:
@@ -68,15 +63,13 @@ class Job:
         self.tokens = list(self.request.prompt)
         self.n_prompt = len(self.tokens)
         self.vocabulary.check(self.tokens)
-        options = sampler_options(self.request)
+        sampling = self.request.sampling
         self.sampler = Sampler(
-            self.vocabulary.pointer, self.vocabulary.n_tokens, options, self.n_ctx
+            self.vocabulary.pointer, self.vocabulary.n_tokens, sampling, self.n_ctx
         )
         self.text = TextStream(self.request.stop)
-        last_n = options.repeat_last_n
-        if last_n and (
-            options.repeat_penalty != 1 or options.frequency_penalty or options.presence_penalty
-        ):
+        last_n = sampling.repeat_last_n
+        if sampling.penalizes:
             self.sampler.accept_prompt(self.tokens if last_n < 0 else self.tokens[-last_n:])
 
     @property

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import llama_cpp.llama_cpp as bindings
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nexus_ext.errors import NexusError, UsageError
+from nexus_ext.runtime.sampling import Sampling
 
 Logits = npt.NDArray[np.float32]
 
@@ -23,54 +23,10 @@ _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32
 _MIROSTAT_M = 100  # tokens that mirostat 1 estimates the exponent of Zipf's law from
 
 
-@dataclass(frozen=True, slots=True)
-class SamplerOptions:
-    """llama.cpp's names and meaning. temperature 0 is greedy."""
-
-    temperature: float = 0.8
-    top_k: int = 40  # 0: all
-    top_p: float = 0.95
-    min_p: float = 0.05
-    typical_p: float = 1.0
-    repeat_penalty: float = 1.0
-    repeat_last_n: int = 64  # -1: the whole context
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    mirostat: int = 0
-    mirostat_tau: float = 5.0
-    mirostat_eta: float = 0.1
-    seed: int | None = None  # None: another one each time
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    grammar: str | None = None  # GBNF
-
-    def check(self, n_vocab: int) -> None:
-        """Raise UsageError for a value that means nothing."""
-        for name, low, high in (
-            ("temperature", 0.0, 1e6),
-            ("top_p", 0.0, 1.0),
-            ("min_p", 0.0, 1.0),
-            ("typical_p", 0.0, 1.0),
-            ("repeat_penalty", 1e-6, 1e6),
-            ("presence_penalty", -1e6, 1e6),
-            ("frequency_penalty", -1e6, 1e6),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high:  # also for NaN
-                raise UsageError(f"{name} is {value}, not between {low:g} and {high:g}")
-        if self.mirostat not in (0, 1, 2):
-            raise UsageError(f"mirostat is {self.mirostat}, not 0, 1 or 2")
-        for token in self.logit_bias:
-            if not 0 <= token < n_vocab:
-                raise UsageError(
-                    f"logit_bias names token {token}, but the model has {n_vocab} tokens",
-                    hint="token numbers are those of this model's vocabulary",
-                )
-
-
 class Sampler:
     """Picks tokens for one sequence, and remembers what penalties and a grammar must know."""
 
-    def __init__(self, vocab: Any, n_vocab: int, options: SamplerOptions, n_ctx: int) -> None:
+    def __init__(self, vocab: Any, n_vocab: int, options: Sampling, n_ctx: int) -> None:
         """Build the chain. Raises UsageError for a grammar that cannot be read."""
         options.check(n_vocab)
         self._chain = self._grammar = None
@@ -155,7 +111,7 @@ def _array(candidates: npt.NDArray[Any]) -> Any:
     )
 
 
-def _samplers(options: SamplerOptions, n_vocab: int, seed: int, n_ctx: int) -> list[Any]:
+def _samplers(options: Sampling, n_vocab: int, seed: int, n_ctx: int) -> list[Any]:
     """The samplers in llama.cpp's order. The chain owns them."""
     b = bindings
     chain = []
@@ -164,7 +120,7 @@ def _samplers(options: SamplerOptions, n_vocab: int, seed: int, n_ctx: int) -> l
             *(b.llama_logit_bias(token=t, bias=v) for t, v in options.logit_bias.items())
         )
         chain.append(b.llama_sampler_init_logit_bias(n_vocab, len(entries), entries))
-    if (options.repeat_penalty, options.frequency_penalty, options.presence_penalty) != (1, 0, 0):
+    if options.penalizes:
         last_n = n_ctx if options.repeat_last_n < 0 else options.repeat_last_n
         chain.append(
             b.llama_sampler_init_penalties(
