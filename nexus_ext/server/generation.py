@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import cast
 
 from nexus_ext.errors import Interrupted
@@ -37,19 +37,32 @@ class Answer:
         return [token for piece in self.pieces for token in piece.tokens]
 
 
-@dataclass(slots=True)
 class Usage:
-    """Tokens of all answers to one prompt."""
+    """Tokens of all answers to one or more prompts."""
 
-    n_prompt: int = 0
-    n_cached: int = 0
-    n_generated: int = 0
-    dones: list[Done] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.dones: list[Done] = []
+        self._prompts: dict[int, tuple[int, int]] = {}  # prompt -> its tokens, those cached
 
-    def add(self, done: Done) -> None:
-        self.n_prompt = max(self.n_prompt, done.n_prompt_tokens)
-        self.n_cached = max(self.n_cached, done.n_cached_tokens)
-        self.n_generated += done.n_tokens
+    @property
+    def n_prompt(self) -> int:
+        return sum(n for n, _ in self._prompts.values())
+
+    @property
+    def n_cached(self) -> int:
+        return sum(n for _, n in self._prompts.values())
+
+    @property
+    def n_generated(self) -> int:
+        return sum(done.n_tokens for done in self.dones)
+
+    def add(self, done: Done, prompt: int = 0) -> None:
+        """Count an answer to prompt number `prompt`, which itself counts once."""
+        n_prompt, n_cached = self._prompts.get(prompt, (0, 0))
+        self._prompts[prompt] = (
+            max(n_prompt, done.n_prompt_tokens),
+            max(n_cached, done.n_cached_tokens),
+        )
         self.dones.append(done)
 
 
@@ -132,6 +145,16 @@ async def generate_many(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def events_of_all(
+    service: Service, requests: Sequence[GenerateRequest], n: int
+) -> AsyncGenerator[Event, None]:
+    """Yield what `n` answers to each of several prompts consist of, one prompt after the other."""
+    for prompt, request in enumerate(requests):
+        async with aclosing(generate_many(service, request, n)) as events:
+            async for number, event in events:
+                yield prompt * n + number, event
+
+
 async def answers(
     service: Service, request: GenerateRequest, n: int, keep_alive_s: float | None = None
 ) -> tuple[list[Answer], Usage]:
@@ -159,13 +182,11 @@ async def answers_to_all(
     found: list[Answer] = []
     tasks = [asyncio.ensure_future(answers(service, request, n)) for request in requests]
     try:
-        for task in tasks:
+        for prompt, task in enumerate(tasks):
             made, usage = await task
             found += made
-            total.n_prompt += usage.n_prompt
-            total.n_cached += usage.n_cached
-            total.n_generated += usage.n_generated
-            total.dones += usage.dones
+            for done in usage.dones:
+                total.add(done, prompt)
     finally:
         for task in tasks:
             task.cancel()

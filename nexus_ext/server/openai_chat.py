@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from nexus_ext.multiplexer.api import Done, GenerateRequest, Piece
+from nexus_ext.multiplexer.api import Done, Piece
 from nexus_ext.server.errors import HttpError
-from nexus_ext.server.generation import Answer, Usage, answers, generate_many
-from nexus_ext.server.openai_common import (
-    FINGERPRINT,
-    chat_logprobs,
-    finish_reason,
-    new_id,
-    now,
-    request_of,
-    usage_of,
-)
+from nexus_ext.server.generation import Answer
+from nexus_ext.server.openai_common import Form, chat_logprobs, finish_reason, reply, request_of
 from nexus_ext.server.openai_types import ChatBody, NamedTool, ResponseFormat
 from nexus_ext.server.prompts import ChatPrompt, Tools, chat_prompt, form_grammar, template_message
 from nexus_ext.server.service import Service
-from nexus_ext.server.streams import sse_reply
 from nexus_ext.server.tool_calls import ToolCall, ToolReader
 
 
@@ -54,25 +43,7 @@ async def chat(service: Service, body: ChatBody) -> Response:
         grammar=prompt.grammar,
         special=prompt.form is not None,
     )
-    n = body.n or 1
-    if body.stream:
-        values = _chunks(service, body, request, prompt, n)
-        return await sse_reply(values, service.config.server.send_timeout_s)
-    made, usage = await answers(service, request, n)
-    return JSONResponse(
-        {
-            "id": new_id("chatcmpl"),
-            "object": "chat.completion",
-            "created": now(),
-            "model": body.model,
-            "system_fingerprint": FINGERPRINT,
-            "choices": [
-                _choice(number, answer, prompt, bool(body.logprobs))
-                for number, answer in enumerate(made)
-            ],
-            "usage": usage_of(usage),
-        }
-    )
+    return await reply(service, body, [request], _form(body, prompt))
 
 
 def tools_of(body: ChatBody) -> Tools | None:
@@ -111,78 +82,70 @@ def split(answer: Answer, reader: ToolReader | None) -> tuple[str, list[ToolCall
     return text, [part for part in parts if isinstance(part, ToolCall)]
 
 
-def _choice(number: int, answer: Answer, prompt: ChatPrompt, logprobs: bool) -> dict[str, Any]:
-    text, calls = split(answer, prompt.reader())
-    message: dict[str, Any] = {
-        "role": "assistant",
-        "content": text if text or not calls else None,
-        "refusal": None,
-    }
-    if calls:
-        message["tool_calls"] = [call.as_openai for call in calls]
-    return {
-        "index": number,
-        "message": message,
-        "logprobs": chat_logprobs(answer.pieces) if logprobs else None,
-        "finish_reason": finish_reason(answer.done, bool(calls)),
-    }
+class _Parts:
+    """The chunks of one answer."""
 
+    def __init__(self, prompt: ChatPrompt, logprobs: bool) -> None:
+        self._reader = prompt.reader()
+        self._logprobs = logprobs
+        self._n_calls = 0
+        self._began = False
 
-async def _chunks(
-    service: Service, body: ChatBody, request: GenerateRequest, prompt: ChatPrompt, n: int
-) -> AsyncGenerator[Any, None]:
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-    head: dict[str, Any] = {
-        "id": new_id("chatcmpl"),
-        "object": "chat.completion.chunk",
-        "created": now(),
-        "model": body.model,
-        "system_fingerprint": FINGERPRINT,
-    }
-    if with_usage:
-        head["usage"] = None
-    readers = [prompt.reader() for _ in range(n)]
-    n_calls = [0] * n
-    began = [False] * n
-    usage = Usage()
+    def of(self, event: Piece | Done) -> list[dict[str, Any]]:
+        reader = self._reader
+        if isinstance(event, Done):
+            rest = self._deltas(reader.finish() if reader is not None else [])
+            finish = finish_reason(event, self._n_calls > 0)
+            return [*map(self._part, rest), self._part({}, finish=finish)]
+        logprobs = chat_logprobs((event,)) if self._logprobs else None
+        deltas: list[dict[str, Any]] = [{"content": event.text}] if event.text else []
+        if reader is not None:
+            deltas = self._deltas(reader.feed(event.text))
+        if not deltas and (logprobs or not self._began):
+            deltas = [{} if reader is not None else {"content": ""}]
+        return [self._part(d, None if i else logprobs) for i, d in enumerate(deltas)]
 
-    def chunk(number: int, delta: Any, logprobs: Any = None, finish: str | None = None) -> Any:
-        if not began[number]:
-            began[number] = True
+    def _part(
+        self, delta: dict[str, Any], logprobs: Any = None, finish: str | None = None
+    ) -> dict[str, Any]:
+        if not self._began:
+            self._began = True
             delta = {"role": "assistant", "content": "", **delta}
-        choice = {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return {**head, "choices": [choice]}
+        return {"delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
-    def deltas(number: int, parts: list[str | ToolCall]) -> list[Any]:
-        made: list[Any] = []
+    def _deltas(self, parts: list[str | ToolCall]) -> list[dict[str, Any]]:
+        made: list[dict[str, Any]] = []
         for part in parts:
             if isinstance(part, str):
                 made.append({"content": part})
             else:
-                made.append({"tool_calls": [{"index": n_calls[number], **part.as_openai}]})
-                n_calls[number] += 1
+                made.append({"tool_calls": [{"index": self._n_calls, **part.as_openai}]})
+                self._n_calls += 1
         return made
 
-    async with aclosing(generate_many(service, request, n)) as events:
-        async for number, event in events:
-            reader = readers[number]
-            if isinstance(event, Piece):
-                logprobs = chat_logprobs((event,)) if body.logprobs else None
-                if reader is None:
-                    if event.text or logprobs or not began[number]:
-                        yield chunk(number, {"content": event.text}, logprobs)
-                    continue
-                parts = deltas(number, reader.feed(event.text))
-                if not parts and (logprobs or not began[number]):
-                    parts = [{}]
-                for part in parts:
-                    yield chunk(number, part, logprobs)
-                    logprobs = None
-            elif isinstance(event, Done):
-                usage.add(event)
-                for part in deltas(number, reader.finish() if reader is not None else []):
-                    yield chunk(number, part)
-                yield chunk(number, {}, None, finish_reason(event, n_calls[number] > 0))
-    if with_usage:
-        yield {**head, "choices": [], "usage": usage_of(usage)}
-    yield "[DONE]"
+
+def _form(body: ChatBody, prompt: ChatPrompt) -> Form:
+    logprobs = bool(body.logprobs)
+    begun: dict[int, _Parts] = {}
+
+    def choice(number: int, answer: Answer) -> dict[str, Any]:
+        text, calls = split(answer, prompt.reader())
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": text if text or not calls else None,
+            "refusal": None,
+        }
+        if calls:
+            message["tool_calls"] = [call.as_openai for call in calls]
+        return {
+            "message": message,
+            "logprobs": chat_logprobs(answer.pieces) if logprobs else None,
+            "finish_reason": finish_reason(answer.done, bool(calls)),
+        }
+
+    def parts(number: int, event: Piece | Done) -> list[dict[str, Any]]:
+        if number not in begun:
+            begun[number] = _Parts(prompt, logprobs)
+        return begun[number].of(event)
+
+    return Form("chatcmpl", "chat.completion", "chat.completion.chunk", choice, parts)

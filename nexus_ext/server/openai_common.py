@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
+
+from starlette.responses import JSONResponse, Response
 
 from nexus_ext._version import __version__
 from nexus_ext.multiplexer.api import Done, GenerateRequest, Piece, TokenLogprob
 from nexus_ext.server.errors import HttpError
-from nexus_ext.server.generation import Usage
-from nexus_ext.server.openai_types import SamplingBody
+from nexus_ext.server.generation import Answer, Event, Usage, answers_to_all, events_of_all
+from nexus_ext.server.openai_types import AnswerBody
 from nexus_ext.server.service import Model, Service
+from nexus_ext.server.streams import sse_reply
 
 FINGERPRINT = f"nexus_ext-{__version__}"
 
@@ -23,6 +28,62 @@ def new_id(kind: str) -> str:
 
 def now() -> int:
     return int(time.time())
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What an endpoint's answers look like, in one piece and in chunks."""
+
+    prefix: str  # of the answer's identifier
+    whole: str  # kind of object
+    part: str  # of a chunk
+    choice: Callable[[int, Answer], dict[str, Any]]  # an answer, without its number
+    parts: Callable[[int, Piece | Done], list[dict[str, Any]]]  # of an answer that goes on
+
+
+async def reply(
+    service: Service, body: AnswerBody, requests: list[GenerateRequest], form: Form
+) -> Response:
+    """Answer each of several prompts `body.n` times, at once or as it comes."""
+    n = body.n or 1
+    if body.stream:
+        events = events_of_all(service, requests, n)
+        return await sse_reply(
+            _chunks(body, events, n, form), service.config.server.send_timeout_s
+        )
+    made, usage = await answers_to_all(service, requests, n)
+    choices = [{"index": i, **form.choice(i, answer)} for i, answer in enumerate(made)]
+    head = _head(body, form.prefix, form.whole)
+    return JSONResponse({**head, "choices": choices, "usage": usage_of(usage)})
+
+
+async def _chunks(
+    body: AnswerBody, events: AsyncGenerator[Event, None], n: int, form: Form
+) -> AsyncGenerator[Any, None]:
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    head = _head(body, form.prefix, form.part)
+    if with_usage:
+        head["usage"] = None
+    usage = Usage()
+    async with aclosing(events):
+        async for number, event in events:
+            if isinstance(event, Done):
+                usage.add(event, number // n)
+            for part in form.parts(number, event):
+                yield {**head, "choices": [{"index": number, **part}]}
+    if with_usage:
+        yield {**head, "choices": [], "usage": usage_of(usage)}
+    yield "[DONE]"
+
+
+def _head(body: AnswerBody, prefix: str, kind: str) -> dict[str, Any]:
+    return {
+        "id": new_id(prefix),
+        "object": kind,
+        "created": now(),
+        "model": body.model,
+        "system_fingerprint": FINGERPRINT,
+    }
 
 
 def usage_of(usage: Usage) -> dict[str, Any]:
@@ -58,7 +119,7 @@ def biases(asked: Mapping[str, float] | None) -> dict[int, float] | None:
 def request_of(
     service: Service,
     model: Model,
-    body: SamplingBody,
+    body: AnswerBody,
     tokens: list[int],
     *,
     max_tokens: int | None,

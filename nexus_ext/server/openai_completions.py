@@ -6,27 +6,16 @@ import asyncio
 import base64
 import math
 import struct
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from nexus_ext.multiplexer.api import Done, GenerateRequest, Piece
+from nexus_ext.multiplexer.api import Done, Piece
 from nexus_ext.server.errors import HttpError
-from nexus_ext.server.generation import Usage, answers_to_all, generate_many
-from nexus_ext.server.openai_common import (
-    FINGERPRINT,
-    finish_reason,
-    new_id,
-    now,
-    request_of,
-    text_logprobs,
-    usage_of,
-)
+from nexus_ext.server.generation import Answer
+from nexus_ext.server.openai_common import Form, finish_reason, reply, request_of, text_logprobs
 from nexus_ext.server.openai_types import CompletionBody, EmbeddingBody
 from nexus_ext.server.service import Model, Service
-from nexus_ext.server.streams import sse_reply
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 2048
@@ -78,89 +67,38 @@ async def completions(service: Service, body: CompletionBody) -> Response:
     echoes = [""] * len(prompts)
     if body.echo:
         echoes = [await service.engine.detokenize(model.name, tokens) for tokens in prompts]
-    if body.stream:
-        values = _chunks(service, body, requests, n, echoes)
-        return await sse_reply(values, service.config.server.send_timeout_s)
-    made, usage = await answers_to_all(service, requests, n)
-    return JSONResponse(
-        {
-            "id": new_id("cmpl"),
-            "object": "text_completion",
-            "created": now(),
-            "model": body.model,
-            "system_fingerprint": FINGERPRINT,
-            "choices": [
-                {
-                    "index": index,
-                    "text": echoes[index // n] + answer.text,
-                    "logprobs": None if body.logprobs is None else text_logprobs(answer.pieces),
-                    "finish_reason": finish_reason(answer.done),
-                }
-                for index, answer in enumerate(made)
-            ],
-            "usage": usage_of(usage),
+    return await reply(service, body, requests, _form(body, n, echoes))
+
+
+def _form(body: CompletionBody, n: int, echoes: list[str]) -> Form:
+    """The answers to each prompt begin with its echo."""
+    offsets: dict[int, int] = {}  # of answers that have begun: characters of tokens so far
+
+    def choice(number: int, answer: Answer) -> dict[str, Any]:
+        return {
+            "text": echoes[number // n] + answer.text,
+            "logprobs": None if body.logprobs is None else text_logprobs(answer.pieces),
+            "finish_reason": finish_reason(answer.done),
         }
-    )
 
+    def parts(number: int, event: Piece | Done) -> list[dict[str, Any]]:
+        text, logprobs, finish = "", None, None
+        if isinstance(event, Done):
+            finish = finish_reason(event)
+        else:
+            text = event.text
+            if body.logprobs is not None:
+                logprobs = text_logprobs((event,), offsets.get(number, 0))
+            if not text and logprobs is None:
+                return []
+        if number not in offsets:
+            offsets[number] = 0
+            text = echoes[number // n] + text
+        if logprobs is not None:
+            offsets[number] += sum(map(len, logprobs["tokens"]))
+        return [{"text": text, "logprobs": logprobs, "finish_reason": finish}]
 
-async def _events(
-    service: Service, requests: list[GenerateRequest], n: int
-) -> AsyncGenerator[tuple[int, Piece | Done], None]:
-    """Yield the events of all prompts, one prompt after the other."""
-    for number, request in enumerate(requests):
-        async with aclosing(generate_many(service, request, n)) as events:
-            async for choice, event in events:
-                yield number * n + choice, event
-
-
-async def _chunks(
-    service: Service,
-    body: CompletionBody,
-    requests: list[GenerateRequest],
-    n: int,
-    echoes: list[str],
-) -> AsyncGenerator[Any, None]:
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-    head: dict[str, Any] = {
-        "id": new_id("cmpl"),
-        "object": "text_completion",
-        "created": now(),
-        "model": body.model,
-        "system_fingerprint": FINGERPRINT,
-    }
-    if with_usage:
-        head["usage"] = None
-    offsets = [0] * (len(requests) * n)
-    began = [False] * (len(requests) * n)
-    total = Usage()
-
-    def chunk(index: int, text: str, logprobs: Any, finish: str | None) -> Any:
-        if not began[index]:
-            began[index] = True
-            text = echoes[index // n] + text
-        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-        return {**head, "choices": [choice]}
-
-    prompts_counted = set()
-    async with aclosing(_events(service, requests, n)) as events:
-        async for index, event in events:
-            if isinstance(event, Piece):
-                logprobs = None
-                if body.logprobs is not None:
-                    logprobs = text_logprobs((event,), offsets[index])
-                    offsets[index] += sum(map(len, logprobs["tokens"]))
-                if event.text or logprobs is not None:
-                    yield chunk(index, event.text, logprobs, None)
-            else:
-                if index // n not in prompts_counted:
-                    prompts_counted.add(index // n)
-                    total.n_prompt += event.n_prompt_tokens
-                    total.n_cached += event.n_cached_tokens
-                total.n_generated += event.n_tokens
-                yield chunk(index, "", None, finish_reason(event))
-    if with_usage:
-        yield {**head, "choices": [], "usage": usage_of(total)}
-    yield "[DONE]"
+    return Form("cmpl", "text_completion", "text_completion", choice, parts)
 
 
 async def embeddings(service: Service, body: EmbeddingBody) -> Response:

@@ -44,6 +44,15 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
+class AnswerBody(SamplingBody):
+    """What is asked of which model, how often and in which form."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Whole | None = Field(None, ge=1, le=MAX_CHOICES)
+
+
 class FunctionCall(Body):
     name: str
     arguments: str | dict[str, Any] = "{}"
@@ -101,12 +110,8 @@ class ResponseFormat(Body):
     json_schema: JsonSchema | None = None
 
 
-class ChatBody(SamplingBody):
-    model: str
+class ChatBody(AnswerBody):
     messages: list[Message] = Field(min_length=1)
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Whole | None = Field(None, ge=1, le=MAX_CHOICES)
     max_tokens: Whole | None = Field(None, ge=1)
     max_completion_tokens: Whole | None = Field(None, ge=1)
     logprobs: bool | None = None
@@ -118,14 +123,10 @@ class ChatBody(SamplingBody):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-class CompletionBody(SamplingBody):
-    model: str
+class CompletionBody(AnswerBody):
     prompt: str | list[str] | list[int] | list[list[int]] = Field(
         description="a text, the tokens of one, or a list of either"
     )
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Whole | None = Field(None, ge=1, le=MAX_CHOICES)
     best_of: Whole | None = Field(None, ge=1, le=MAX_CHOICES)
     max_tokens: Whole | None = Field(None, ge=1, description="16 if it is left out")
     logprobs: Whole | None = Field(None, ge=0, le=20)
