@@ -23,13 +23,16 @@ void nx_attachments_free(nx_model *m) {
 }
 
 uint64_t nx_model_attached_bytes(const nx_model *m) {
+    pthread_mutex_t *lock = (pthread_mutex_t *)(uintptr_t)&m->lock; /* which is no part of what is const */
     uint64_t bytes = 0;
+    pthread_mutex_lock(lock); /* elastic weights are packed and unpacked under it */
     for (uint32_t i = 0; i < m->n_extents; i++) {
         const nx_attachment *a = nx_extent_attached(&m->extents[i]);
         if (!a) continue;
         if (__atomic_load_n(&a->has_residual, __ATOMIC_ACQUIRE)) bytes += residual_bytes(&a->residual);
         bytes += a->packed.codes_bytes + a->packed.scales_bytes;
     }
+    pthread_mutex_unlock(lock);
     return bytes;
 }
 

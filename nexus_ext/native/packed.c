@@ -1,7 +1,8 @@
-/* packed.c: resident weights of few bits, packed for our own kernels when a model is loaded.
+/* packed.c: resident weights of few bits, packed for our own kernels when they are read.
  *
  * The packed matrix takes the place of the stored bytes, whose pages go back to the system. An operation
- * that needs them after all (nobody knows all graphs beforehand) reads them again. */
+ * that needs them after all (nobody knows all graphs beforehand) reads them again. Those that stay are packed
+ * when the model is loaded; elastic ones each time they come, and their packed form goes when they go. */
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -15,8 +16,8 @@
 static bool is_for_us(const nx_model *m, const nx_extent *e, nx_ternary_type *type) {
     *type = nx_ternary_type_of(e->type);
     if (*type == NX_TERNARY_TYPES || !(m->own_types >> *type & 1)) return false;
-    return e->tier == NX_TIER_RAM && !e->elastic && e->claimed && e->ne[2] == 1 && e->ne[3] == 1 && e->ne[1] >= 8 &&
-           e->ne[0] <= UINT32_MAX && e->ne[1] <= UINT32_MAX && e->ne[0] % nx_ternary_block(*type) == 0 &&
+    return e->claimed && e->ne[2] == 1 && e->ne[3] == 1 && e->ne[1] >= 8 && e->ne[0] <= UINT32_MAX && e->ne[1] <= UINT32_MAX &&
+           e->ne[0] % nx_ternary_block(*type) == 0 &&
            strcmp(e->name, "token_embd.weight") != 0; /* whose rows are fetched as they are stored */
 }
 
@@ -59,53 +60,88 @@ static void release(const nx_extent *e) {
     (void)madvise(begin, (size_t)(end - begin), MADV_DONTNEED);
 }
 
+static uint32_t threads(void) {
+    const long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+    return cpus < 1 ? 1 : cpus > MAX_THREADS ? MAX_THREADS : (uint32_t)cpus;
+}
+
+static uint64_t memory_of(const nx_extent *e, nx_ternary_type type) {
+    return nx_ternary_packed_bytes(type, (uint32_t)e->ne[0], (uint32_t)e->ne[1]) + 2 * NX_PAGE;
+}
+
+uint64_t nx_extent_packed_bytes(const nx_model *m, const nx_extent *e) {
+    nx_ternary_type type;
+    return m->own_types && is_for_us(m, e, &type) ? memory_of(e, type) : 0;
+}
+
+nx_ternary nx_extent_pack(const nx_model *m, nx_extent *e) {
+    nx_ternary_type type;
+    nx_ternary packed = {0};
+    if (!m->own_types || !is_for_us(m, e, &type) || !nx_attachment_get(e)) return packed;
+    if (nx_ternary_create(type, (uint32_t)e->ne[0], (uint32_t)e->ne[1], &packed) != NX_OK) return (nx_ternary){0};
+    pack_all(&packed, e, threads());
+    release(e);
+    return packed;
+}
+
+void nx_extent_put_packed(nx_model *m, nx_extent *e, nx_ternary packed) {
+    nx_attachment *a = nx_extent_attached(e); /* nx_extent_pack made it */
+    pthread_mutex_lock(&m->lock); /* statistics look at it */
+    a->packed = packed;
+    pthread_mutex_unlock(&m->lock);
+    __atomic_store_n(&a->released, 1, __ATOMIC_RELEASE);
+}
+
+void nx_extent_unpack(nx_model *m, nx_extent *e) {
+    nx_attachment *a = nx_extent_attached(e);
+    if (!a || !a->packed.codes) return;
+    pthread_mutex_lock(&m->lock);
+    nx_ternary_free(&a->packed);
+    pthread_mutex_unlock(&m->lock);
+    __atomic_store_n(&a->released, 0, __ATOMIC_RELEASE);
+}
+
 void nx_model_pack(nx_model *m) {
     if (!m->own_types) return;
-    const long cpus = sysconf(_SC_NPROCESSORS_ONLN);
-    const uint32_t n_threads = cpus < 1 ? 1 : cpus > MAX_THREADS ? MAX_THREADS : (uint32_t)cpus;
     uint64_t more = m->own_more_bytes;
     for (uint32_t i = 0; i < m->n_extents; i++) {
         nx_extent *e = &m->extents[i];
         nx_ternary_type type;
         nx_attachment *a = nx_extent_attached(e);
-        if (!is_for_us(m, e, &type) || (a && a->packed.codes)) continue;
-        const uint64_t bytes = nx_ternary_packed_bytes(type, (uint32_t)e->ne[0], (uint32_t)e->ne[1]) + 2 * NX_PAGE;
+        if (e->elastic || e->tier != NX_TIER_RAM || !is_for_us(m, e, &type) || (a && a->packed.codes)) continue;
+        const uint64_t bytes = memory_of(e, type);
         const uint64_t grows = bytes > e->nbytes ? bytes - e->nbytes : 0;
         if (grows > more && grows > e->nbytes / 16 + 2 * NX_PAGE) continue; /* ggml keeps this one */
-        nx_ternary packed;
-        if (nx_ternary_create(type, (uint32_t)e->ne[0], (uint32_t)e->ne[1], &packed) != NX_OK) return;
-        pack_all(&packed, e, n_threads);
-        a = nx_attachment_get(e);
-        if (!a) {
-            nx_ternary_free(&packed);
-            return;
-        }
+        const nx_ternary packed = nx_extent_pack(m, e);
+        if (!packed.codes) return;
+        nx_extent_put_packed(m, e, packed);
         more -= grows < more ? grows : more;
-        a->packed = packed;
-        a->released = 1;
-        release(e);
     }
 }
 
 nx_status nx_extent_restore(nx_extent *e) {
     nx_attachment *a = nx_extent_attached(e);
-    if (!a) return NX_OK;
+    /* Weights of others may be on their way under the lock: who needs nothing does not wait for them. */
+    if (!a || !__atomic_load_n(&a->released, __ATOMIC_ACQUIRE)) return NX_OK;
     nx_model *m = e->model;
     pthread_mutex_lock(&m->load_lock);
     nx_status status = NX_OK;
-    if (a->released) {
+    if (__atomic_load_n(&a->released, __ATOMIC_ACQUIRE)) {
         status = nx_model_read(m, e, 0, e->pinned, e->nbytes);
-        if (status == NX_OK) a->released = 0;
+        if (status == NX_OK) __atomic_store_n(&a->released, 0, __ATOMIC_RELEASE);
     }
     pthread_mutex_unlock(&m->load_lock);
     return status;
 }
 
 uint32_t nx_model_n_packed(const nx_model *m) {
+    pthread_mutex_t *lock = (pthread_mutex_t *)(uintptr_t)&m->lock; /* which is no part of what is const */
     uint32_t n = 0;
+    pthread_mutex_lock(lock);
     for (uint32_t i = 0; i < m->n_extents; i++) {
         const nx_attachment *a = nx_extent_attached(&m->extents[i]);
         n += a && a->packed.codes;
     }
+    pthread_mutex_unlock(lock);
     return n;
 }

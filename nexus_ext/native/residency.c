@@ -4,6 +4,9 @@
  * touched (PROT_NONE): an access that should not be faults instead of reading zeros. Reading goes
  * through the engine that loads models, under its lock; the tier changes under the turn, so that no graph
  * sees an extent in two tiers, and what the ring had read ahead for the old ones is forgotten with it.
+ *
+ * A weight that our own kernels compute with is packed when it was read (packed.c): its pages are empty then,
+ * and it counts with whichever of both is more.
  */
 #include "nexus_residency.h"
 
@@ -12,6 +15,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "attach_internal.h"
 #include "cache.h"
 
 #ifndef MAP_NORESERVE
@@ -21,6 +25,12 @@
 
 static uint64_t span_of(const nx_model *m, const nx_extent *e) {
     return nx_span(&m->files[e->file], e->offset, e->nbytes);
+}
+
+/* What it takes of memory while it is resident, or on its way. */
+static uint64_t memory_of(const nx_model *m, const nx_extent *e) {
+    const uint64_t span = span_of(m, e), packed = nx_extent_packed_bytes(m, e);
+    return packed > span ? packed : span;
 }
 
 /* Where the pages of an elastic extent begin. */
@@ -103,20 +113,18 @@ static int should_stop(void *ctx) {
     return nx_interrupted() || (s->abort && s->abort(s->ctx));
 }
 
-/* With load_lock held. What was submitted is READING, whatever comes back. */
+/* With load_lock held. What was submitted is READING, whatever comes back. Its pages are open. */
 static nx_status start(nx_model *m, uint32_t i) {
     nx_extent *e = &m->extents[i];
-    if (open_pages(pages_of(m, e), span_of(m, e)) != NX_OK)
-        return say(m, NX_E_NOMEM, "memory for a weight cannot be had");
+    /* Not what is packed: it is given back early, and must not be made present after that. */
+    if (!nx_extent_packed_bytes(m, e)) nx_prefault_add(m, pages_of(m, e), span_of(m, e));
     nx_read *read = &m->load_reads[i];
     *read = (nx_read){.dst = e->pinned};
     nx_extent_locate(e, 0, e->nbytes, read);
     const nx_status status = nx_io_submit(m->load_io, &read, 1);
     if (status == NX_OK || status == NX_E_IO) { /* a broken engine still knows the read */
         m->load_state[i] = READING;
-        atomic_fetch_add(&m->elastic_bytes, span_of(m, e));
-    } else {
-        (void)close_pages(pages_of(m, e), span_of(m, e));
+        atomic_fetch_add(&m->elastic_bytes, memory_of(m, e));
     }
     return status;
 }
@@ -129,7 +137,7 @@ static void take_back(nx_model *m, uint32_t i) {
     if (!read->done) return; /* the engine is broken and may still write: the pages stay until it is gone */
     (void)close_pages(pages_of(m, e), span_of(m, e));
     m->load_state[i] = AWAY;
-    atomic_fetch_sub(&m->elastic_bytes, span_of(m, e));
+    atomic_fetch_sub(&m->elastic_bytes, memory_of(m, e));
 }
 
 static nx_status wait_for(nx_model *m, uint32_t i, stopping *stop) {
@@ -150,12 +158,23 @@ nx_status nx_promote(nx_model *m, const uint32_t *extents, size_t n, nx_abort_fn
     if (!all_elastic(m, extents, n)) return NX_E_INVALID;
     stopping stop = {abort, ctx};
     nx_status status = NX_OK;
+    nx_ternary *packed = m->own_types ? calloc(n ? n : 1, sizeof *packed) : NULL; /* NULL: ggml computes */
     pthread_mutex_lock(&m->load_lock);
-    size_t started = 0;
+    size_t opened = 0, started = 0;
+    /* All pages first: neighbours become one area, which can have huge pages. */
+    for (; opened < n && status == NX_OK; opened++) {
+        const nx_extent *e = &m->extents[extents[opened]];
+        if (m->load_state[extents[opened]] == AWAY && open_pages(pages_of(m, e), span_of(m, e)) != NX_OK)
+            status = say(m, NX_E_NOMEM, "memory for a weight cannot be had");
+    }
     for (; started < n && status == NX_OK; started++)
         if (m->load_state[extents[started]] == AWAY) status = start(m, extents[started]);
-    for (size_t i = 0; i < started && status == NX_OK; i++)
-        if (m->load_state[extents[i]] == READING) status = wait_for(m, extents[i], &stop);
+    for (size_t i = 0; i < started && status == NX_OK; i++) {
+        if (m->load_state[extents[i]] != READING) continue;
+        status = wait_for(m, extents[i], &stop);
+        if (status == NX_OK && packed) packed[i] = nx_extent_pack(m, &m->extents[extents[i]]);
+    }
+    nx_prefault_end(m); /* before memory is given back */
     /* What is complete stays, also when something else failed. */
     const nx_status turn = nx_turn_take(m);
     bool any = false;
@@ -167,10 +186,21 @@ nx_status nx_promote(nx_model *m, const uint32_t *extents, size_t n, nx_abort_fn
             continue;
         }
         m->load_state[k] = THERE;
+        if (packed && packed[i].codes) {
+            nx_extent_put_packed(m, &m->extents[k], packed[i]);
+            packed[i].codes = NULL; /* the extent's now */
+        }
         set_tier(m, &m->extents[k], NX_TIER_RAM);
         *bytes += m->extents[k].nbytes;
         any = true;
     }
+    for (size_t i = 0; i < opened; i++) { /* opened and never read into */
+        const nx_extent *e = &m->extents[extents[i]];
+        if (m->load_state[extents[i]] == AWAY) (void)close_pages(pages_of(m, e), span_of(m, e));
+    }
+    for (size_t i = 0; packed && i < n; i++)
+        if (packed[i].codes) nx_ternary_free(&packed[i]);
+    free(packed);
     if (turn == NX_OK) {
         if (any) nx_pager_forget(m);
         nx_turn_give(m);
@@ -191,6 +221,7 @@ nx_status nx_demote(nx_model *m, const uint32_t *extents, size_t n, uint64_t *by
             nx_extent *e = &m->extents[extents[i]];
             if (m->load_state[extents[i]] != THERE) continue;
             any = true;
+            nx_extent_unpack(m, e);
             set_tier(m, e, NX_TIER_NVME);
             m->load_state[extents[i]] = AWAY;
             const nx_status closed = close_pages(pages_of(m, e), span_of(m, e));
@@ -198,7 +229,7 @@ nx_status nx_demote(nx_model *m, const uint32_t *extents, size_t n, uint64_t *by
                 status = say(m, closed, "memory of a weight cannot be given back");
                 continue;
             }
-            atomic_fetch_sub(&m->elastic_bytes, span_of(m, e));
+            atomic_fetch_sub(&m->elastic_bytes, memory_of(m, e));
             *bytes += e->nbytes;
         }
         if (any) nx_pager_forget(m);
@@ -243,7 +274,7 @@ uint64_t nx_group_slot_bytes(const nx_model *m, uint32_t group) {
 uint64_t nx_resident_bytes(const nx_model *m) { return atomic_load(&m->elastic_bytes); }
 
 uint64_t nx_extent_span(const nx_model *m, uint32_t i) {
-    return i < m->n_extents && m->extents[i].elastic ? span_of(m, &m->extents[i]) : 0;
+    return i < m->n_extents && m->extents[i].elastic ? memory_of(m, &m->extents[i]) : 0;
 }
 
 int nx_extent_is_resident(const nx_model *m, uint32_t i) {

@@ -1,6 +1,9 @@
-/* Resident weights of few bits are packed when they are loaded; what the system got back of the stored
+/* Resident weights of few bits are packed when they are read, each time; what the system got back of the stored
  * bytes can be read again; tensors that are not for us stay as they are. */
+#include <pthread.h>
+
 #include "nexus_attach.h"
+#include "nexus_residency.h"
 #include "nx_consumer.h"
 
 #define ROWS 40
@@ -8,13 +11,13 @@
 
 static world w;
 
-static nx_model *open_with(const char *kernels) {
+static nx_model *open_tiers(const char *kernels, const char *tier) {
     uint64_t offset = 0;
     world_init(&w, 1, 200000, 7);
     world_manifest(&w, 1u << 16, 4096, 0, 0, true);
     static const char *const names[] = {"a", "b", "token_embd.weight", "streamed"};
     for (int i = 0; i < 4; i++) {
-        world_line(&w, "tensor %s 0 %" PRIu64 " %d 0 768 %d 1 1 TQ2_0 %s", i == 3 ? "nvme" : "ram", offset,
+        world_line(&w, "tensor %s 0 %" PRIu64 " %d 0 768 %d 1 1 TQ2_0 %s", i == 3 ? "nvme" : tier, offset,
                    ROWS * ROW_BYTES, ROWS, names[i]);
         w.n_tensors++;
         offset += ROWS * ROW_BYTES;
@@ -27,6 +30,8 @@ static nx_model *open_with(const char *kernels) {
     NX_CHECK_EQ(nx_model_finish_load(m, NULL, NULL), NX_OK);
     return m;
 }
+
+static nx_model *open_with(const char *kernels) { return open_tiers(kernels, "ram"); }
 
 static void close_all(nx_model *m) {
     nx_model_release(m);
@@ -90,12 +95,74 @@ static void no_kernels_no_packing(void) {
     close_all(m);
 }
 
+/* As statistics are asked for, at any time. */
+static void *look(void *arg) {
+    nx_model *m = arg;
+    uint64_t seen = 0;
+    for (int i = 0; i < 2000; i++) seen += nx_model_n_packed(m) + nx_model_attached_bytes(m);
+    return seen ? m : NULL;
+}
+
+static void elastic_weights_are_packed_while_they_are_there(void) {
+    nx_model *m = open_tiers("kernels 0 tq2_0", "elastic");
+    static const uint32_t all[] = {0, 1, 2};
+    const uint64_t least = nx_ternary_packed_bytes(NX_TQ2_0, 768, ROWS);
+    uint64_t bytes;
+    NX_CHECK_EQ(nx_model_n_packed(m), 0);
+    NX_CHECK(nx_extent_span(m, 0) >= least && nx_extent_span(m, 0) >= ROWS * ROW_BYTES);
+    pthread_t other;
+    NX_CHECK_EQ(pthread_create(&other, NULL, look, m), 0);
+    for (int times = 0; times < 3; times++) {
+        NX_CHECK_EQ(nx_promote(m, all, 3, NULL, NULL, &bytes), NX_OK);
+        NX_CHECK_EQ(bytes, 3 * ROWS * ROW_BYTES);
+        NX_CHECK_EQ(nx_model_n_packed(m), 2); /* the rows of an embedding are fetched as they are */
+        NX_CHECK_EQ(nx_resident_bytes(m), nx_extent_span(m, 0) + nx_extent_span(m, 1) + nx_extent_span(m, 2));
+        nx_extent *e = nx_model_find(m, "b");
+        if (times == 1) {
+            NX_CHECK_EQ(nx_extent_restore(e), NX_OK);
+            NX_CHECK(world_same(&w, e, 0, e->pinned, e->nbytes));
+        }
+        NX_CHECK(world_same(&w, nx_model_extent(m, 2), 0, nx_model_extent(m, 2)->pinned, ROWS * ROW_BYTES));
+        NX_CHECK_EQ(nx_demote(m, all, 3, &bytes), NX_OK);
+        NX_CHECK_EQ(nx_model_n_packed(m), 0);
+        NX_CHECK_EQ(nx_model_attached_bytes(m), 0);
+        NX_CHECK_EQ(nx_resident_bytes(m), 0);
+        NX_CHECK_EQ(nx_extent_restore(e), NX_OK); /* there is nothing to restore */
+    }
+    pthread_join(other, NULL);
+    NX_CHECK_EQ(nx_promote(m, all, 3, NULL, NULL, &bytes), NX_OK);
+    close_all(m); /* packed ones go with it */
+}
+
+static int at_once(void *ctx) {
+    (void)ctx;
+    return 1;
+}
+
+static void what_was_stopped_is_not_packed(void) {
+    nx_model *m = open_tiers("kernels 0 tq2_0", "elastic");
+    static const uint32_t all[] = {0, 1, 2};
+    uint64_t bytes;
+    const nx_status status = nx_promote(m, all, 3, at_once, NULL, &bytes);
+    NX_CHECK(status == NX_E_ABORTED || status == NX_OK); /* small reads may be done at once */
+    uint64_t held = 0;
+    for (uint32_t i = 0; i < 3; i++)
+        if (nx_extent_is_resident(m, i)) held += nx_extent_span(m, i);
+    NX_CHECK_EQ(nx_resident_bytes(m), held);
+    NX_CHECK_EQ(nx_demote(m, all, 3, &bytes), NX_OK);
+    NX_CHECK_EQ(nx_resident_bytes(m), 0);
+    NX_CHECK_EQ(nx_model_n_packed(m), 0);
+    close_all(m);
+}
+
 int main(int argc, char **argv) {
     static const nx_test tests[] = {
         NX_TEST(what_is_ours_is_packed),
         NX_TEST(a_file_that_shrank_is_an_error),
         NX_TEST(residual_and_packed_live_together),
         NX_TEST(no_kernels_no_packing),
+        NX_TEST(elastic_weights_are_packed_while_they_are_there),
+        NX_TEST(what_was_stopped_is_not_packed),
     };
     return nx_test_main(tests, sizeof tests / sizeof *tests, argc, argv);
 }

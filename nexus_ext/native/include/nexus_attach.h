@@ -1,11 +1,12 @@
 /* nexus_attach.h: give a tensor of a model something that our own kernels compute with.
  *
  * A packed matrix (nexus_ternary.h) replaces the stored bytes of a resident weight. The manifest asks for
- * it ("kernels", see manifest.c); it happens when the model is loaded.
+ * it ("kernels", see manifest.c); it happens when the weight is read.
  * A residual (nexus_residual.h) is added to the products of its matrix with a single column; prompts and
  * batches are left as they are. This changes what the model says, and is never done unless asked for.
  *
- * What is attached stays until the model is freed, so a graph may use it without a lock.
+ * What is attached stays until the model is freed, so a graph may use it without a lock. The packed form of an
+ * elastic weight comes and goes with it, under the model's turn.
  */
 #ifndef NEXUS_ATTACH_H
 #define NEXUS_ATTACH_H
@@ -22,7 +23,7 @@ typedef struct nx_attachment {
     nx_residual_matrix residual;
     uint32_t residual_k; /* channels for each product; 0: off, or there is no residual. Atomic */
     nx_ternary packed;   /* codes NULL: the weight is as it was stored. Written before it is attached */
-    int has_residual;    /* guarded by the model's load_lock, as the two below */
+    int has_residual;    /* written under the model's load_lock, as the one below; atomic */
     int released;        /* the stored bytes were given back: only `packed` has the weight */
 } nx_attachment;
 
