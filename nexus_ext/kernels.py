@@ -53,6 +53,11 @@ TERNARY: dict[str, int] = {
 """The block types that `PackedMatrix` knows, by llama.cpp's names for them."""
 
 
+def packed_bytes(type_name: str, n_in: int, n_out: int) -> int:
+    """Return the memory that a matrix of one of the types in `TERNARY` takes when it is packed."""
+    return int(lib.nx_ternary_packed_bytes(TERNARY[type_name], n_in, n_out))
+
+
 class PackedMatrix:
     """A matrix of few bits, packed from llama.cpp's blocks: see nexus_ternary.h."""
 

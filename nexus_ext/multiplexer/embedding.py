@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from nexus_ext.runtime.batch import BatchContext, Row, Shape
-from nexus_ext.runtime.elastic import Blueprint, ElasticModel, context_bytes
+from nexus_ext.runtime.blueprint import Blueprint, context_bytes
+from nexus_ext.runtime.elastic import ElasticModel
 
 _LAST = 3  # llama.cpp's pooling types: 0 none, 1 mean, 2 cls, 3 last, 4 rank
 

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from nexus_ext.errors import ModelClosed, UsageError
@@ -24,7 +25,7 @@ from nexus_ext.multiplexer.job import Job, Outlet
 from nexus_ext.multiplexer.scheduler import Scheduler
 from nexus_ext.multiplexer.settings import Find, ModelSpec, Settings
 from nexus_ext.runtime.batch import Shape
-from nexus_ext.runtime.elastic import Blueprint, blueprint
+from nexus_ext.runtime.blueprint import Blueprint, Options, blueprint
 from nexus_ext.runtime.vocabulary import OwnVocabulary
 
 
@@ -190,7 +191,16 @@ class Multiplexer:
             n_threads=settings.n_threads,
             kv_type=spec.kv_type or settings.kv_type,
         )
-        return blueprint(spec.path, shape)
+        options = Options(
+            kernels=spec.kernels or settings.kernels,
+            policy=settings.policy,
+            residual=spec.residual,
+            warm_start=settings.warm_start,
+            budget_bytes=settings.budget_bytes,
+        )
+        if spec.residual_share is not None:
+            options = replace(options, residual_share=spec.residual_share)
+        return blueprint(spec.path, shape, options)
 
 
 def _promise() -> tuple[asyncio.Future[Any], Callable[[Any], None]]:

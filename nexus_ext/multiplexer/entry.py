@@ -14,7 +14,7 @@ from nexus_ext.multiplexer.eviction import Holder
 from nexus_ext.multiplexer.job import Job
 from nexus_ext.multiplexer.runner import Runner
 from nexus_ext.multiplexer.settings import ModelSpec
-from nexus_ext.runtime.elastic import Blueprint
+from nexus_ext.runtime.blueprint import Blueprint
 from nexus_ext.runtime.vocabulary import OwnVocabulary
 
 Told = Callable[[BaseException | None], None]

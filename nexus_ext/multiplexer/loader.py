@@ -73,6 +73,8 @@ class Loader:
             entry.progress = _progress(runner.model.core, sum(entry.units[:resident]) - before)
             try:
                 runner.model.set_resident(resident, stop)
+                if opened != begin:
+                    runner.model.warm()
             finally:
                 nbytes = sum(entry.units[: runner.model.resident]) - before
         except Exception as caught:  # the scheduler decides what it means

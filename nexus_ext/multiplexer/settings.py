@@ -24,6 +24,9 @@ class ModelSpec:
     n_ctx: int | None = None  # tokens of one sequence; None: as configured; 0: as trained
     n_parallel: int | None = None  # sequences side by side; None: as configured
     kv_type: str | None = None  # "f16", "f32", "bf16" or "q8_0" (keys only)
+    kernels: str | None = None  # whose kernels multiply by ternary weights; None: as configured
+    residual: str | None = None  # a file that corrects what quantization lost: changes answers
+    residual_share: float | None = None  # of the input channels; None: `blueprint.RESIDUAL_SHARE`
     keep_alive_s: float | None = None  # None: as configured; below 0: for good
     pinned: bool = False  # never evicted once it is loaded
     share_bytes: int = 0  # never evicted below this
@@ -49,6 +52,9 @@ class Settings:
     n_ubatch: int = 512
     n_threads: int = 0  # 0: as ggml chooses
     kv_type: str = "f16"
+    kernels: str = "ggml"  # or "auto", "nexus": see `own_kernels.MODES`
+    policy: str = "auto"  # how weights are read: "auto", "direct" or "buffered"
+    warm_start: bool | None = None  # None: unless NEXUS_WARM_START is 0
     max_queue: int = 64  # requests that wait; one more is refused
     keep_alive_s: float = 300.0  # below 0: for good
     patience_s: float = 2.0  # a model that waits so long for memory gets the others to pause

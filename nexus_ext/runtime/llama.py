@@ -24,16 +24,16 @@ from nexus_ext.errors import FormatError, Interrupted, ModelClosed, NexusError, 
 from nexus_ext.formats.residuals import read_residuals
 from nexus_ext.placement import Pin, Plan, PlanRequest
 from nexus_ext.plugins import plugins
-from nexus_ext.policies import CacheInfo, ModelInfo, RequestInfo
-from nexus_ext.runtime import backend
+from nexus_ext.policies import ModelInfo, RequestInfo
 from nexus_ext.runtime.amx import amx_works
 from nexus_ext.runtime.loading import loads
 from nexus_ext.runtime.manifest import manifest
 from nexus_ext.runtime.own_kernels import own_types
+from nexus_ext.runtime.paged import PagedModel
 from nexus_ext.runtime.planning import Planned
 from nexus_ext.runtime.popularity import WarmStart, wanted
 from nexus_ext.runtime.residual import Residuals, plan_with_room
-from nexus_ext.runtime.stats import RunStats, run_stats
+from nexus_ext.runtime.stats import RunStats
 from nexus_ext.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -55,57 +55,61 @@ class NexusHandle:
         self,
         path: str,
         planned: Planned,
-        model: core.Model | None,
-        own_kernels: tuple[str, ...] = (),
+        paged: PagedModel | None,
     ) -> None:
-        self.own_kernels = own_kernels  # types of weights that our kernels compute with
         self.catalog = planned.catalog
         self.hardware = planned.hardware
         self.plan = planned.plan
         self.io_mode = planned.io_mode
-        self.model = model
-        self.warm_start: WarmStart | None = None
-        self.residuals: Residuals | None = None
+        self.paged = paged
         self.info = ModelInfo(
             path=path,
             fingerprint=self.catalog.fingerprint,
             architecture=self.catalog.shape.architecture,
             resident_bytes=self.plan.weights_bytes,
             streamed_bytes_per_token=self.plan.streamed_bytes_per_token,
-            io_mode=planned.io_mode if model else None,
+            io_mode=planned.io_mode if paged else None,
         )
 
     @property
     def active(self) -> bool:
         """Whether weights are paged (or ours to compute with); False: llama.cpp runs alone."""
-        return self.model is not None
+        return self.paged is not None
+
+    @property
+    def model(self) -> core.Model | None:
+        return self.paged.core if self.paged is not None else None
+
+    @property
+    def own_kernels(self) -> tuple[str, ...]:
+        """Types of weights that our kernels compute with."""
+        return self.paged.own_kernels if self.paged is not None else ()
+
+    @property
+    def residuals(self) -> Residuals | None:
+        return self.paged.residuals if self.paged is not None else None
+
+    @property
+    def warm_start(self) -> WarmStart | None:
+        return self.paged.warm_start if self.paged is not None else None
 
     def stats(self) -> RunStats:
         """Return the accounting since the model was opened or `reset_stats` was called.
 
         Raises UsageError when nothing is paged, ModelClosed after `close`.
         """
-        model = self._paged()
-        file = model.file_io()
-        return run_stats(
-            model.stats(),
-            self.hardware.disk.sequential_bytes_s,
-            io_engine=model.io_engine(),
-            io_mode="direct" if file.direct else "buffered",
-            direct_reason=file.reason,
-            prediction=model.prediction(),
-        )
+        return self._paged().stats(self.hardware.disk.sequential_bytes_s)
 
     def reset_stats(self) -> None:
-        self._paged().reset_stats()
+        self._paged().core.reset_stats()
 
-    def _paged(self) -> core.Model:
-        if self.model is None:
+    def _paged(self) -> PagedModel:
+        if self.paged is None:
             raise UsageError(
                 "everything fits, so nothing is paged and there is nothing to account for",
                 hint="look at `llm.nexus.active` first",
             )
-        return self.model
+        return self.paged
 
 
 class _Closed:
@@ -207,20 +211,21 @@ class Llama(llama_cpp.Llama):
         table = read_residuals(residual) if residual is not None else None
         planned, table = plan_with_room(path, request, table, hardware=hardware, plan=plan)
         layers = planned.plan.n_gpu_layers if n_gpu_layers is None else n_gpu_layers
-        model = None
-        ours = own_types(planned.catalog, planned.plan, kernels)
+        paged = None
+        catalog, tiers = planned.catalog, planned.plan.tiers
+        ours = own_types((t for t in catalog.tensors if tiers[t.name] in ("ram", "host")), kernels)
         # llama.cpp alone cannot open an NXF, whatever fits.
-        paged = ours or table or planned.catalog.chunks or not planned.plan.everything_fits
-        if paged:
-            backend.register()
-            text = manifest(planned.catalog, planned.plan, planned.io_mode, ours)
-            model = core.Model(text, planned.catalog.header)
+        if ours or table or catalog.chunks or not planned.plan.everything_fits:
+            paged = PagedModel(
+                catalog,
+                manifest(catalog, planned.plan, planned.io_mode, ours),
+                cache_slots=[cache.slots for cache in planned.plan.expert_caches],
+                own_kernels=ours,
+            )
             arguments.setdefault("offload_kqv", layers != 0)
-        handle = NexusHandle(path, planned, model, ours)
+        model = paged.core if paged is not None else None
+        handle = NexusHandle(path, planned, paged)
         try:
-            if model is not None and planned.plan.expert_caches:
-                model.set_cache_policy(plugins().choose_cache(_cache_info(planned)))
-                model.set_predictor(plugins().choose_predictor(_cache_info(planned)))
             with loads(model, extra_buffers=model is None and amx_works() is not False):
                 try:
                     super().__init__(path, n_gpu_layers=layers, **arguments)
@@ -230,15 +235,14 @@ class Llama(llama_cpp.Llama):
             if model is not None:
                 model.finish_load(progress)
             self._watch_context()
-            if model is not None and table is not None:
-                handle.residuals = Residuals(table, model, planned.plan)
-                handle.residuals.start(self, residual_share)
-            if model is not None and planned.plan.expert_caches and wanted(warm_start):
-                handle.warm_start = WarmStart(model, planned.catalog)
-                handle.warm_start.start()
+            if paged is not None and table is not None:
+                residuals = paged.attach(table, lambda name: tiers.get(name) in ("ram", "nvme"))
+                residuals.start(self, residual_share)
+            if paged is not None and planned.plan.expert_caches and wanted(warm_start):
+                paged.start_warm()
         except BaseException:
             self._nexus = None  # nobody was told of it: nobody is told that it is closed
-            self._free(model)
+            self._free(paged)
             raise
         plugins().model_loaded(handle.info)
 
@@ -309,29 +313,24 @@ class Llama(llama_cpp.Llama):
     def close(self) -> None:
         """Give back every byte. The object cannot be used any more."""
         handle, self._nexus = self._nexus, None
-        if handle is not None and handle.warm_start is not None:
-            handle.warm_start.stop()
-        self._free(handle.model if handle else None)
+        self._free(handle.paged if handle else None)
         if handle is not None:
-            handle.model = None
+            handle.paged = None
             plugins().model_closed(handle.info)
 
-    def _free(self, model: core.Model | None) -> None:
+    def _free(self, paged: PagedModel | None) -> None:
+        if paged is not None:
+            paged.stop_warm()  # it looks at the model that goes
         super().close()
         closed: Any = _Closed()
         self._ctx = self._model = self._batch = self.tokenizer_ = closed
-        if model is not None:
-            model.release()
+        if paged is not None:
+            paged.close()
 
     def __del__(self) -> None:
         # An interpreter that shuts down has no modules left to close with.
         with contextlib.suppress(Exception):
             self.close()
-
-
-def _cache_info(planned: Planned) -> CacheInfo:
-    shape, caches = planned.catalog.shape, planned.plan.expert_caches
-    return CacheInfo(len(caches), shape.n_experts, shape.n_experts_used, caches[0].slots)
 
 
 def _interruption() -> BaseException:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterable
 
 from nexus_ext import core
 from nexus_ext.errors import UsageError
-from nexus_ext.placement import Plan
 from nexus_ext.runtime import backend
-from nexus_ext.types import Catalog
+from nexus_ext.types import TensorInfo
 
 TYPES = ("tq1_0", "tq2_0", "q2_0", "q1_0")
 MODES = ("ggml", "auto", "nexus")
@@ -34,8 +34,8 @@ def same_bits(type_name: str) -> bool | None:
     return None if answer < 0 else answer == 1
 
 
-def own_types(catalog: Catalog, plan: Plan, mode: str) -> tuple[str, ...]:
-    """Return the types of resident weights in this model that our kernels are to compute with.
+def own_types(resident: Iterable[TensorInfo], mode: str) -> tuple[str, ...]:
+    """Return the types among these resident weights that our kernels are to compute with.
 
     UsageError for an unknown mode, or for "nexus" when this ggml leaves our kernels no place.
     """
@@ -45,14 +45,10 @@ def own_types(catalog: Catalog, plan: Plan, mode: str) -> tuple[str, ...]:
         )
     if mode == "ggml":
         return ()
-    resident = {
-        tensor.type_name.lower()
-        for tensor in catalog.tensors
-        if plan.tiers[tensor.name] in ("ram", "host") and len(tensor.shape) == 2
-    }
+    found = {tensor.type_name.lower() for tensor in resident if len(tensor.shape) == 2}
     chosen = []
     for name in TYPES:
-        if name not in resident:
+        if name not in found:
             continue
         same = same_bits(name)
         if same is None and mode == "nexus":

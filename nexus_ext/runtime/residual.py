@@ -169,12 +169,14 @@ def plan_with_room(
 class Residuals:
     """The residuals of an open model."""
 
-    def __init__(self, table: ResidualTable, model: core.Model, plan: Plan) -> None:
+    def __init__(
+        self, table: ResidualTable, model: core.Model, is_ours: Callable[[str], bool]
+    ) -> None:
         """Read and attach those whose matrices the CPU multiplies by; nothing is corrected yet.
 
         Raises FormatError or OutOfMemory.
         """
-        here = tuple(t for t in table.tensors if plan.tiers.get(t.name) in ("ram", "nvme"))
+        here = tuple(t for t in table.tensors if is_ours(t.name))
         self.table = replace(table, tensors=here)
         self.share = 0.0
         self._model = model

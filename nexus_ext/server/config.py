@@ -81,6 +81,9 @@ class EngineConfig(_Section):
     n_batch: int = Field(default=512, ge=4)
     n_threads: int = Field(default=0, ge=0)
     kv_type: Literal["f16", "f32", "bf16", "q8_0"] = "f16"
+    kernels: Literal["ggml", "auto", "nexus"] = "ggml"
+    policy: Literal["auto", "direct", "buffered"] = "auto"
+    warm_start: bool | None = None
     max_queue: int = Field(default=64, ge=1)
     keep_alive_s: float = 300
     sessions: str | None = None
@@ -95,6 +98,9 @@ class ModelConfig(_Section):
     n_ctx: int | None = Field(default=None, ge=0)
     n_parallel: int | None = Field(default=None, ge=1)
     kv_type: Literal["f16", "f32", "bf16", "q8_0"] | None = None
+    kernels: Literal["ggml", "auto", "nexus"] | None = None
+    residual: str | None = None
+    residual_share: float | None = Field(default=None, ge=0, le=1)
     keep_alive_s: float | None = None
     pinned: bool = False
     priority: int = Field(default=0, ge=0)

@@ -19,7 +19,7 @@ from nexus_ext.multiplexer.api import (
 from nexus_ext.multiplexer.engine import Multiplexer
 from nexus_ext.multiplexer.settings import ModelSpec, Settings
 from nexus_ext.runtime.batch import Shape
-from nexus_ext.runtime.elastic import blueprint
+from nexus_ext.runtime.blueprint import blueprint
 from nexus_ext.units import MIB
 
 MODELS = Path(__file__).resolve().parents[1] / "models"

@@ -13,8 +13,10 @@ import pytest
 from nexus_ext.errors import Interrupted, OutOfMemory, ReadFailed, UsageError
 from nexus_ext.multiplexer.prefix import TILE
 from nexus_ext.runtime.batch import BatchContext, Row, Shape
-from nexus_ext.runtime.elastic import Blueprint, ElasticModel, blueprint
-from nexus_ext.runtime.sampler import Sampler, SamplerOptions, log_probabilities
+from nexus_ext.runtime.blueprint import Blueprint, blueprint
+from nexus_ext.runtime.elastic import ElasticModel
+from nexus_ext.runtime.sampler import Sampler, log_probabilities
+from nexus_ext.runtime.sampling import Sampling
 from tests.integration.alone import Alone
 from tests.synth.models import write_moe
 
@@ -199,7 +201,7 @@ def test_a_kv_type_that_does_not_exist_is_named() -> None:
 def _sampler(opened: Opened, **options: Any) -> Sampler:
     vocabulary = opened.model.vocabulary
     values = {"temperature": 0.0, **options}
-    return Sampler(vocabulary.pointer, vocabulary.n_tokens, SamplerOptions(**values), N_CTX)
+    return Sampler(vocabulary.pointer, vocabulary.n_tokens, Sampling(**values), N_CTX)
 
 
 def test_samplers_do_what_their_names_say(opened: Opened) -> None:

@@ -15,7 +15,7 @@ from nexus_ext.multiplexer.api import (
     GenerateRequest,
 )
 from nexus_ext.multiplexer.settings import ModelSpec
-from nexus_ext.runtime.elastic import blueprint
+from nexus_ext.runtime.blueprint import blueprint
 from nexus_ext.units import MIB
 from tests.integration.alone import Alone
 from tests.integration.mux import (

@@ -18,7 +18,12 @@ def test_the_example_says_the_defaults_and_every_key(tmp_path: Path) -> None:
     config = load_config(tmp_path / "nexus.toml", environment=NOTHING)
     assert config.model_copy(update={"model": {}}) == Config()
     assert config.model["qwen3:8b"] == ModelConfig(
-        n_ctx=16384, n_parallel=2, kv_type="q8_0", keep_alive_s=-1, share=1 << 30
+        n_ctx=16384,
+        n_parallel=2,
+        kv_type="q8_0",
+        kernels="auto",
+        keep_alive_s=-1,
+        share=1 << 30,
     )
     for section, model in Config.model_fields.items():
         if section != "model":
