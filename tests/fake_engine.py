@@ -206,6 +206,9 @@ class FakeEngine:
     def budget(self) -> tuple[int, int]:
         return 640 * len(self.loaded), 4096
 
+    def gpu_budgets(self) -> Sequence[tuple[int, int]]:
+        return []
+
     async def close(self) -> None:
         self.closed = True
 

@@ -104,8 +104,9 @@ def ps(server: Server, output: Output) -> None:
       nexus ps --host 192.168.1.5:11435 --json
     """
     models = server.ask("/api/ps")["models"]
-    budget = server.ask("/props")["budget"]
-    output.result({"models": models, "budget": budget})
+    props = server.ask("/props")
+    budget, gpus = props["budget"], props["gpu_budgets"]
+    output.result({"models": models, "budget": budget, "gpu_budgets": gpus})
     output.table(
         ("NAME", ">SIZE", ">RESIDENT", "TIER", ">CONTEXT", "UNTIL"),
         [
@@ -121,6 +122,9 @@ def ps(server: Server, output: Output) -> None:
         ],
     )
     output.line(bar(models, budget["used"], budget["total"]))
+    for number, gpu in enumerate(gpus):
+        used, total = format_bytes(gpu["used"]), format_bytes(gpu["total"])
+        output.line(f"GPU {number}: {used} of {total}")
 
 
 def _tier(model: Any) -> str:

@@ -17,6 +17,14 @@ from nexus_ext.cli.output import Output
 @click.option("--ram", type=SIZE, metavar="SIZE", help="Everything that the process may touch.")
 @click.option("--budget", type=SIZE, metavar="SIZE", help="Models, contexts and states only.")
 @click.option(
+    "--gpu-budget",
+    "gpu_budgets",
+    multiple=True,
+    type=SIZE,
+    metavar="SIZE",
+    help="Of the first GPU; again for the next. Without it no GPU is used.",
+)
+@click.option(
     "-c",
     "--ctx",
     "n_ctx",

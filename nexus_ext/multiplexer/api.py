@@ -111,6 +111,7 @@ class ModelStatus:
     n_waiting: int
     load_done: float  # 0..1 while loading
     until_s: float | None  # when it may be unloaded, from now; None: kept
+    gpu_bytes: int = 0  # weights, KV cache and buffers on its GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +167,10 @@ class Engine(Protocol):
 
     def budget(self) -> tuple[int, int]:
         """Return (used, total) bytes of the budget."""
+        ...
+
+    def gpu_budgets(self) -> Sequence[tuple[int, int]]:
+        """Return (used, total) bytes of each GPU that has a budget."""
         ...
 
     async def close(self) -> None: ...

@@ -141,6 +141,10 @@ class Multiplexer:
         memory = self._scheduler.keeper.memory()
         return memory.used_bytes, memory.budget_bytes
 
+    def gpu_budgets(self) -> Sequence[tuple[int, int]]:
+        memory = self._scheduler.keeper.memory()
+        return list(zip(memory.gpu_used, memory.gpu_budgets, strict=True))
+
     async def close(self) -> None:
         if not self._closed:
             self._closed = True
@@ -177,6 +181,8 @@ class Multiplexer:
             raise
         keep = spec.keep_alive_s
         entry = Entry(spec, plan, vocabulary, self.settings.keep_alive_s if keep is None else keep)
+        gpus = self.settings.gpus
+        entry.gpu_is_unified = bool(gpus) and gpus[spec.gpu].unified
         future, tell = _promise()
         self._post(lambda: self._scheduler.register(entry, tell))
         await future
@@ -184,6 +190,11 @@ class Multiplexer:
 
     def _plan(self, spec: ModelSpec) -> Blueprint:
         settings = self.settings
+        if spec.gpu >= max(1, len(settings.gpus)) or (spec.gpu_layers and not settings.gpus):
+            raise UsageError(
+                f"{spec.name} is to use GPU {spec.gpu}, but {len(settings.gpus)} have a budget",
+                hint="give each GPU one with --gpu-budget",
+            )
         shape = Shape(
             n_seq=spec.n_parallel or settings.n_parallel,
             n_ctx=settings.n_ctx if spec.n_ctx is None else spec.n_ctx,
@@ -197,6 +208,9 @@ class Multiplexer:
             residual=spec.residual,
             warm_start=settings.warm_start,
             budget_bytes=settings.budget_bytes,
+            gpu=spec.gpu,
+            gpu_layers=spec.gpu_layers if settings.gpus else 0,
+            gpu_budget_bytes=settings.gpus[spec.gpu].nbytes if settings.gpus else 0,
         )
         if spec.residual_share is not None:
             options = replace(options, residual_share=spec.residual_share)

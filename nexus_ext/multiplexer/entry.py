@@ -45,6 +45,7 @@ class Entry:
     blocked_ns: int = 0  # since when it waits for memory
     begun_ns: int = 0  # when its loading began
     replaced: bool = False  # another model has its name now
+    gpu_is_unified: bool = False  # what is on its GPU is in main memory as well
     settled: bool = False  # it has tried to get back what was evicted since it was idle last
 
     def __post_init__(self) -> None:
@@ -78,10 +79,11 @@ class Entry:
 
     @property
     def fixed_bytes(self) -> int:
-        return self.plan.sizes.total + self.embed_bytes
+        shared = self.plan.gpu.total_bytes if self.gpu_is_unified else 0
+        return self.plan.sizes.total + self.embed_bytes + shared
 
     def holder(self, *, in_use: bool) -> Holder:
-        spec = self.spec
+        spec, on_gpu = self.spec, self.plan.gpu.total_bytes
         return Holder(
             name=spec.name,
             fixed_bytes=self.fixed_bytes,
@@ -93,6 +95,7 @@ class Entry:
             priority=spec.priority,
             share_bytes=spec.share_bytes,
             last_used_ns=self.last_used_ns,
+            gpu_bytes=(*(0,) * spec.gpu, on_gpu) if on_gpu else (),
         )
 
     def keep(self, keep_alive_s: float | None) -> None:
@@ -135,4 +138,5 @@ class Entry:
             n_waiting=len(self.waiting),
             load_done=done,
             until_s=None if keep_ns is None else max(0.0, keep_ns / 1e9),
+            gpu_bytes=plan.gpu.total_bytes,
         )

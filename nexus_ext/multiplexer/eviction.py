@@ -6,6 +6,7 @@ be resident. The rules, in this order:
 
 - The budget is never exceeded, and what is in use, or pinned, is never taken away.
 - Units go before whole models: an evicted layer is read back, a model must be loaded again.
+- What a model has on a GPU goes with the model only; each GPU has a budget of its own.
 - Among models the lowest priority goes first, then the one that was used longest ago.
 - A model with a share keeps that many bytes against everybody.
 - Nothing goes that need not go.
@@ -31,6 +32,7 @@ class Holder:
     priority: int = 0  # the lowest is evicted first
     share_bytes: int = 0  # never evicted below this
     last_used_ns: int = 0
+    gpu_bytes: tuple[int, ...] = ()  # of each GPU while it is loaded; missing ones are 0
 
     @property
     def units_bytes(self) -> int:
@@ -40,6 +42,10 @@ class Holder:
     def held_bytes(self) -> int:
         return self.fixed_bytes + self.units_bytes if self.loaded else 0
 
+    def on_gpu(self, number: int) -> int:
+        """Bytes that it takes of GPU `number` while it is loaded."""
+        return self.gpu_bytes[number] if number < len(self.gpu_bytes) else 0
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -48,6 +54,7 @@ class Memory:
     budget_bytes: int
     holders: tuple[Holder, ...]
     other_bytes: int = 0  # held by nobody who could give it up
+    gpu_budgets: tuple[int, ...] = ()  # bytes of each GPU
 
     @property
     def used_bytes(self) -> int:
@@ -56,6 +63,16 @@ class Memory:
     @property
     def free_bytes(self) -> int:
         return self.budget_bytes - self.used_bytes
+
+    @property
+    def gpu_used(self) -> tuple[int, ...]:
+        """Bytes in use on each GPU."""
+        loaded = [holder for holder in self.holders if holder.loaded]
+        return tuple(sum(h.on_gpu(i) for h in loaded) for i in range(len(self.gpu_budgets)))
+
+    @property
+    def gpu_free(self) -> tuple[int, ...]:
+        return tuple(b - used for b, used in zip(self.gpu_budgets, self.gpu_used, strict=True))
 
     def holder(self, name: str) -> Holder:
         return next(holder for holder in self.holders if holder.name == name)
@@ -90,6 +107,11 @@ def activate(memory: Memory, name: str) -> Activation | None:
     target = memory.holder(name)
     steps: list[Step] = []
     if not target.loaded:
+        made = _gpu_room(memory, target)
+        if made is None:
+            return None
+        steps += made
+        memory = apply(memory, made)
         made = make_room(memory, target.fixed_bytes, name)
         if made is None:
             return None
@@ -104,6 +126,28 @@ def activate(memory: Memory, name: str) -> Activation | None:
         n += 1
     more = make_room(memory, wanted, name, unload=False)
     return Activation(_joined([*steps, *(more or ())]), n)
+
+
+def _gpu_room(memory: Memory, target: Holder) -> tuple[Step, ...] | None:
+    """Return which models go so that a target's parts fit on their GPUs; None: impossible."""
+    if any(target.gpu_bytes[len(memory.gpu_budgets) :]):
+        return None  # there is no such GPU
+    state, steps = memory, []
+    for number in range(len(memory.gpu_budgets)):
+        wanted = target.on_gpu(number)
+        while wanted and state.gpu_free[number] < wanted:
+            models = _models(state, target.name)
+            step = next((s for s in models if state.holder(s.name).on_gpu(number)), None)
+            if step is None:
+                return None
+            steps.append(step)
+            state = apply(state, (step,))
+    # One that went early need not go when later ones gave up more than was missing.
+    for step in reversed(steps):
+        stays = apply(memory, tuple(s for s in steps if s is not step))
+        if all(free >= target.on_gpu(i) for i, free in enumerate(stays.gpu_free)):
+            steps = [s for s in steps if s is not step]
+    return tuple(steps)
 
 
 def make_room(

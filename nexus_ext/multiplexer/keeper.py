@@ -67,6 +67,7 @@ class Keeper:
             other_bytes=self.settings.saved_bytes
             + self._claimed_bytes
             + sum(entry.plan.vocabulary_bytes for entry in entries),
+            gpu_budgets=tuple(gpu.nbytes for gpu in self.settings.gpus),
         )
 
     def holds_back(self, entry: Entry) -> bool:
@@ -140,6 +141,7 @@ class Keeper:
 
     def _blocked(self, entry: Entry, memory: eviction.Memory, now: int) -> None:
         if eviction.activate(_all_idle(memory), entry.name) is None:
+            _check_gpu(entry, memory)
             kept = sum(h.held_bytes for h in memory.holders if h.pinned or h.share_bytes)
             raise DoesNotFit(
                 f"{entry.name} takes {format_bytes(entry.fixed_bytes)} beside its weights, "
@@ -262,3 +264,19 @@ class Keeper:
 
 def _all_idle(memory: eviction.Memory) -> eviction.Memory:
     return replace(memory, holders=tuple(replace(h, in_use=False) for h in memory.holders))
+
+
+def _check_gpu(entry: Entry, memory: eviction.Memory) -> None:
+    """Raise DoesNotFit when it is the GPU that has no room, whoever is idle."""
+    number, need = entry.spec.gpu, entry.plan.gpu.total_bytes
+    if not need:
+        return
+    kept = sum(h.on_gpu(number) for h in memory.holders if h.loaded and (h.pinned or h.share_bytes))
+    if kept + need > memory.gpu_budgets[number]:
+        raise DoesNotFit(
+            f"{entry.name} takes {format_bytes(need)} of GPU {number}, which its budget of "
+            f"{format_bytes(memory.gpu_budgets[number])} does not leave "
+            f"({format_bytes(kept)} are kept for others)",
+            hint="put fewer layers there (gpu_layers), or use a larger budget",
+            smallest_bytes=kept + need,
+        )

@@ -43,7 +43,8 @@ class Runner:
         self.model = model
         self.shape: Shape = model.blueprint.shape
         self.key = f"{model.blueprint.catalog.fingerprint} {self.shape}"
-        self.context = BatchContext(model.pointer, model.core, self.shape)
+        on_gpu = model.blueprint.gpu.n_layers > 0
+        self.context = BatchContext(model.pointer, model.core, self.shape, on_gpu=on_gpu)
         self.slots = [Slot(i) for i in range(self.shape.n_seq)]
         self._sessions = sessions
         self._prefill_next = True

@@ -28,14 +28,24 @@ class ModelSpec:
     residual: str | None = None  # a file that corrects what quantization lost: changes answers
     residual_share: float | None = None  # of the input channels; None: `blueprint.RESIDUAL_SHARE`
     keep_alive_s: float | None = None  # None: as configured; below 0: for good
+    gpu: int = 0  # which of `Settings.gpus` it uses
+    gpu_layers: int | None = None  # on it; None: as many as its budget holds
     pinned: bool = False  # never evicted once it is loaded
     share_bytes: int = 0  # never evicted below this
     priority: int = 0  # the lowest is evicted first; the processor is shared 1 + priority : 1
 
     def __post_init__(self) -> None:
-        for name in ("share_bytes", "priority"):
+        for name in ("share_bytes", "priority", "gpu"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} of {self.name} is {getattr(self, name)}, less than 0")
+
+
+@dataclass(frozen=True, slots=True)
+class GpuBudget:
+    """What models may take of one GPU."""
+
+    nbytes: int  # weights, KV caches and compute buffers
+    unified: bool = False  # it shares main memory: what it holds counts there as well
 
 
 Find = Callable[[str], ModelSpec]
@@ -61,6 +71,7 @@ class Settings:
     session_ram_bytes: int | None = None  # None: a sixteenth of the budget, at most 256 MiB
     session_disk_bytes: int = 0
     session_directory: str | os.PathLike[str] | None = None  # None: nothing goes to disk
+    gpus: tuple[GpuBudget, ...] = ()  # in llama.cpp's order; none: no GPU is used
 
     def __post_init__(self) -> None:
         for name, least in (

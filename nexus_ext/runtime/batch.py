@@ -51,11 +51,18 @@ class BatchContext:
     """A context over `model` (a llama_model pointer), whose weights `paged` may hold."""
 
     def __init__(
-        self, model: Any, paged: core.Model, shape: Shape, *, pooling: int | None = None
+        self,
+        model: Any,
+        paged: core.Model,
+        shape: Shape,
+        *,
+        pooling: int | None = None,
+        on_gpu: bool = False,
     ) -> None:
         """Allocate the KV cache. Raises OutOfMemory.
 
-        `pooling`: for embeddings, llama.cpp's pooling type; None: for logits.
+        `pooling`: for embeddings, llama.cpp's pooling type; None: for logits. `on_gpu`: layers that
+        are on a GPU have their KV cache there.
         """
         self.shape = shape
         self._paged = paged
@@ -66,7 +73,7 @@ class BatchContext:
         params.n_seq_max = shape.n_seq
         params.kv_unified = False
         params.flash_attn_type = 0  # disabled
-        params.offload_kqv = False
+        params.offload_kqv = on_gpu
         params.embeddings = pooling is not None
         if pooling is None:
             params.n_outputs_max = shape.n_seq  # rows of logits that are wanted at once

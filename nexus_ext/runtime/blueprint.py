@@ -21,6 +21,7 @@ from nexus_ext.formats.residuals import ResidualTable, read_residuals
 from nexus_ext.hardware.memory import available_bytes
 from nexus_ext.placement import PlanRequest, experts, memory, ring
 from nexus_ext.placement.costs import PAGED, is_dense
+from nexus_ext.placement.gpu import NOTHING, GpuPart, gpu_part, largest_part
 from nexus_ext.plugins import plugins
 from nexus_ext.policies import IoInfo, IoMode
 from nexus_ext.runtime.batch import Shape
@@ -43,6 +44,9 @@ class Options:
     residual_share: float = RESIDUAL_SHARE  # of the input channels that it corrects
     warm_start: bool | None = None  # None: unless NEXUS_WARM_START is 0
     budget_bytes: int = 0  # of memory for all models: what the I/O policy is told to reckon with
+    gpu: int = 0  # which GPU
+    gpu_layers: int | None = None  # on it, as llama.cpp counts; None: as many as fit its budget
+    gpu_budget_bytes: int = 0  # of that GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,7 @@ class Blueprint:
     own_kernels: tuple[str, ...]  # types of weights that our kernels compute with
     io_mode: IoMode
     residuals: ResidualTable | None
+    gpu: GpuPart
 
     @property
     def vocabulary_bytes(self) -> int:
@@ -128,13 +133,15 @@ def blueprint(
     catalog = open_model(os.fspath(path))
     if not shape.n_ctx:
         shape = replace(shape, n_ctx=catalog.shape.n_ctx_train or 512)
+    gpu = _on_gpu(catalog, shape, options)
+    here = [t for t in catalog.tensors if t.name not in gpu.names]
     caches = tuple(
         parts
-        for parts in experts.groups(catalog.tensors)
+        for parts in experts.groups(here)
         if all(t.role in PAGED and t.nbytes for t in parts)
     )
     cached = {t.name for parts in caches for t in parts}
-    elastic = [t for t in catalog.tensors if t.role in PAGED and t.nbytes and t.name not in cached]
+    elastic = [t for t in here if t.role in PAGED and t.nbytes and t.name not in cached]
     table = read_residuals(options.residual) if options.residual is not None else None
     own = own_types(elastic, options.kernels)
     units = (*_dense_units(catalog, elastic, own), *_slot_units(caches))
@@ -143,7 +150,7 @@ def blueprint(
         catalog=catalog,
         shape=shape,
         sizes=replace(
-            _sizes(catalog, shape, {t.name for t in elastic} | cached),
+            _sizes(catalog, shape, {t.name for t in elastic} | cached, gpu),
             residuals=table.nbytes if table is not None else 0,
             packing=max((_packed_bytes(t) for t in elastic if _is_ours(t, own)), default=0),
         ),
@@ -153,7 +160,17 @@ def blueprint(
         own_kernels=own,
         io_mode=_io_mode(options, sum(unit.nbytes for unit in units)),
         residuals=checked(table, catalog) if table is not None else None,
+        gpu=gpu,
     )
+
+
+def _on_gpu(catalog: Catalog, shape: Shape, options: Options) -> GpuPart:
+    context = _context(catalog, shape, shape.n_seq)
+    if options.gpu_layers is not None:
+        return gpu_part(catalog, context, options.gpu_layers)
+    if not options.gpu_budget_bytes:
+        return NOTHING
+    return largest_part(catalog, context, options.gpu_budget_bytes)
 
 
 def _io_mode(options: Options, units_bytes: int) -> IoMode:
@@ -201,7 +218,7 @@ def context_bytes(catalog: Catalog, shape: Shape, *, embeddings: bool = False) -
     return kv, memory.compute_bytes(catalog, context)
 
 
-def _sizes(catalog: Catalog, shape: Shape, moving: set[str]) -> Sizes:
+def _sizes(catalog: Catalog, shape: Shape, moving: set[str], gpu: GpuPart) -> Sizes:
     kv, compute = context_bytes(catalog, shape)
     context = _context(catalog, shape, shape.n_seq)
     moved = [t for t in catalog.tensors if t.name in moving]
@@ -213,11 +230,13 @@ def _sizes(catalog: Catalog, shape: Shape, moving: set[str]) -> Sizes:
     scratch = [ring.scratch_bytes(t, shape.n_ubatch) for t in moved]
     scratch.append(ring.tied_rows_bytes(streamed))
     return Sizes(
-        permanent=sum(t.nbytes + _SLACK for t in catalog.tensors if t.name not in moving),
+        permanent=sum(
+            t.nbytes + _SLACK for t in catalog.tensors if t.name not in moving | gpu.names
+        ),
         ring=ring_bytes,
         slab=ring.slab_bytes(streamed, ring_bytes),
         scratch=memory.round_up(max(scratch, default=0), memory.PAGE),
-        kv=kv,
+        kv=kv - gpu.kv_bytes,
         compute=compute,
         bookkeeping=memory.runtime_bytes(catalog, context) - memory.PROCESS_BYTES,
         residuals=0,

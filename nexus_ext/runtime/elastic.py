@@ -15,7 +15,7 @@ import llama_cpp.llama_cpp as bindings
 from nexus_ext import core
 from nexus_ext.errors import FormatError
 from nexus_ext.placement.plan import ExpertCache
-from nexus_ext.runtime import backend
+from nexus_ext.runtime import backend, ggml
 from nexus_ext.runtime.blueprint import Blueprint
 from nexus_ext.runtime.loading import load_paged
 from nexus_ext.runtime.manifest import manifest_text
@@ -41,6 +41,7 @@ class ElasticModel:
             t.name: "elastic" if i in dense else "nvme" if t.name in cached else "ram"
             for i, t in enumerate(catalog.tensors)
         }
+        tiers |= dict.fromkeys(plan.gpu.names, "host")  # llama.cpp reads and keeps these
         caches = [
             ExpertCache(tuple(t.name for t in parts), parts[0].n_experts, 0)
             for parts in plan.caches
@@ -61,7 +62,10 @@ class ElasticModel:
             backend.silence_llama_log()
             bindings.llama_backend_init()
             params = bindings.llama_model_default_params()
-            params.n_gpu_layers = 0
+            params.n_gpu_layers = plan.gpu.n_layers
+            if plan.gpu.n_layers and ggml.gpus():
+                params.main_gpu = plan.options.gpu
+                params.split_mode = bindings.LLAMA_SPLIT_MODE_NONE
             self.pointer = load_paged(self.core, params)
             if not self.pointer:
                 named = self.core.take_error("loading the model")

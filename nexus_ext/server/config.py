@@ -35,6 +35,7 @@ def _listed(value: object) -> object:
 
 
 Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=0)]
+Sizes = Annotated[list[Bytes], BeforeValidator(_listed)]
 Texts = Annotated[list[str], BeforeValidator(_listed)]
 
 
@@ -86,6 +87,7 @@ class EngineConfig(_Section):
     warm_start: bool | None = None
     max_queue: int = Field(default=64, ge=1)
     keep_alive_s: float = 300
+    gpu_budgets: Sizes = []
     sessions: str | None = None
     sessions_ram: Bytes | None = None
     sessions_disk: Bytes = 0
@@ -102,6 +104,8 @@ class ModelConfig(_Section):
     residual: str | None = None
     residual_share: float | None = Field(default=None, ge=0, le=1)
     keep_alive_s: float | None = None
+    gpu: int = Field(default=0, ge=0)
+    gpu_layers: int | None = Field(default=None, ge=0)
     pinned: bool = False
     priority: int = Field(default=0, ge=0)
     share: Bytes = 0

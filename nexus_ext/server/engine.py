@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from nexus_ext.errors import UsageError
 from nexus_ext.hardware.memory import available_bytes
 from nexus_ext.multiplexer.engine import Multiplexer
-from nexus_ext.multiplexer.settings import ModelSpec, Settings
+from nexus_ext.multiplexer.settings import GpuBudget, ModelSpec, Settings
+from nexus_ext.runtime import ggml
 from nexus_ext.server.config import Config, ModelConfig
 from nexus_ext.server.describe import catalog_of
 from nexus_ext.store import Library, StoredModel
+from nexus_ext.units import format_bytes
 
 _PART_OF_FREE = 0.8
 
@@ -31,6 +35,7 @@ def make_engine(library: Library, config: Config) -> Multiplexer:
         session_ram_bytes=engine.sessions_ram,
         session_disk_bytes=engine.sessions_disk,
         session_directory=engine.sessions,
+        gpus=gpu_budgets(engine.gpu_budgets),
     )
 
     def find(name: str) -> ModelSpec:
@@ -61,9 +66,32 @@ def spec_of(stored: StoredModel, config: Config) -> ModelSpec:
         residual=own.residual,
         residual_share=own.residual_share,
         keep_alive_s=own.keep_alive_s,
+        gpu=own.gpu,
+        gpu_layers=own.gpu_layers,
         pinned=own.pinned,
         share_bytes=own.share,
         priority=own.priority,
+    )
+
+
+def gpu_budgets(asked: Sequence[int]) -> tuple[GpuBudget, ...]:
+    """Return the budgets of the GPUs that llama.cpp lists, in its order; UsageError beyond them."""
+    if not asked:
+        return ()
+    found = ggml.gpus()
+    if len(asked) > len(found):
+        raise UsageError(
+            f"{len(asked)} GPUs are given a budget, llama.cpp finds {len(found)} here",
+            hint="`nexus probe` shows what there is; a llama-cpp-python built for the GPU is needed",
+        )
+    for number, (nbytes, (device, _)) in enumerate(zip(asked, found, strict=False)):
+        if nbytes > device.total_bytes:
+            raise UsageError(
+                f"the budget of GPU {number} is {format_bytes(nbytes)}, {device.name} has "
+                f"{format_bytes(device.total_bytes)}"
+            )
+    return tuple(
+        GpuBudget(nbytes, unified) for nbytes, (_, unified) in zip(asked, found, strict=False)
     )
 
 

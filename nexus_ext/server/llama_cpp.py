@@ -63,6 +63,9 @@ async def props(service: Service, _: Any) -> Response:
             "total_slots": engine.n_parallel,
             "default_generation_settings": {"n_ctx": engine.n_ctx},
             "budget": {"used": used, "total": total},
+            "gpu_budgets": [
+                {"used": used, "total": total} for used, total in service.engine.gpu_budgets()
+            ],
             "models": [status.name for status in service.engine.status()],
         }
     )

@@ -89,6 +89,7 @@ class Metrics:
         for model in models:
             self._models.labels(model.name, "resident").set(model.resident_bytes)
             self._models.labels(model.name, "kv").set(model.kv_bytes)
+            self._models.labels(model.name, "gpu").set(model.gpu_bytes)
             self._slots.labels(model.name, "running").set(model.n_running)
             self._slots.labels(model.name, "waiting").set(model.n_waiting)
         return generate_latest(self.registry)

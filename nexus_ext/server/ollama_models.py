@@ -38,7 +38,7 @@ async def tags(service: Service, _: Any) -> Response:
 
 
 async def ps(service: Service, _: Any) -> Response:
-    """Return what holds memory. `size_vram` is 0: nothing of ours is in a GPU's memory."""
+    """Return what holds memory. `size_vram` counts what is in a GPU's memory."""
     found, budget = service.engine.status(), service.engine.budget()
     # In a thread: a header that was not read yet takes a moment.
     models = await anyio.to_thread.run_sync(
@@ -57,7 +57,7 @@ def _running(service: Service, status: ModelStatus, budget: tuple[int, int]) -> 
     return {
         **made,
         "size": status.file_bytes,
-        "size_vram": 0,
+        "size_vram": status.gpu_bytes,
         "context_length": status.n_ctx,
         "expires_at": until or "2318-01-01T00:00:00.000000Z",  # as Ollama says "for good"
         # Beyond Ollama's keys:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nexus_ext.multiplexer.eviction import Holder, Memory, activate, apply, make_room
+from nexus_ext.multiplexer.eviction import Holder, Memory, Step, activate, apply, make_room
 
 
 @st.composite
@@ -25,6 +25,7 @@ def holders(draw: st.DrawFn, name: str) -> Holder:
         priority=draw(st.integers(0, 2)),
         share_bytes=draw(st.sampled_from((0, 0, 40))),
         last_used_ns=draw(st.integers(0, 5)),
+        gpu_bytes=tuple(draw(st.lists(st.sampled_from((0, 0, 10, 30)), max_size=2))),
     )
 
 
@@ -34,7 +35,9 @@ def memories(draw: st.DrawFn) -> Memory:
     found = tuple(draw(holders(name)) for name in names)
     used = sum(holder.held_bytes for holder in found)
     other = draw(st.integers(0, 20))
-    return Memory(used + other + draw(st.integers(0, 100)), found, other)
+    on_gpus = [sum(h.on_gpu(i) for h in found if h.loaded) for i in range(2)]
+    budgets = tuple(n + draw(st.integers(0, 40)) for n in on_gpus)
+    return Memory(used + other + draw(st.integers(0, 100)), found, other, budgets)
 
 
 @settings(max_examples=400, deadline=None)
@@ -47,6 +50,7 @@ def test_an_activation_keeps_the_budget_and_what_must_be_kept(memory: Memory) ->
     target = replace(after.holder("a"), loaded=True, resident=found.resident)
     after = after.with_holder(target)
     assert after.used_bytes <= after.budget_bytes
+    assert all(free >= 0 for free in after.gpu_free)
     for step in found.steps:
         before, now = memory.holder(step.name), after.holder(step.name)
         assert step.name != "a" and before.loaded
@@ -82,9 +86,54 @@ def test_nobody_starves(memory: Memory) -> None:
     """Once nobody else is in use, a model whose fixed part can fit at all gets it."""
     idle = replace(memory, holders=tuple(replace(h, in_use=False) for h in memory.holders))
     target = idle.holder("a")
-    kept = sum(h.held_bytes for h in idle.holders if h.name != "a" and (h.pinned or h.share_bytes))
-    if not target.loaded and idle.other_bytes + kept + target.fixed_bytes <= idle.budget_bytes:
-        assert activate(idle, "a") is not None
+    stay = [h for h in idle.holders if h.name != "a" and h.loaded and (h.pinned or h.share_bytes)]
+    kept = sum(h.held_bytes for h in stay)
+    fits = idle.other_bytes + kept + target.fixed_bytes <= idle.budget_bytes
+    fits_gpus = all(
+        sum(h.on_gpu(i) for h in stay) + target.on_gpu(i) <= budget
+        for i, budget in enumerate(idle.gpu_budgets)
+    )
+    if not target.loaded and fits:
+        assert (activate(idle, "a") is not None) == fits_gpus
+
+
+@settings(max_examples=400, deadline=None)
+@given(memories())
+def test_models_go_for_a_gpu_in_order_and_no_more_than_needed(memory: Memory) -> None:
+    roomy = replace(memory, budget_bytes=10**6)  # main memory is no reason to evict anybody
+    target = replace(roomy.holder("a"), loaded=False, resident=0, in_use=False)
+    roomy = roomy.with_holder(target)
+    found = activate(roomy, "a")
+    if found is None:
+        return
+    for step in found.steps:
+        assert step.resident is None and any(roomy.holder(step.name).gpu_bytes)
+        without = apply(roomy, tuple(s for s in found.steps if s is not step))
+        short = [i for i, free in enumerate(without.gpu_free) if free < target.on_gpu(i)]
+        assert short, "it could have stayed"
+        holder = roomy.holder(step.name)
+        for other in roomy.holders:  # nobody older has stayed who would have been enough alone
+            able = other.loaded and not (other.in_use or other.pinned or other.share_bytes)
+            older = (other.priority, other.last_used_ns) < (holder.priority, holder.last_used_ns)
+            if able and older and other.name != "a" and other not in _gone(roomy, found.steps):
+                assert any(without.gpu_free[i] + other.on_gpu(i) < target.on_gpu(i) for i in short)
+
+
+def _gone(memory: Memory, steps: tuple[Step, ...]) -> list[Holder]:
+    return [memory.holder(step.name) for step in steps]
+
+
+def test_a_model_goes_for_the_gpu_that_is_short() -> None:
+    first = Holder("first", 10, (), loaded=True, last_used_ns=1, gpu_bytes=(8,))
+    second = Holder("second", 10, (), loaded=True, last_used_ns=2, gpu_bytes=(0, 8))
+    target = Holder("x", 10, (20,), gpu_bytes=(0, 6))
+    found = activate(Memory(1000, (first, second, target), gpu_budgets=(10, 10)), "x")
+    assert found is not None and found.resident == 1
+    assert [(s.name, s.resident, s.freed_bytes) for s in found.steps] == [("second", None, 10)]
+    in_use = replace(second, in_use=True)
+    assert activate(Memory(1000, (first, in_use, target), gpu_budgets=(10, 10)), "x") is None
+    nowhere = Holder("x", 10, (), gpu_bytes=(0, 0, 6))
+    assert activate(Memory(1000, (nowhere,), gpu_budgets=(10, 10)), "x") is None
 
 
 @settings(max_examples=300, deadline=None)

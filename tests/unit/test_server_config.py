@@ -23,6 +23,7 @@ def test_the_example_says_the_defaults_and_every_key(tmp_path: Path) -> None:
         kv_type="q8_0",
         kernels="auto",
         keep_alive_s=-1,
+        gpu=0,
         share=1 << 30,
     )
     for section, model in Config.model_fields.items():
