@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,14 +12,10 @@ import ollama
 import openai
 import pytest
 
-from nexus_ext import Llama
-from tests.cli_support import COMMAND, call, run
+from tests.cli_support import call, run
+from tests.integration.served import answer_alone, served, store_of
 from tests.models_folder import find_model
 
-TEMPLATE = (
-    "{% for m in messages %}{{ m.content }} {% endfor %}"
-    "{% if tools %}{{ tools | length }} tools, write <tool_call>{% endif %}"
-)
 PROMPT = "Once upon a time a little girl named Lily had a cat that liked to sleep in the warm sun"
 MESSAGES: Any = [{"role": "user", "content": PROMPT}]
 SCHEMA = {
@@ -47,40 +40,16 @@ TOOL: Any = {
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A store with two real models, and nothing of the user's."""
-    home = tmp_path_factory.mktemp("home")
-    (home / "chat.jinja").write_text(TEMPLATE)
-    made = {
-        "NEXUS_MODELS": str(home / "store"),
-        "NEXUS_MODELS_OLLAMA": "",
-        "NEXUS_MODELS_LM_STUDIO": "",
-        "XDG_CONFIG_HOME": str(home),
-        "NO_PROXY": "*",
-    }
-    chat = ("--template", home / "chat.jinja")
     bit, tales = find_model("bitllama-3M-q8_0.gguf"), find_model("stories260K-q4_0.gguf")
-    for name, file in (("bit", bit), ("tales:v1", tales)):
-        assert run("create", name, file, *chat, environment=made).status == 0
+    made = store_of(tmp_path_factory.mktemp("home"), {"bit": bit, "tales:v1": tales})
     assert run("create", "base", tales, environment=made).status == 0
     return made
 
 
 @pytest.fixture(scope="module")
 def url(environment: dict[str, str]) -> Iterator[str]:
-    process = subprocess.Popen(
-        [*COMMAND, "serve", "--budget", "64M", "--port", "0", "--ctx", "256", "--json"],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment},
-    )
-    assert process.stdout is not None
-    text = ""
-    while "}" not in text:
-        line = process.stdout.readline()
-        assert line, "the server did not start"
-        text += line
-    yield json.loads(text)["url"]
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    with served(environment) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +72,8 @@ def two(url: str) -> ollama.Client:
 @pytest.fixture(scope="module")
 def alone() -> dict[str, str]:
     """What each model answers when nothing is in between, greedily."""
-    texts = {}
-    for name, file in (("bit", "bitllama-3M-q8_0.gguf"), ("tales:v1", "stories260K-q4_0.gguf")):
-        llm = Llama(str(find_model(file)), n_ctx=256, verbose=False)
-        tokens = llm.tokenize(f"{PROMPT} ".encode(), add_bos=False, special=True)
-        texts[name] = llm(tokens, max_tokens=24, temperature=0)["choices"][0]["text"]
-        llm.close()
-    return texts
+    files = {"bit": "bitllama-3M-q8_0.gguf", "tales:v1": "stories260K-q4_0.gguf"}
+    return {name: answer_alone(find_model(file), PROMPT, 24) for name, file in files.items()}
 
 
 @pytest.mark.parametrize("model", ["bit", "tales:v1"])
