@@ -42,6 +42,7 @@ PROMPTS = (
     "The little dog",
     "Lily and Tom went to the park",
     "One day, a big",
+    "Once there was a boy who had a red ball and a blue kite and a dog. " * 12,  # 220 tokens or so
 )
 N_TOKENS = 24
 RUBBISH = (
@@ -64,7 +65,7 @@ def expected() -> dict[tuple[str, str], str]:
     """What every model answers to every prompt when it is alone."""
     made = {}
     for model, file in FILES.items():
-        llm = Llama(str(find(file)), n_ctx=256, verbose=False)
+        llm = Llama(str(find(file)), n_ctx=512, verbose=False)
         for prompt in PROMPTS:
             reply = llm(prompt, max_tokens=N_TOKENS, temperature=0)
             made[model, prompt] = reply["choices"][0]["text"]
@@ -219,7 +220,7 @@ def main() -> int:
         for name, file in FILES.items():
             make = [*COMMAND, "create", name, str(find(file)), "--quiet"]
             subprocess.run(make, env=environment, check=True)
-        serve = [*COMMAND, "serve", "--port", "0", "--budget", chosen.budget, "-c", "256", "--json"]
+        serve = [*COMMAND, "serve", "--port", "0", "--budget", chosen.budget, "-c", "512", "--json"]
         log = open(f"{home}/log", "wb")
         server = subprocess.Popen(
             serve, env=environment, stdout=subprocess.PIPE, stderr=log, text=True

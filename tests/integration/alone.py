@@ -42,8 +42,19 @@ class Alone:
         bindings.llama_batch_free(batch)
         return np.ctypeslib.as_array(pointer, (self.n_vocab,)).copy()
 
-    def greedy(self, prompt: list[int], n: int) -> list[np.ndarray]:
+    def clear(self) -> None:
         bindings.llama_memory_clear(bindings.llama_get_memory(self.context), True)
+
+    def keep(self, n: int) -> None:
+        """Forget all but the first `n` tokens."""
+        assert bindings.llama_memory_seq_rm(bindings.llama_get_memory(self.context), 0, n, -1)
+
+    def ends(self, token: int) -> bool:
+        vocab = bindings.llama_model_get_vocab(self.model)
+        return bool(bindings.llama_vocab_is_eog(vocab, token))
+
+    def greedy(self, prompt: list[int], n: int) -> list[np.ndarray]:
+        self.clear()
         logits = [self.decode(prompt, 0)]
         while len(logits) < n:
             position = len(prompt) + len(logits) - 1
@@ -56,11 +67,10 @@ class Alone:
 
     def tokens(self, prompt: list[int], n: int) -> list[int]:
         """Return the first `n` tokens of the greedy answer, or fewer when it ends."""
-        vocab = bindings.llama_model_get_vocab(self.model)
         found: list[int] = []
         for logits in self.greedy(prompt, n):
             token = int(logits.argmax())
-            if bindings.llama_vocab_is_eog(vocab, token):
+            if self.ends(token):
                 break
             found.append(token)
         return found
