@@ -94,7 +94,13 @@ async def _http_exception(request: Request, error: Exception) -> Response:
         405: f"{request.url.path} does not take {request.method}",
     }
     text = texts.get(status, HTTPStatus(status).phrase.lower())
+    below = f"/v1{request.url.path}"
+    known = status == 404 and any(endpoint.path == below for endpoint in ENDPOINTS)
     refusal = HttpError(
-        status, text, code=HTTPStatus(status).name.lower(), headers=dict(error.headers or {})
+        status,
+        text,
+        hint=f"OpenAI's API begins with /v1: {below}" if known else "",
+        code=HTTPStatus(status).name.lower(),
+        headers=dict(error.headers or {}),
     )
     return error_response(api_of(request.url.path), refusal)

@@ -7,9 +7,11 @@ commas.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +24,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:  # the same library under its older name
     import tomli as tomllib
+
+_log = logging.getLogger("nexus_ext.server")
 
 DEFAULT_PORT = 11435
 
@@ -118,6 +122,21 @@ class Config(_Section):
     model: dict[str, ModelConfig] = {}
 
 
+_SECTIONS: Mapping[str, type[BaseModel]] = {
+    "server": ServerConfig,
+    "models": ModelsConfig,
+    "engine": EngineConfig,
+}
+
+
+def _warn_of_unknown(environment: Mapping[str, str]) -> None:
+    for name in sorted(environment):
+        prefix, _, rest = name.removeprefix("NEXUS_").lower().partition("_")
+        section = _SECTIONS.get(prefix) if name.startswith("NEXUS_") else None
+        if section is not None and rest and rest not in section.model_fields:
+            _log.warning("%s is set, but [%s] has no key %s", name, prefix, rest)
+
+
 def default_path(environment: Mapping[str, str] = os.environ) -> Path:
     """Return where the configuration is unless --config or NEXUS_CONFIG names another file."""
     home = environment.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
@@ -140,11 +159,8 @@ def load_config(
     fields: dict[str, Any] = {}
     if named or file.is_file():
         fields = _read(file)
-    for section, model in (
-        ("server", ServerConfig),
-        ("models", ModelsConfig),
-        ("engine", EngineConfig),
-    ):
+    _warn_of_unknown(environment)
+    for section, model in _SECTIONS.items():
         values = fields.setdefault(section, {})
         if not isinstance(values, dict):
             continue  # refused below, with its name
@@ -160,11 +176,24 @@ def load_config(
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
+        what = f"the configuration has {where} = {first.get('input')!r}: {first['msg'].lower()}"
+        if first["type"] == "extra_forbidden":
+            what = f"the configuration has {where}, a key that does not exist{_meant(first['loc'])}"
         raise UsageError(
-            f"the configuration has {where} = {first.get('input')!r}: {first['msg'].lower()}",
+            what,
             hint=f"it comes from {str(file)!r}, from the environment or from a flag; "
             "`nexus serve --example` prints every key with what it means",
         ) from error
+
+
+def _meant(place: Sequence[int | str]) -> str:
+    """Return a guess at what a key that does not exist was meant to be; "" without one."""
+    section: type[BaseModel] = Config
+    for part in place[:-1]:
+        if section is Config:
+            section = ModelConfig if part == "model" else _SECTIONS.get(str(part), Config)
+    near = get_close_matches(str(place[-1]), section.model_fields, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _read(file: Path) -> dict[str, Any]:

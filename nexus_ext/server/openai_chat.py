@@ -38,7 +38,9 @@ async def chat(service: Service, body: ChatBody) -> Response:
         model,
         body,
         prompt.tokens,
-        max_tokens=body.max_completion_tokens or body.max_tokens,
+        max_tokens=(
+            body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        ),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         grammar=prompt.grammar,
         special=prompt.form is not None,

@@ -112,8 +112,8 @@ class ResponseFormat(Body):
 
 class ChatBody(AnswerBody):
     messages: list[Message] = Field(min_length=1)
-    max_tokens: Whole | None = Field(None, ge=1)
-    max_completion_tokens: Whole | None = Field(None, ge=1)
+    max_tokens: Whole | None = Field(None, ge=-1, description="-1: no limit")
+    max_completion_tokens: Whole | None = Field(None, ge=-1)
     logprobs: bool | None = None
     top_logprobs: Whole | None = Field(None, ge=0, le=20)
     tools: list[Tool] | None = Field(None, max_length=256)
@@ -128,7 +128,7 @@ class CompletionBody(AnswerBody):
         description="a text, the tokens of one, or a list of either"
     )
     best_of: Whole | None = Field(None, ge=1, le=MAX_CHOICES)
-    max_tokens: Whole | None = Field(None, ge=1, description="16 if it is left out")
+    max_tokens: Whole | None = Field(None, ge=-1, description="-1: no limit; 16 if it is left out")
     logprobs: Whole | None = Field(None, ge=0, le=20)
     echo: bool | None = None
     suffix: str | None = None

@@ -102,10 +102,15 @@ class Service:
         return tokens
 
     def limit(self, model: Model, asked: int | None) -> int | None:
-        """Return how many tokens may be generated; None: as many as the context holds."""
+        """Return how many tokens may be generated; None: as many as the context holds.
+
+        Below 0 is what clients of llama.cpp and LM Studio send for no limit.
+        """
         if asked is None:
             default = model.stored.parameters.get("num_predict")
-            asked = default if isinstance(default, int) and default >= 0 else None
+            asked = default if isinstance(default, int) else None
+        if asked is not None and asked < 0:
+            asked = None
         most = self.config.server.max_output_tokens
         return most if asked is None else asked if most is None else min(asked, most)
 

@@ -58,6 +58,14 @@ def test_flags_override_the_environment_and_that_the_file(tmp_path: Path) -> Non
     assert config.engine == EngineConfig(ram=2 << 30, trace=True)
 
 
+def test_a_variable_without_a_key_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    environment = {**NOTHING, "NEXUS_SERVER_PROT": "1", "NEXUS_MODELS": "/x", "NEXUS_HOST": "y"}
+    assert load_config(environment=environment) == Config()
+    assert [r.getMessage() for r in caplog.records] == [
+        "NEXUS_SERVER_PROT is set, but [server] has no key prot"
+    ]
+
+
 def test_without_a_file_the_defaults_hold() -> None:
     assert load_config(environment=NOTHING) == Config()
 
@@ -66,8 +74,11 @@ def test_without_a_file_the_defaults_hold() -> None:
     ("text", "word"),
     [
         ("[server]\nport = 70000", "server.port = 70000"),
-        ("[server]\nprot = 1", "server.prot"),
-        ("[servers]", "servers"),
+        ("[server]\nprot = 1", "server.prot, a key that does not exist; did you mean port?"),
+        ("[servers]", "servers, a key that does not exist; did you mean server?"),
+        ("[engine]\nctx = 4096", "engine.ctx, a key that does not exist; did you mean n_ctx?"),
+        ("[model.x]\npined = true", "did you mean pinned?"),
+        ("[engine]\nzzz = 1", "engine.zzz, a key that does not exist"),
         ('[engine]\nram = "lots"', "lots"),
         ('server = "x"', "server"),
         ("[server", "no TOML"),
