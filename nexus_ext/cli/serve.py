@@ -22,7 +22,7 @@ from nexus_ext.cli.output import Output
     multiple=True,
     type=SIZE,
     metavar="SIZE",
-    help="Of the first GPU; again for the next. Without it no GPU is used.",
+    help="Of the first GPU; again for the next one. Not run on real GPUs yet.",
 )
 @click.option(
     "-c",

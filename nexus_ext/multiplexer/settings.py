@@ -42,7 +42,11 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class GpuBudget:
-    """What models may take of one GPU."""
+    """What models may take of one GPU.
+
+    Counting and eviction are tested with GPUs that are described and not there; nothing here has
+    been run on a real one.
+    """
 
     nbytes: int  # weights, KV caches and compute buffers
     unified: bool = False  # it shares main memory: what it holds counts there as well
