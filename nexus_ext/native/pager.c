@@ -251,7 +251,7 @@ nx_status nx_turn_take(nx_model *m) {
     while (m->turn && !m->closed) pthread_cond_wait(&m->turn_free, &m->lock);
     atomic_fetch_sub(&m->turn_waiters, 1);
     const bool closed = m->closed;
-    if (!closed) m->turn = m->ran = true;
+    if (!closed) m->turn = true;
     pthread_mutex_unlock(&m->lock);
     if (closed) return NX_E_CLOSED;
     m->pager.abort = NULL;
@@ -279,6 +279,9 @@ void nx_pager_forget(nx_model *m) {
 nx_status nx_turn_begin(nx_model *m, nx_extent *const *uses, size_t n_uses, nx_abort_fn abort, void *ctx) {
     nx_pager *p = &m->pager;
     if (nx_turn_take(m) != NX_OK) return NX_E_CLOSED;
+    pthread_mutex_lock(&m->lock);
+    m->ran = true; /* a graph: weights that come and go take the turn as well */
+    pthread_mutex_unlock(&m->lock);
     p->abort = abort;
     p->abort_ctx = ctx;
 

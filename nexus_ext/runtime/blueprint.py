@@ -1,4 +1,4 @@
-"""What can be said of a model by its header alone: its sizes, and the parts that it is divided into.
+"""What can be said of a model by its header alone: its sizes, and the parts it is divided into.
 
 `Blueprint.units` are the parts in the order in which they are worth having; what is resident of a
 model (see `elastic`) is always a prefix of them.
@@ -136,9 +136,7 @@ def blueprint(
     gpu = _on_gpu(catalog, shape, options)
     here = [t for t in catalog.tensors if t.name not in gpu.names]
     caches = tuple(
-        parts
-        for parts in experts.groups(here)
-        if all(t.role in PAGED and t.nbytes for t in parts)
+        parts for parts in experts.groups(here) if all(t.role in PAGED and t.nbytes for t in parts)
     )
     cached = {t.name for parts in caches for t in parts}
     elastic = [t for t in here if t.role in PAGED and t.nbytes and t.name not in cached]
@@ -181,9 +179,7 @@ def _io_mode(options: Options, units_bytes: int) -> IoMode:
     if options.policy == "direct" or options.policy == "buffered":
         return options.policy
     if options.policy != "auto":
-        raise UsageError(
-            f"policy is {options.policy!r}", hint='use "auto", "direct" or "buffered"'
-        )
+        raise UsageError(f"policy is {options.policy!r}", hint='use "auto", "direct" or "buffered"')
     return plugins().choose_io(
         IoInfo(
             streamed_bytes=units_bytes,

@@ -82,7 +82,7 @@ def gpu_budgets(asked: Sequence[int]) -> tuple[GpuBudget, ...]:
     if len(asked) > len(found):
         raise UsageError(
             f"{len(asked)} GPUs are given a budget, llama.cpp finds {len(found)} here",
-            hint="`nexus probe` shows what there is; a llama-cpp-python built for the GPU is needed",
+            hint="`nexus probe` shows them; llama-cpp-python must be one that was built for them",
         )
     for number, (nbytes, (device, _)) in enumerate(zip(asked, found, strict=False)):
         if nbytes > device.total_bytes:

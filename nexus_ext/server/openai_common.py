@@ -48,9 +48,7 @@ async def reply(
     n = body.n or 1
     if body.stream:
         events = events_of_all(service, requests, n)
-        return await sse_reply(
-            _chunks(body, events, n, form), service.config.server.send_timeout_s
-        )
+        return await sse_reply(_chunks(body, events, n, form), service.config.server.send_timeout_s)
     made, usage = await answers_to_all(service, requests, n)
     choices = [{"index": i, **form.choice(i, answer)} for i, answer in enumerate(made)]
     head = _head(body, form.prefix, form.whole)

@@ -200,7 +200,7 @@ async def _rate(mux: Any, model: str, at_once: int, n: int, seed: int) -> float:
 
 
 async def _passes(mux: Any, model: str, at_once: int, n: int, seed: int) -> dict[str, float]:
-    """What one pass over the weights takes while `at_once` sequences are decoded: seconds, bytes."""
+    """What one pass over the weights takes while `at_once` sequences are decoded."""
     core = mux._scheduler.entries[model].runner.model.core
     before = core.stats()
     rate = await _rate(mux, model, at_once, n, seed)

@@ -1,4 +1,4 @@
-"""A model of the multiplexer is opened as `Llama` opens one: own kernels, residuals, hooks of experts.
+"""A model of the multiplexer is opened as `Llama` opens one: kernels, residuals, hooks of experts.
 
 What they change is seen in statistics, and answers stay those of the model alone.
 """
@@ -224,7 +224,7 @@ def test_the_hooks_of_experts_decide(moe: Path, monkeypatch: pytest.MonkeyPatch)
     )
     plan = blueprint(moe, SHAPE)
     alone = Alone(moe, SHAPE.n_ctx, SHAPE.n_ubatch)
-    prompt = a_prompt(3, 20)
+    prompt = [token % 300 for token in a_prompt(3, 20)]
     expected = alone.greedy(prompt, 8)
     alone.close()
     with opened(plan) as (model, context):
@@ -268,7 +268,7 @@ def test_what_experts_were_used_is_remembered(
             assert model.paged.warm_start is not None
             model.paged.warm_start.wait()
             assert (model.paged.stats(1e9).preloaded_bytes > 0) == (session > 0)
-            decode(context, a_prompt(3, 20), 4)
+            decode(context, list(range(20)), 4)
     with opened(blueprint(moe, SHAPE, Options(warm_start=False))) as (model, _):
         model.warm()
         assert model.paged.warm_start is None

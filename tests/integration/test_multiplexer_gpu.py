@@ -40,7 +40,8 @@ def test_what_is_on_a_gpu_is_nowhere_else(name: str) -> None:
         there = {t.name for i in plan.units for t in (plan.catalog.tensors[n] for n in i.extents)}
         assert not there & plan.gpu.names
         assert plan.sizes.kv + plan.gpu.kv_bytes == nothing.sizes.kv
-        assert plan.units_bytes < nothing.units_bytes or not plan.gpu.names
+        here, all_of_it = (p.units_bytes + p.sizes.permanent for p in (plan, nothing))
+        assert here < all_of_it
         # As many layers as fit, and no more:
         room = plan.gpu.total_bytes
         for more, found in ((0, layers), (-1, layers - 1)):
@@ -130,7 +131,7 @@ def test_budgets_are_those_of_gpus_that_exist(
     assert load_config(environment=environment).engine.gpu_budgets == [1 << 30, 2 << 30]
     assert gpu_budgets([]) == ()
     monkeypatch.setattr(ggml, "gpus", lambda: [])
-    with pytest.raises(UsageError, match="llama.cpp finds 0 here"):
+    with pytest.raises(UsageError, match=r"llama\.cpp finds 0 here"):
         gpu_budgets([5])
     found = [
         (ggml.Device(f"GPU{i}", "", 1, free_bytes=10 * MIB, total_bytes=10 * MIB), i == 1)

@@ -1,5 +1,5 @@
-"""Two hundred requests over three models in half their memory: long prompts, conversations that go on
-after a swap, readers that are slow or go away. Every answer is that of its model alone.
+"""Two hundred requests over three models in half their memory: long prompts, conversations that go
+on after a swap, readers that are slow or go away. Every answer is that of its model alone.
 """
 
 from __future__ import annotations
