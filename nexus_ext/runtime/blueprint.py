@@ -176,8 +176,8 @@ def _io_mode(options: Options, units_bytes: int) -> IoMode:
 
     All models together may fill the budget, so what the page cache holds of one is beyond it.
     """
-    if options.policy == "direct" or options.policy == "buffered":
-        return options.policy
+    if options.policy in ("direct", "buffered"):
+        return options.policy  # type: ignore[return-value]
     if options.policy != "auto":
         raise UsageError(f"policy is {options.policy!r}", hint='use "auto", "direct" or "buffered"')
     return plugins().choose_io(
