@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from nexus_ext.formats.gguf import open_gguf
+from nexus_ext.formats.learned import Learned
 
 if TYPE_CHECKING:
     from nexus_ext.types import Catalog
@@ -25,4 +26,4 @@ def open_model(path: str | os.PathLike[str]) -> Catalog:
     return open_gguf(path)
 
 
-__all__ = ["open_gguf", "open_model"]
+__all__ = ["Learned", "open_gguf", "open_model"]
