@@ -370,6 +370,31 @@ class Model:
         if lib.nx_model_set_residual_k(self.pointer, tensor.encode(), k) != lib.NX_OK:
             raise UsageError(f"tensor {tensor} has no residual", hint="attach one first")
 
+    def set_cores(self, cpus: Sequence[int]) -> None:
+        """Bind thread i of this model's computations to processor cpus[i]; empty: bind none.
+
+        UsageError for processors that cannot be named, or a system that binds no threads.
+        """
+        status = lib.nx_model_set_cores(self.pointer, ffi.new("uint32_t[]", list(cpus)), len(cpus))
+        if status in (lib.NX_E_INVALID, lib.NX_E_UNSUPPORTED):
+            raise UsageError(
+                f"threads cannot be bound to the processors {list(cpus)} on this system",
+                hint="leave out pin_cores",
+            )
+        check(status, "binding threads to processors")
+
+    def cores(self) -> list[int]:
+        """Return what `set_cores` was given last."""
+        cpus = ffi.new("uint32_t[]", int(lib.NX_MAX_CORES))
+        return [int(cpus[i]) for i in range(lib.nx_model_cores(self.pointer, cpus))]
+
+    def own_products(self) -> dict[str, int]:
+        """Return how many products our kernels have computed, by what they were given."""
+        kinds = ("packed", "stored", "opencl")
+        numbers = (lib.NX_OWN_PACKED, lib.NX_OWN_STORED, lib.NX_OWN_OPENCL)
+        counts = (int(lib.nx_model_n_own(self.pointer, number)) for number in numbers)
+        return dict(zip(kinds, counts, strict=True))
+
     def n_packed(self) -> int:
         """Return how many weights were packed for our own kernels."""
         return int(lib.nx_model_n_packed(self.pointer))

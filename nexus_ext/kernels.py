@@ -63,17 +63,10 @@ class PackedMatrix:
 
     def __init__(self, type_name: str, rows: NDArray[np.uint8], n_in: int) -> None:
         """Pack `rows`, uint8 (n_out, bytes of a row), contiguous. UsageError for other sizes."""
-        kind = TERNARY.get(type_name)
-        block = lib.nx_ternary_block(kind) if kind is not None else 1
-        nbytes = n_in // block * lib.nx_ternary_block_bytes(kind) if kind is not None else 0
-        if kind is None or n_in % block or rows.ndim != 2 or rows.shape[1] != nbytes:
-            raise UsageError(
-                f"rows of shape {rows.shape} are no {type_name} matrix of {n_in} columns",
-                hint=f"types are {', '.join(TERNARY)}; a row is a whole number of blocks",
-            )
+        kind = _kind_of(type_name, rows, n_in)
         self.n_in, self.n_out = n_in, len(rows)
         self.row_unit = int(lib.nx_ternary_row_unit(kind))
-        self._kind, self._block = kind, block
+        self._kind = kind
         memory = ffi.new("nx_ternary *")
         check(lib.nx_ternary_create(kind, n_in, self.n_out, memory), "packing a matrix")
         self._matrix = ffi.gc(memory, lib.nx_ternary_free)
@@ -94,22 +87,7 @@ class PackedMatrix:
 
     def activate(self, x: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Round columns x, float32 (n_columns, n_in), to 8 bits as ggml does; in our layout."""
-        import numpy as np
-
-        values = np.ascontiguousarray(x, np.float32)
-        nbytes = int(lib.nx_ternary_activation_bytes(self._kind, self.n_in))
-        memory = np.empty(len(values) * nbytes + 63, np.uint8)
-        start = -memory.ctypes.data % 64
-        out = memory[start : start + len(values) * nbytes].reshape(len(values), nbytes)
-        for column, rounded in zip(values, out, strict=True):
-            lib.nx_ternary_activate(
-                self._kind,
-                _pointer("float *", column),
-                0,
-                self.n_in // self._block,
-                _pointer("void *", rounded),
-            )
-        return out
+        return _activate(self._kind, x, self.n_in)
 
     def multiply_into(
         self, columns: NDArray[np.uint8], y: NDArray[np.float32], begin: int, end: int
@@ -135,6 +113,129 @@ class PackedMatrix:
         y = np.empty((len(x), self.n_out), np.float32)
         self.multiply_into(self.activate(x), y, 0, self.n_out)
         return y
+
+
+class StoredMatrix:
+    """The same matrix as llama.cpp stores it: multiplied by without packing."""
+
+    row_unit = 1
+
+    def __init__(self, type_name: str, rows: NDArray[np.uint8], n_in: int) -> None:
+        """Take `rows`, uint8 (n_out, bytes of a row); no copy is made. UsageError as above."""
+        self._kind = _kind_of(type_name, rows, n_in)
+        self._rows = rows
+        self.n_in, self.n_out, self.nbytes = n_in, len(rows), int(rows.nbytes)
+
+    def activate(self, x: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """As `PackedMatrix.activate`."""
+        return _activate(self._kind, x, self.n_in)
+
+    def multiply_into(
+        self, columns: NDArray[np.uint8], y: NDArray[np.float32], begin: int, end: int
+    ) -> None:
+        """As `PackedMatrix.multiply_into`, for any `begin`."""
+        n = len(columns)
+        at = ffi.new("void *[]", [_pointer("void *", column) for column in columns])
+        results = ffi.new("float *[]", [_pointer("float *", result) for result in y])
+        lib.nx_ternary_multiply_stored(
+            self._kind,
+            _pointer("void *", self._rows),
+            self._rows.strides[0],
+            self.n_in,
+            ffi.cast("void **", at),
+            n,
+            begin,
+            end,
+            results,
+        )
+
+    def multiply(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the products with columns x, float32 (n_columns, n_in) -> (n_columns, n_out)."""
+        import numpy as np
+
+        y = np.empty((len(x), self.n_out), np.float32)
+        self.multiply_into(self.activate(x), y, 0, self.n_out)
+        return y
+
+
+def stored_is_fast(type_name: str) -> bool:
+    """Return whether the implementation in use has a kernel for rows as they are stored."""
+    return type_name in TERNARY and bool(lib.nx_ternary_stored_usable(TERNARY[type_name]))
+
+
+def open_opencl() -> tuple[bool, str]:
+    """Look for an OpenCL device, once a process. Return whether there is one, and a sentence."""
+    usable = lib.nx_opencl_open() == lib.NX_OK
+    return usable, str(ffi.string(lib.nx_opencl_why()).decode(errors="replace"))
+
+
+class DeviceMatrix:
+    """The same matrix on the OpenCL device. UsageError where there is none."""
+
+    def __init__(self, type_name: str, rows: NDArray[np.uint8], n_in: int) -> None:
+        """Copy `rows`, uint8 (n_out, bytes of a row), to the device."""
+        self._kind = _kind_of(type_name, rows, n_in)
+        self.n_in, self.n_out = n_in, len(rows)
+        usable, why_not = open_opencl()
+        if not usable:
+            raise UsageError(why_not, hint="install a driver, or use the CPU's kernels")
+        memory = ffi.new("nx_opencl_matrix **")
+        status = lib.nx_opencl_matrix_create(
+            self._kind, _pointer("void *", rows), rows.strides[0], n_in, self.n_out, memory
+        )
+        check(status, f"a matrix on the device ({_opencl_error()})")
+        self._matrix = ffi.gc(memory[0], lib.nx_opencl_matrix_free)
+        self.nbytes = int(lib.nx_opencl_matrix_bytes(self._matrix))
+
+    def multiply(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the products with columns x, float32 (n_columns, n_in) -> (n_columns, n_out).
+
+        Raises OutOfMemory, or ReadFailed with what the device said.
+        """
+        import numpy as np
+
+        y = np.empty((len(x), self.n_out), np.float32)
+        columns = _activate(self._kind, x, self.n_in)
+        status = lib.nx_opencl_multiply(
+            self._matrix, _pointer("void *", columns), len(x), _pointer("float *", y), self.n_out
+        )
+        check(status, _opencl_error())
+        return y
+
+
+def _opencl_error() -> str:
+    return str(ffi.string(lib.nx_opencl_error()).decode())
+
+
+def _kind_of(type_name: str, rows: NDArray[np.uint8], n_in: int) -> int:
+    kind = TERNARY.get(type_name)
+    block = lib.nx_ternary_block(kind) if kind is not None else 1
+    nbytes = n_in // block * lib.nx_ternary_block_bytes(kind) if kind is not None else 0
+    if kind is None or n_in % block or rows.ndim != 2 or rows.shape[1] != nbytes:
+        raise UsageError(
+            f"rows of shape {rows.shape} are no {type_name} matrix of {n_in} columns",
+            hint=f"types are {', '.join(TERNARY)}; a row is a whole number of blocks",
+        )
+    return kind
+
+
+def _activate(kind: int, x: NDArray[np.float32], n_in: int) -> NDArray[np.uint8]:
+    import numpy as np
+
+    values = np.ascontiguousarray(x, np.float32)
+    nbytes = int(lib.nx_ternary_activation_bytes(kind, n_in))
+    memory = np.empty(len(values) * nbytes + 63, np.uint8)
+    start = -memory.ctypes.data % 64
+    out = memory[start : start + len(values) * nbytes].reshape(len(values), nbytes)
+    for column, rounded in zip(values, out, strict=True):
+        lib.nx_ternary_activate(
+            kind,
+            _pointer("float *", column),
+            0,
+            n_in // lib.nx_ternary_block(kind),
+            _pointer("void *", rounded),
+        )
+    return out
 
 
 def _pointer(kind: str, array: Any) -> Any:

@@ -40,10 +40,15 @@ if TYPE_CHECKING:
 @click.option("--plan", "plan_file", metavar="FILE", help="Use this plan (`nexus plan -o`).")
 @click.option(
     "--kernels",
-    type=click.Choice(["ggml", "auto", "nexus"]),
-    default="ggml",
-    help="Who multiplies by resident ternary weights; auto: nexus if the bits are the same."
-    "  [default: ggml]",
+    type=click.Choice(["ggml", "auto", "nexus", "opencl"]),
+    default="auto",
+    help="Who multiplies by ternary weights; auto: nexus if the bits are the same."
+    "  [default: auto]",
+)
+@click.option(
+    "--pin-cores",
+    is_flag=True,
+    help="Bind each thread that computes to a processor of its own, physical cores first.",
 )
 @click.option(
     "--residual",
@@ -68,6 +73,7 @@ def run(
     planning: PlanOptions,
     plan_file: str | None,
     kernels: str,
+    pin_cores: bool,
     residual_file: str | None,
     residual_share: float | None,
     choosing: SamplingOptions,
@@ -100,11 +106,13 @@ def run(
     path = model if stored is None else stored.path
     residual = (residual_file, residual_share)
     opened = open_session(
-        path, planning, plan_file, choosing.repeat_last_n, live, kernels, residual
+        path, planning, plan_file, choosing.repeat_last_n, live, kernels, residual, pin_cores
     )
     with opened as session:
-        if kernels != "ggml":
-            output.note(_kernels_line(session.llm.nexus.own_kernels))
+        if session.llm.nexus.own_kernels or kernels not in ("ggml", "auto"):
+            from nexus_ext.runtime.own_kernels import describe
+
+            output.note(describe(session.llm.nexus.own_kernels, kernels))
         if stored is not None and stored.template is not None:
             session.use_template(stored.template)
         with_template = session.has_template if as_chat is None else as_chat
@@ -137,14 +145,6 @@ def prompt_tokens(
     return session.complete(f"{system}\n\n{prompt}" if system else prompt), []
 
 
-def _kernels_line(types: tuple[str, ...]) -> str:
-    from nexus_ext.kernels import why
-
-    if not types:
-        return "kernels: ggml's, there are no resident weights that ours are for"
-    return f"kernels for {', '.join(types)}: {why()}"
-
-
 @contextmanager
 def open_session(
     model: str,
@@ -152,8 +152,9 @@ def open_session(
     plan_file: str | None,
     repeat_last_n: int,
     live: Live,
-    kernels: str = "ggml",
+    kernels: str = "auto",
     residual: tuple[str | None, float | None] = (None, None),
+    pin_cores: bool = False,
 ) -> Iterator[Session]:
     """Plan, load and close a model, with progress on the terminal.
 
@@ -186,6 +187,7 @@ def open_session(
         hardware=hardware,
         progress=progress,
         kernels=kernels,
+        pin_cores=pin_cores,
         n_ctx=request.n_ctx,
         n_batch=request.n_batch,
         n_ubatch=request.n_ubatch,

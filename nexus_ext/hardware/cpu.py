@@ -75,6 +75,18 @@ def allowed_cpus() -> frozenset[int]:
     return frozenset(range(os.cpu_count() or 1))
 
 
+def read_siblings(system: System, cpus: Iterable[int]) -> dict[int, str]:
+    """Return for each of `cpus` the list of CPUs on its core, as the kernel writes it, or ""."""
+    siblings = {}
+    for cpu in cpus:
+        topology = f"/sys/devices/system/cpu/cpu{cpu}/topology"
+        text = system.read(f"{topology}/core_cpus_list")
+        # The older name of the same list.
+        text = system.read(f"{topology}/thread_siblings_list") if text is None else text
+        siblings[cpu] = text or ""
+    return siblings
+
+
 def darwin_cpu(values: Mapping[str, str]) -> Cpu:
     """Return the processor that macOS's sysctl values describe."""
     found = [ours for name, ours in _DARWIN.items() if values.get(name) == "1"]
@@ -95,13 +107,7 @@ def read_cpu(system: System, allowed: frozenset[int] | None = None) -> Cpu:
         return darwin_cpu(system.sysctl())
     allowed = allowed_cpus() if allowed is None else allowed
     name, isa = parse_cpuinfo(system.read("/proc/cpuinfo") or "")
-    siblings = {}
-    for cpu in allowed:
-        topology = f"/sys/devices/system/cpu/cpu{cpu}/topology"
-        text = system.read(f"{topology}/core_cpus_list")
-        # The older name of the same list.
-        text = system.read(f"{topology}/thread_siblings_list") if text is None else text
-        siblings[cpu] = text or ""
+    siblings = read_siblings(system, allowed)
     # Hybrid Intel processors list their performance cores here; elsewhere the file is absent.
     fast = allowed & parse_cpu_list(system.read("/sys/devices/cpu_core/cpus") or "")
     return Cpu(

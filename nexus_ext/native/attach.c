@@ -5,8 +5,25 @@
 
 #include "attach_internal.h"
 #include "core_internal.h"
+#include "nexus_residency.h"
 
 nx_attachment *nx_extent_attached(const nx_extent *e) { return __atomic_load_n(&e->attached, __ATOMIC_ACQUIRE); }
+
+nx_ternary_type nx_extent_own_type(const nx_extent *e) {
+    if (!e->model->own_types || nx_extent_tier(e) == NX_TIER_HOST) return NX_TERNARY_TYPES;
+    const nx_ternary_type t = nx_ternary_type_of(e->type);
+    const bool fits = t != NX_TERNARY_TYPES && e->model->own_types >> t & 1 && e->ne[0] <= UINT32_MAX &&
+                      e->ne[1] <= UINT32_MAX && e->ne[0] % nx_ternary_block(t) == 0;
+    return fits && nx_ternary_stored_usable(t) ? t : NX_TERNARY_TYPES;
+}
+
+void nx_note_own(nx_model *m, nx_own_kind kind) {
+    (void)__atomic_fetch_add(&m->own_products[kind], 1, __ATOMIC_RELAXED);
+}
+
+uint64_t nx_model_n_own(const nx_model *m, nx_own_kind kind) {
+    return (unsigned)kind < NX_OWN_KINDS ? __atomic_load_n(&m->own_products[kind], __ATOMIC_RELAXED) : 0;
+}
 
 static uint64_t residual_bytes(const nx_residual_matrix *m) {
     return nx_round_up(m->n_in * nx_residual_row_bytes(m->n_out), NX_PAGE) + m->n_out * sizeof *m->scales;
@@ -18,6 +35,7 @@ void nx_attachments_free(nx_model *m) {
         if (!a) continue;
         if (a->has_residual) nx_memory_unmap((void *)(uintptr_t)a->residual.codes, residual_bytes(&a->residual));
         nx_ternary_free(&a->packed);
+        nx_opencl_matrix_free(a->opencl);
         free(a);
     }
 }
@@ -31,6 +49,7 @@ uint64_t nx_model_attached_bytes(const nx_model *m) {
         if (!a) continue;
         if (__atomic_load_n(&a->has_residual, __ATOMIC_ACQUIRE)) bytes += residual_bytes(&a->residual);
         bytes += a->packed.codes_bytes + a->packed.scales_bytes;
+        if (a->opencl) bytes += nx_opencl_matrix_bytes(a->opencl);
     }
     pthread_mutex_unlock(lock);
     return bytes;

@@ -8,6 +8,7 @@
 
 #include "chunks.h"
 #include "nexus_core.h"
+#include "nexus_threads.h"
 #include "predict_control.h"
 
 #define NX_PAGE 4096u
@@ -118,6 +119,10 @@ struct nx_model {
     atomic_bool loaded; /* nothing claimed is missing */
     uint32_t own_types;      /* bit t: weights of nx_ternary_type t are for our own kernels */
     uint64_t own_more_bytes; /* by how much packing them may add to what weights take */
+    bool own_opencl;         /* packed ones go to the OpenCL device */
+    uint64_t own_products[3]; /* by nx_own_kind; atomic */
+    uint32_t cores[NX_MAX_CORES]; /* see nexus_threads.h; guarded by lock */
+    size_t n_cores;
 
     nx_chunk_pool *pool; /* NULL: nothing is stored in chunks */
     uint32_t n_decoders;

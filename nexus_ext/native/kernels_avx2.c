@@ -183,7 +183,9 @@ const nx_kernel_table *nx_kernels_avx2(void) {
                                           .activate_128 = nx_ref_activate_128,
                                           .lanes = lanes,
                                           .rows = rows,
-                                          .bits = bits};
+                                          .bits = bits,
+                                          .stored = {[NX_TQ2_0] = nx_avx2_stored_tq2_0,
+                                                     [NX_Q2_0] = nx_avx2_stored_q2_0}};
     return &table;
 }
 #else

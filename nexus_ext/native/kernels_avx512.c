@@ -134,6 +134,15 @@ NX_TARGET_AVX512 static void activate_64(const float *x, size_t n, nx_act_64 *ou
             s = _mm_dpbusd_epi32(s, _mm_set1_epi8(1), _mm256_extracti128_si256(q, 1));
             s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
             s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+            const __m256i by_place = _mm256_shuffle_epi8(q, _mm256_broadcastsi128_si256(_mm_setr_epi8(
+                                                                0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+            int64_t planes[4]; /* 8 bytes of each */
+            _mm256_storeu_si256((__m256i *)planes, _mm256_permutevar8x32_epi32(
+                                                       by_place, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+            for (int p = 0; p < 4; p++) memcpy(out->plane + 16 * p + 8 * half, &planes[p], sizeof planes[p]);
+            out->plane_d[2 * half] = out->plane_d[2 * half + 1] = d;
+            out->plane_start[2 * half] = -_mm_cvtsi128_si32(s);
+            out->plane_start[2 * half + 1] = 0;
             const __m128i factors = _mm_setr_epi32(-1, -5, -21, -85);
             _mm_storeu_si128((__m128i *)out->start[half], _mm_mullo_epi32(s, factors));
             _mm_storeu_ps(out->d[half], _mm_mul_ps(_mm_set1_ps(d), _mm_setr_ps(1, 0x1p-2f, 0x1p-4f, 0x1p-6f)));
@@ -355,7 +364,11 @@ const nx_kernel_table *nx_kernels_avx512(void) {
                                           .lanes = lanes,
                                           .lanes_run = lanes_run,
                                           .rows = rows,
-                                          .bits = bits};
+                                          .bits = bits,
+                                          .stored = {[NX_TQ1_0] = nx_avx512_stored_tq1_0,
+                                                     [NX_TQ2_0] = nx_avx512_stored_tq2_0,
+                                                     [NX_Q2_0] = nx_avx512_stored_q2_0,
+                                                     [NX_Q1_0] = nx_avx512_stored_q1_0}};
     return &table;
 }
 #else

@@ -11,6 +11,13 @@
 #define NX_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define NX_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 
+#define NX_STORED_ROWS 8 /* of one call of a kernel for rows as they are stored */
+
+/* NX_STORED_ROWS rows as llama.cpp stores them, at any alignment, times 1 to NX_MOST_COLUMNS columns of
+ * activations for their type: out[NX_STORED_ROWS * c + r]. What is `ahead` bytes further is likely next. */
+typedef void nx_stored_fn(const uint8_t *const *rows, size_t ahead, size_t n_blocks, const void *const *columns,
+                          size_t n_columns, float *out);
+
 typedef struct nx_kernel_table {
     /* Add `n` input channels to `sums` (n_lines * 128 floats): sums[o] += products[16 i + code of row i].
      * rows[i] is the first line of channel i. */
@@ -36,12 +43,22 @@ typedef struct nx_kernel_table {
     /* One tile of 16 rows of bits: out[16 c + r]. */
     void (*bits)(const uint8_t *codes, const uint16_t *scales, float scale, size_t n_blocks,
                  const nx_act_128 *const *columns, size_t n_columns, float *out);
+    /* By type; NULL: none that is worth it. */
+    nx_stored_fn *stored[NX_TERNARY_TYPES];
 } nx_kernel_table;
 
 /* Of the reference, also for instruction sets whose own would gain nothing. */
 void nx_ref_activate_256(const float *x, size_t n, nx_act_256 *out);
 void nx_ref_activate_64(const float *x, size_t n, nx_act_64 *out);
 void nx_ref_activate_128(const float *x, size_t n, nx_act_128 *out);
+nx_stored_fn nx_ref_stored_tq1_0, nx_ref_stored_tq2_0, nx_ref_stored_q2_0, nx_ref_stored_q1_0;
+nx_stored_fn nx_avx512_stored_tq1_0, nx_avx512_stored_tq2_0, nx_avx512_stored_q2_0, nx_avx512_stored_q1_0;
+nx_stored_fn nx_avx2_stored_tq2_0, nx_avx2_stored_q2_0;
+
+/* The sum of a row's 8 lanes, in ggml's order. */
+float nx_ref_sum_lanes(const float *lanes);
+/* A stored block as codes, one byte each (up to 256); returns its scale. */
+uint16_t nx_ternary_unpack_block(nx_ternary_type, const uint8_t *block, uint8_t *codes);
 
 /* Half to single precision, in software. */
 float nx_half_to_float(uint16_t half);

@@ -92,13 +92,16 @@ void nx_ref_activate_64(const float *x, size_t n, nx_act_64 *out) {
             out->start[half][1] = -5 * sum;
             out->start[half][2] = -21 * sum;
             out->start[half][3] = -85 * sum;
+            out->plane_d[2 * half] = out->plane_d[2 * half + 1] = d;
+            out->plane_start[2 * half] = -sum;
+            out->plane_start[2 * half + 1] = 0;
+            for (int i = 0; i < 32; i++) out->plane[i % 4 * 16 + 8 * half + i / 4] = out->q[32 * half + i];
         }
 }
 
 /* -- tiles -------------------------------------------------------------------------------------- */
 
-/* The sums of a row's 8 lanes, in ggml's order. */
-static float sum_lanes(const float *sum) {
+float nx_ref_sum_lanes(const float *sum) {
     float four[4];
     for (int i = 0; i < 4; i++) four[i] = sum[4 + i] + sum[i];
     return (four[0] + four[2]) + (four[1] + four[3]);
@@ -119,7 +122,7 @@ static void lanes(const uint8_t *codes, const uint16_t *scales, float scale, siz
                     dot[i % 32 / 4] += (code[i / 32 * 64 + i % 32] >> r % 4 * 2 & 3) * a->q[i];
                 for (int i = 0; i < 8; i++) sum[i] = fmaf((float)dot[i], d, sum[i]);
             }
-            out[8 * c + (size_t)r] = sum_lanes(sum);
+            out[8 * c + (size_t)r] = nx_ref_sum_lanes(sum);
         }
 }
 
@@ -164,7 +167,7 @@ static void bits(const uint8_t *codes, const uint16_t *scales, float scale, size
                     }
                 for (int i = 0; i < 8; i++) sum[i] = fmaf(d, part[i], sum[i]);
             }
-            out[16 * c + (size_t)r] = sum_lanes(sum);
+            out[16 * c + (size_t)r] = nx_ref_sum_lanes(sum);
         }
 }
 
@@ -175,6 +178,10 @@ const nx_kernel_table *nx_kernels_ref(void) {
                                           .activate_128 = nx_ref_activate_128,
                                           .lanes = lanes,
                                           .rows = rows,
-                                          .bits = bits};
+                                          .bits = bits,
+                                          .stored = {[NX_TQ1_0] = nx_ref_stored_tq1_0,
+                                                     [NX_TQ2_0] = nx_ref_stored_tq2_0,
+                                                     [NX_Q2_0] = nx_ref_stored_q2_0,
+                                                     [NX_Q1_0] = nx_ref_stored_q1_0}};
     return &table;
 }

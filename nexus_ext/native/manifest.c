@@ -10,7 +10,8 @@
  *   verify                        (hashes are compared also where bytes are stored as they are)
  *   decoders N                    (threads that read and decode chunks)
  *   experts SLOTS TENSOR_NUMBER ...      (tensors that are cached together, counted from 0)
- *   kernels MORE_BYTES TYPE ...          (resident weights of these types are for our own kernels)
+ *   kernels MORE_BYTES TYPE ...          (weights of these types are for our own kernels)
+ *   opencl                               (and resident ones go to the OpenCL device)
  *   end N_TENSORS
  *
  * TIER is host, ram, nvme or elastic (nvme until it is promoted, see residency.c). PATH and NAME run to the end of their line. The same text serves Python
@@ -192,7 +193,7 @@ static bool parse_experts(nx_model *m, cursor *c) {
     return true;
 }
 
-/* kernels MORE TYPE...: our own kernels compute with resident weights of these types. */
+/* kernels MORE TYPE...: our own kernels compute with weights of these types. */
 static bool parse_kernels(nx_model *m, cursor *c) {
     char word[24];
     if (!take_number(c, &m->own_more_bytes)) return false;
@@ -241,6 +242,7 @@ static bool parse_line(nx_model *m, cursor *c, const char *key, uint32_t capacit
     if (strcmp(key, "tensor") == 0) return parse_tensor(m, c, capacity);
     if (strcmp(key, "experts") == 0) return parse_experts(m, c);
     if (strcmp(key, "kernels") == 0) return parse_kernels(m, c);
+    if (strcmp(key, "opencl") == 0) return at_end(c) && m->own_types && (m->own_opencl = true);
     *ended = strcmp(key, "end") == 0 && take_last_number(c, &n) && n == m->n_extents;
     return *ended;
 }

@@ -101,6 +101,22 @@ void nx_extent_unpack(nx_model *m, nx_extent *e) {
     __atomic_store_n(&a->released, 0, __ATOMIC_RELEASE);
 }
 
+/* A device that has no room leaves the weight to the CPU. */
+static bool to_device(nx_extent *e, nx_ternary_type type) {
+    nx_opencl_matrix *matrix;
+    if (nx_opencl_matrix_create(type, e->pinned, e->row_bytes, (uint32_t)e->ne[0], (uint32_t)e->ne[1], &matrix) != NX_OK)
+        return false;
+    nx_attachment *a = nx_attachment_get(e);
+    if (!a) {
+        nx_opencl_matrix_free(matrix);
+        return false;
+    }
+    a->opencl = matrix;
+    __atomic_store_n(&a->released, 1, __ATOMIC_RELEASE);
+    release(e);
+    return true;
+}
+
 void nx_model_pack(nx_model *m) {
     if (!m->own_types) return;
     uint64_t more = m->own_more_bytes;
@@ -108,7 +124,9 @@ void nx_model_pack(nx_model *m) {
         nx_extent *e = &m->extents[i];
         nx_ternary_type type;
         nx_attachment *a = nx_extent_attached(e);
-        if (e->elastic || e->tier != NX_TIER_RAM || !is_for_us(m, e, &type) || (a && a->packed.codes)) continue;
+        if (e->elastic || e->tier != NX_TIER_RAM || !is_for_us(m, e, &type) || (a && (a->packed.codes || a->opencl)))
+            continue;
+        if (m->own_opencl && to_device(e, type)) continue;
         const uint64_t bytes = memory_of(e, type);
         const uint64_t grows = bytes > e->nbytes ? bytes - e->nbytes : 0;
         if (grows > more && grows > e->nbytes / 16 + 2 * NX_PAGE) continue; /* ggml keeps this one */
@@ -140,7 +158,7 @@ uint32_t nx_model_n_packed(const nx_model *m) {
     pthread_mutex_lock(lock);
     for (uint32_t i = 0; i < m->n_extents; i++) {
         const nx_attachment *a = nx_extent_attached(&m->extents[i]);
-        n += a && a->packed.codes;
+        n += a && (a->packed.codes || a->opencl);
     }
     pthread_mutex_unlock(lock);
     return n;

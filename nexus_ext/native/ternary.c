@@ -116,47 +116,6 @@ void nx_ternary_finish(nx_ternary *t) {
     t->scales_bytes = 0;
 }
 
-/* A stored block as codes, one byte each; returns its scale. */
-static uint16_t unpack_block(nx_ternary_type t, const uint8_t *p, uint8_t *codes) {
-    uint16_t d;
-    switch (t) {
-    case NX_TQ2_0: /* 2 times 32 bytes of 4 planes of 32; scale last */
-        for (int j = 0; j < 2; j++, codes += 128)
-            for (int m = 0; m < 32; m++) {
-                const uint8_t q = p[32 * j + m];
-                codes[m] = q & 3;
-                codes[32 + m] = q >> 2 & 3;
-                codes[64 + m] = q >> 4 & 3;
-                codes[96 + m] = q >> 6;
-            }
-        memcpy(&d, p + 64, sizeof d);
-        return d;
-    case NX_TQ1_0: { /* base 3, as fixed-point fractions: 5 digits a byte (48 bytes), 4 digits (4 bytes); scale last */
-        static const uint8_t power[5] = {1, 3, 9, 27, 81};
-        for (int n = 0; n < 5; n++) {
-            for (int m = 0; m < 32; m++) codes[32 * n + m] = (uint8_t)((uint8_t)(p[m] * power[n]) * 3 >> 8);
-            for (int m = 0; m < 16; m++) codes[160 + 16 * n + m] = (uint8_t)((uint8_t)(p[32 + m] * power[n]) * 3 >> 8);
-        }
-        for (int n = 0; n < 4; n++)
-            for (int m = 0; m < 4; m++) codes[240 + 4 * n + m] = (uint8_t)((uint8_t)(p[48 + m] * power[n]) * 3 >> 8);
-        memcpy(&d, p + 52, sizeof d);
-        return d;
-    }
-    case NX_Q2_0: /* scale first; 4 neighbours a byte */
-        memcpy(&d, p, sizeof d);
-        for (int i = 0; i < 16; i++) {
-            const uint32_t q = p[2 + i], word = (q | q << 6 | q << 12 | q << 18) & 0x03030303u;
-            const uint8_t four[4] = {(uint8_t)word, (uint8_t)(word >> 8), (uint8_t)(word >> 16), (uint8_t)(word >> 24)};
-            memcpy(codes + 4 * i, four, sizeof four);
-        }
-        return d;
-    default: /* NX_Q1_0: scale first; 8 neighbours a byte */
-        memcpy(&d, p, sizeof d);
-        for (int i = 0; i < 128; i++) codes[i] = p[2 + i / 8] >> i % 8 & 1;
-        return d;
-    }
-}
-
 /* Where in the tile's block input i of row r is: byte, and shift. */
 static void place_of(nx_ternary_type t, uint32_t r, uint32_t i, uint32_t *byte, unsigned *shift) {
     if (t == NX_Q2_0) {
@@ -215,7 +174,7 @@ void nx_ternary_pack(nx_ternary *t, const void *rows, size_t stride, uint32_t be
             const uint8_t *at = (const uint8_t *)rows + (size_t)(first - begin) * stride +
                                 (size_t)b * types[t->type].block_bytes;
             for (uint32_t r = 0; r < n; r++)
-                scales[b * unit + r] = unpack_block(t->type, at + (size_t)r * stride, codes[r]);
+                scales[b * unit + r] = nx_ternary_unpack_block(t->type, at + (size_t)r * stride, codes[r]);
             for (uint32_t r = n; r < unit; r++) scales[b * unit + r] = scales[b * unit];
             join(t->type, codes, out + b * block_bytes);
         }

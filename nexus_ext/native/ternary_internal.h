@@ -20,6 +20,12 @@ typedef struct nx_act_64 { /* two blocks of Q8_0 */
     float d[2][4];
     int32_t start[2][4];
     int8_t q[64];
+    /* For rows as they are stored, four neighbours a byte: plane[16 p + i] is input 4 i + p. A sum over the
+     * four planes is then one of inputs 0..15, 16..31, ... in each 32-bit lane: two lanes a block. */
+    int8_t plane[64];
+    float plane_d[4];
+    int32_t plane_start[4];
+    int32_t unused[8];
 } nx_act_64;
 
 typedef struct nx_act_128 { /* four blocks of Q8_0, for single bits: a bit b weighs 2 b - 1, so a lane's sum of */

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from nexus_ext import core
+from nexus_ext import core, kernels
 from nexus_ext.errors import NexusError, UsageError
 from nexus_ext.formats import open_model
 from nexus_ext.hardware.cgroup import cpu_quota, memory_groups
@@ -27,7 +27,7 @@ from nexus_ext.hardware.system import System
 from nexus_ext.placement import PlanRequest
 from nexus_ext.plugins import list_plugins, plugins
 from nexus_ext.policies import IoInfo
-from nexus_ext.runtime import SPIN_COUNT, backend, ggml
+from nexus_ext.runtime import SPIN_COUNT, backend, ggml, own_kernels
 from nexus_ext.runtime.amx import amx_works
 from nexus_ext.runtime.memory_limit import memory_group
 from nexus_ext.runtime.planning import plan_model
@@ -281,6 +281,16 @@ def check_amx(subject: Subject) -> Check:
     )
 
 
+def check_kernels(subject: Subject) -> Check:
+    """Which of our kernels run here, and with which ternary types they give ggml's bits."""
+    opencl = kernels.open_opencl()[1]
+    same = [name for name in own_kernels.TYPES if own_kernels.same_bits(name)]
+    text = f"{kernels.why()}; the same bits as ggml: {', '.join(same) or 'none'}; {opencl}"
+    if kernels.current_isa() != "reference":
+        return Check("ternary kernels", "ok", text)
+    return Check("ternary kernels", "warn", text, "nothing: ggml computes, unless you ask for ours")
+
+
 def check_flash_attention(subject: Subject) -> Check:
     """`auto` means off while weights are paged."""
     return Check(
@@ -420,6 +430,7 @@ CHECKS: Final[tuple[Callable[[Subject], Check], ...]] = (
     check_openmp,
     check_quota,
     check_amx,
+    check_kernels,
     check_gpus,
     check_flash_attention,
     check_io_engine,

@@ -28,8 +28,9 @@ from nexus_ext.policies import ModelInfo, RequestInfo
 from nexus_ext.runtime.amx import amx_works
 from nexus_ext.runtime.loading import loads
 from nexus_ext.runtime.manifest import manifest
-from nexus_ext.runtime.own_kernels import own_types
+from nexus_ext.runtime.own_kernels import PAGED_TIERS, own_types, usable_mode
 from nexus_ext.runtime.paged import PagedModel
+from nexus_ext.runtime.pinning import pin_threads
 from nexus_ext.runtime.planning import Planned
 from nexus_ext.runtime.popularity import WarmStart, wanted
 from nexus_ext.runtime.residual import Residuals, plan_with_room
@@ -162,8 +163,11 @@ class Llama(llama_cpp.Llama):
         policy: how streamed weights are read: "auto", "direct" or "buffered".
         pins: (regex, tier) pairs, or `Pin`s: tensors that the plan must not move.
         hardware: a profile to plan for; None: this machine, measured once and remembered.
-        kernels: who multiplies by resident ternary weights (TQ1_0, TQ2_0, Q2_0, Q1_0): "ggml",
-            "nexus" (ours, faster), or "auto": ours where a trial shows the same bits as ggml's.
+        kernels: who multiplies by ternary weights (TQ1_0, TQ2_0, Q2_0, Q1_0): "ggml", "nexus"
+            (ours, faster), "auto": ours where a trial shows the same bits as ggml's, or "opencl":
+            resident ones on an OpenCL device; without one as "auto", with a warning.
+        pin_cores: bind each thread that computes to a processor of its own, physical cores first;
+            without effect where a system binds no threads (macOS).
         progress: called with (done, total) bytes while resident weights are read; True stops.
         warm_start: remember which experts a mixture uses most, and have them read before the first
             request; None: unless NEXUS_WARM_START is 0.
@@ -189,7 +193,8 @@ class Llama(llama_cpp.Llama):
         policy: str = "auto",
         pins: Iterable[Pin | tuple[str, str]] = (),
         hardware: HardwareProfile | None = None,
-        kernels: str = "ggml",
+        kernels: str = "auto",
+        pin_cores: bool = False,
         progress: core.Progress | None = None,
         warm_start: bool | None = None,
         residual: str | os.PathLike[str] | None = None,
@@ -213,12 +218,15 @@ class Llama(llama_cpp.Llama):
         layers = planned.plan.n_gpu_layers if n_gpu_layers is None else n_gpu_layers
         paged = None
         catalog, tiers = planned.catalog, planned.plan.tiers
-        ours = own_types((t for t in catalog.tensors if tiers[t.name] in ("ram", "host")), kernels)
+        kernels = usable_mode(kernels)
+        ours = own_types((t for t in catalog.tensors if tiers[t.name] in PAGED_TIERS), kernels)
         # llama.cpp alone cannot open an NXF, whatever fits.
-        if ours or table or catalog.chunks or not planned.plan.everything_fits:
+        alone = planned.plan.everything_fits and not catalog.chunks
+        if ours or table or pin_cores or not alone:
+            device = kernels == "opencl"
             paged = PagedModel(
                 catalog,
-                manifest(catalog, planned.plan, planned.io_mode, ours),
+                manifest(catalog, planned.plan, planned.io_mode, ours, opencl=device),
                 cache_slots=[cache.slots for cache in planned.plan.expert_caches],
                 own_kernels=ours,
             )
@@ -232,6 +240,8 @@ class Llama(llama_cpp.Llama):
                 except ValueError as error:
                     raise _load_error(path, model, error) from error
             self._nexus = handle
+            if model is not None and pin_cores:
+                pin_threads(model, max(self.n_threads, self.n_threads_batch))
             if model is not None:
                 model.finish_load(progress)
             self._watch_context()

@@ -19,12 +19,20 @@ _CORE_CODECS = frozenset({"raw", "ans", "zstd"})  # those that native/chunks.c h
 VERIFY_VARIABLE: Final = "NEXUS_VERIFY_CHUNKS"
 
 
-def manifest(catalog: Catalog, plan: Plan, io_mode: str, own_kernels: tuple[str, ...] = ()) -> str:
+def manifest(
+    catalog: Catalog,
+    plan: Plan,
+    io_mode: str,
+    own_kernels: tuple[str, ...] = (),
+    *,
+    opencl: bool = False,
+) -> str:
     """Return the manifest of `catalog` placed by `plan`, read in `io_mode`.
 
-    `own_kernels`: types of resident weights that our kernels compute with; packing them may add as
-    much memory as the plan leaves free. Tensors on a GPU are llama.cpp's business, as host tensors
-    are. Raises UsageError when the plan was made for another model.
+    `own_kernels`: types of weights that our kernels compute with; packing resident ones may add as
+    much memory as the plan leaves free. `opencl`: resident ones go to the OpenCL device. Tensors on
+    a GPU are llama.cpp's business, as host tensors are. Raises UsageError when the plan was made
+    for another model.
     """
     if plan.fingerprint != catalog.fingerprint:
         raise UsageError(
@@ -35,6 +43,7 @@ def manifest(catalog: Catalog, plan: Plan, io_mode: str, own_kernels: tuple[str,
     kernels = ""
     if own_kernels:
         kernels = f"kernels {plan.breakdown.get('free', 0)} {' '.join(own_kernels)}"
+        kernels += "\nopencl" if opencl else ""
     return manifest_text(catalog, tiers, plan, io_mode, plan.expert_caches, kernels)
 
 
@@ -59,7 +68,7 @@ def manifest_text(
 ) -> str:
     """Return the manifest of `catalog`; `tiers` are the core's: host, ram, nvme or elastic.
 
-    `kernels`: the line that asks for kernels of our own, if they are wanted.
+    `kernels`: the lines that ask for kernels of our own, if they are wanted.
     """
     lines = [
         "nexus-manifest 1",

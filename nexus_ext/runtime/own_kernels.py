@@ -1,24 +1,31 @@
 """Which weight types our own kernels compute with instead of ggml's.
 
-Only ternary ones and their like, resident in memory. Results are the same bits as ggml's wherever
-its x86 kernels are the usual ones; that is not taken on trust but tried, in the process and on the
-CPU that will run the model.
+Only ternary ones and their like. Resident matrices are packed; streamed ones and experts are
+multiplied by as they are stored. Results are the same bits as ggml's wherever its x86 kernels are
+the usual ones; that is not taken on trust but tried, in the process and on the CPU that will run
+the model.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 from collections.abc import Iterable
 
-from nexus_ext import core
+from nexus_ext import core, kernels
 from nexus_ext.errors import UsageError
 from nexus_ext.runtime import backend
 from nexus_ext.types import TensorInfo
 
+_log = logging.getLogger("nexus_ext.runtime")
+
 TYPES = ("tq1_0", "tq2_0", "q2_0", "q1_0")
-MODES = ("ggml", "auto", "nexus")
-"""ggml: never ours. auto: where the results are the same bits. nexus: always."""
+MODES = ("ggml", "auto", "nexus", "opencl")
+"""ggml: never ours. auto: where the results are the same bits, and the CPU has instructions that
+make ours faster. nexus: always. opencl: on a device, as far as there is one."""
+PAGED_TIERS = ("ram", "host", "nvme")
+"""Where weights are that our kernels can compute with; those on a GPU are llama.cpp's."""
 
 
 @functools.cache
@@ -34,8 +41,8 @@ def same_bits(type_name: str) -> bool | None:
     return None if answer < 0 else answer == 1
 
 
-def own_types(resident: Iterable[TensorInfo], mode: str) -> tuple[str, ...]:
-    """Return the types among these resident weights that our kernels are to compute with.
+def own_types(weights: Iterable[TensorInfo], mode: str) -> tuple[str, ...]:
+    """Return the types among these weights that our kernels are to compute with.
 
     UsageError for an unknown mode, or for "nexus" when this ggml leaves our kernels no place.
     """
@@ -43,19 +50,47 @@ def own_types(resident: Iterable[TensorInfo], mode: str) -> tuple[str, ...]:
         raise UsageError(
             f"kernels are {mode!r}, which is not a choice", hint=f"use one of {', '.join(MODES)}"
         )
-    if mode == "ggml":
+    if mode == "ggml" or (mode == "auto" and kernels.current_isa() == "reference"):
         return ()
-    found = {tensor.type_name.lower() for tensor in resident if len(tensor.shape) == 2}
+    found = {
+        tensor.type_name.lower()
+        for tensor in weights
+        if len(tensor.shape) in (2, 3) and tensor.name != "token_embd.weight"
+    }
     chosen = []
     for name in TYPES:
         if name not in found:
             continue
         same = same_bits(name)
-        if same is None and mode == "nexus":
+        if same is None and mode in ("nexus", "opencl"):
             raise UsageError(
                 f"this ggml has no place for our kernels, or does not know {name}",
                 hint='use kernels="ggml"',
             )
-        if same or (mode == "nexus" and same is not None):
+        if same or (mode in ("nexus", "opencl") and same is not None):
             chosen.append(name)
     return tuple(chosen)
+
+
+def usable_mode(mode: str) -> str:
+    """Return `mode`, or "auto" for "opencl" where no device is found, which is logged."""
+    if mode != "opencl":
+        return mode
+    usable, why = kernels.open_opencl()
+    if usable:
+        return mode
+    _log.warning("%s; the CPU computes", why)
+    return "auto"
+
+
+def describe(types: tuple[str, ...], mode: str) -> str:
+    """Return one sentence: whose kernels compute with which weights, and why."""
+    fallback = ""
+    if mode == "opencl":
+        usable, why = kernels.open_opencl()
+        if usable and types:
+            return f"kernels for {', '.join(types)}: {why}; streamed weights: {kernels.why()}"
+        fallback = "" if usable else f" ({why})"
+    if not types:
+        return f"kernels: ggml's, there are no weights that ours are for{fallback}"
+    return f"kernels for {', '.join(types)}: {kernels.why()}{fallback}"

@@ -3,16 +3,18 @@
     python -m tests.bench.ternary_kernels [--types tq2_0,tq1_0,q2_0] [--rounds 7] [--dram 640M]
 
 ggml computes a graph of products on its own CPU backend (rounding activations included: about 2 us
-a column of 2560), ours the same blocks after packing; results are compared bit by bit. "cache":
-1.3 MB of packed weights, again and again; "DRAM": a matrix of --dram packed bytes, passed once for
-each measurement. Medians over the rounds. GB/s are of packed bytes, beside what memory was measured
-to give just before.
+a column of 2560), ours the same blocks after packing ("packed": resident weights) or as they are
+("stored": weights that are streamed, experts); results are compared bit by bit. "cache": 1.3 MB of
+packed weights, again and again; "DRAM": a matrix of --dram packed bytes, passed once for each
+measurement. Medians over the rounds. GB/s are of the bytes that are read, beside what memory was
+measured to give just before.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import statistics
 import threading
 import time
@@ -124,8 +126,11 @@ def in_threads(n: int, work: Callable[[int], None]) -> None:
 class OurProduct:
     """The same, by our kernels: each thread has a range of rows and repeats its product."""
 
-    def __init__(self, type_name: str, rows: np.ndarray, x: np.ndarray, repeat: int) -> None:
-        self.matrix = kernels.PackedMatrix(type_name, rows, N_IN)
+    def __init__(
+        self, type_name: str, rows: np.ndarray, x: np.ndarray, repeat: int, layout: str
+    ) -> None:
+        kind = kernels.StoredMatrix if layout == "stored" else kernels.PackedMatrix
+        self.matrix = kind(type_name, rows, N_IN)
         self.x, self.repeat = x, repeat
         self.y = np.empty((len(x), len(rows)), np.float32)
         self.columns = self.matrix.activate(x)
@@ -150,11 +155,17 @@ def seconds(run: Callable[[int], None], n_threads: int) -> float:
 
 
 def measure(
-    type_name: str, n_out: int, n_columns: int, n_threads: int, rounds: int, repeat: int
+    type_name: str,
+    n_out: int,
+    n_columns: int,
+    n_threads: int,
+    rounds: int,
+    repeat: int,
+    layout: str,
 ) -> dict[str, Any]:
     rows = random_rows(type_name, n_out)
     theirs = GgmlProduct(type_name, rows, n_columns, repeat)
-    ours = OurProduct(type_name, rows, theirs.x, repeat)
+    ours = OurProduct(type_name, rows, theirs.x, repeat, layout)
     del rows
     theirs.run(n_threads)
     ours.run(n_threads)
@@ -179,33 +190,37 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dram", default="640M", help="packed bytes of the large matrix")
     parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--layouts", default="packed,stored")
+    parser.add_argument("--places", default="cache,DRAM")
+    parser.add_argument("--columns", default="1,4,8")
     args = parser.parse_args()
     large = parse_bytes(args.dram, what="--dram") * 4 // N_IN
     print(kernels.why())
     memory = {n: core.memory_bandwidth(n, 1 << 29) / 1e9 for n in map(int, args.threads.split(","))}
     print("memory:", ", ".join(f"{n} threads {rate:.1f} GB/s" for n, rate in memory.items()))
     print(
-        f"{'type':<6} {'from':<6} {'thr':>3} {'col':>3} {'ggml':>8} {'ours':>8} {'ratio':>6} "
-        f"{'GB/s':>6} {'of memory':>9} {'to 1 col':>8}  bits"
+        f"{'type':<6} {'layout':<6} {'from':<6} {'thr':>3} {'col':>3} "
+        f"{'ggml':>8} {'ours':>8} {'ratio':>6} {'GB/s':>6} {'of memory':>9} {'to 1 col':>8}  bits"
     )
-    for type_name in args.types.split(","):
-        for place, n_out in (("cache", CACHE_ROWS), ("DRAM", large)):
-            for n_threads, rate in memory.items():
-                one = 0.0
-                for n_columns in (1, 4, 8):
-                    slow = 20 if type_name == "q2_0" else 1
-                    repeat = max(1, 200 // slow // n_columns) if place == "cache" else 1
-                    rounds = args.rounds if place == "cache" or slow == 1 else 3
-                    row = measure(type_name, n_out, n_columns, n_threads, rounds, repeat)
-                    per_pass = row["seconds"] / repeat
-                    one = one or per_pass
-                    print(
-                        f"{type_name:<6} {place:<6} {n_threads:>3} {n_columns:>3} "
-                        f"{row['ggml']:>8.1f} {row['ours']:>8.1f} {row['ratio']:>6.2f} "
-                        f"{row['gb_s']:>6.1f} {row['gb_s'] / rate:>9.0%} {per_pass / one:>8.2f}  "
-                        f"{'same' if row['same'] else 'differ'}",
-                        flush=True,
-                    )
+    sizes = {"cache": CACHE_ROWS, "DRAM": large}
+    for type_name, layout, place, (n_threads, rate) in itertools.product(
+        args.types.split(","), args.layouts.split(","), args.places.split(","), memory.items()
+    ):
+        one = 0.0
+        for n_columns in map(int, args.columns.split(",")):
+            slow = 20 if type_name == "q2_0" else 1
+            repeat = max(1, 200 // slow // n_columns) if place == "cache" else 1
+            rounds = args.rounds if place == "cache" or slow == 1 else 3
+            row = measure(type_name, sizes[place], n_columns, n_threads, rounds, repeat, layout)
+            per_pass = row["seconds"] / repeat
+            one = one or per_pass
+            print(
+                f"{type_name:<6} {layout:<6} {place:<6} {n_threads:>3} {n_columns:>3} "
+                f"{row['ggml']:>8.1f} {row['ours']:>8.1f} {row['ratio']:>6.2f} "
+                f"{row['gb_s']:>6.1f} {row['gb_s'] / rate:>9.0%} {per_pass / one:>8.2f}  "
+                f"{'same' if row['same'] else 'differ'}",
+                flush=True,
+            )
     print("rates in G weights/s (times columns)")
 
 

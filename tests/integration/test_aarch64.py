@@ -11,7 +11,8 @@ import pytest
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
 SOURCES = (
     *("kernels", "kernels_ref", "kernels_avx2", "kernels_avx512", "kernels_neon"),
-    *("residual", "ternary"),
+    *("kernels_avx2_stored", "kernels_avx512_stored"),
+    *("residual", "ternary", "ternary_stored"),
 )
 # What ternary.c needs of model.c.
 MEMORY = """

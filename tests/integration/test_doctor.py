@@ -129,6 +129,16 @@ def test_weights_in_amx_buffers_that_crash_are_warned_of(
     assert doctor.check_amx(machine()).status == "ok"
 
 
+def test_the_kernels_that_run_are_named(
+    machine: Callable[..., Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = doctor.check_kernels(machine())
+    assert found.status == ("warn" if doctor.kernels.current_isa() == "reference" else "ok")
+    assert found.sentence.startswith(doctor.kernels.why()) and "pencl" in found.sentence.lower()
+    monkeypatch.setattr(doctor.kernels, "current_isa", lambda: "reference")
+    assert doctor.check_kernels(machine()).status == "warn"
+
+
 def test_a_model_in_memory_is_warned_of(machine: Callable[..., Subject], tmp_path: Path) -> None:
     subject = machine(proc__self__mountinfo=f"30 20 0:26 / {tmp_path} rw - tmpfs tmpfs rw\n")
     model = Subject(str(tmp_path / "model.gguf"), subject.system)

@@ -12,7 +12,9 @@ import pytest
 
 from nexus_ext import Llama, kernels
 from nexus_ext.errors import UsageError
-from nexus_ext.runtime.own_kernels import same_bits
+from nexus_ext.hardware.system import System
+from nexus_ext.runtime.own_kernels import describe, same_bits, usable_mode
+from nexus_ext.runtime.pinning import pin_threads
 from tests.cli_support import hardware_file, run
 from tests.integration.streaming import SMALL, logits, paged, prompt, stock
 from tests.models_folder import find_model
@@ -77,12 +79,54 @@ def test_auto_takes_only_what_is_bit_identical(monkeypatch: pytest.MonkeyPatch) 
         Llama(path, ram="2G", kernels="nexus", **ARGUMENTS)
 
 
-def test_ggml_is_the_default_and_a_typing_mistake_is_named() -> None:
+def test_auto_is_the_default_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     path = find_model(MODELS[0])
+    fast = bool(same_bits("tq2_0")) and kernels.current_isa() != "reference"
+    with closing(Llama(path, ram="2G", **ARGUMENTS)) as llm:
+        assert llm.nexus.own_kernels == (("tq2_0",) if fast else ())
+        assert llm.nexus.active == fast
+        seen = logits(llm, TOKENS, n_decode=2)
+    with closing(Llama(path, ram="2G", kernels="ggml", **ARGUMENTS)) as llm:
+        assert llm.nexus.own_kernels == () and not llm.nexus.active
+        assert np.array_equal(logits(llm, TOKENS, n_decode=2), seen)
+    monkeypatch.setattr(kernels, "current_isa", lambda: "reference")  # which is slow
     with closing(Llama(path, ram="2G", **ARGUMENTS)) as llm:
         assert llm.nexus.own_kernels == ()
+
+
+def test_auto_leaves_models_without_such_weights_alone() -> None:
+    with closing(Llama(find_model("stories260K-q8_0.gguf"), ram="2G", **ARGUMENTS)) as llm:
+        assert llm.nexus.own_kernels == () and not llm.nexus.active
+
+
+def test_a_typing_mistake_is_named() -> None:
     with pytest.raises(UsageError, match="'nexsu'"):
-        Llama(path, ram="2G", kernels="nexsu", **ARGUMENTS)
+        Llama(find_model(MODELS[0]), ram="2G", kernels="nexsu", **ARGUMENTS)
+
+
+def test_opencl_without_a_device_is_auto_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels, "open_opencl", lambda: (False, "there is no OpenCL: of course"))
+    assert usable_mode("opencl") == "auto"
+    assert "of course; the CPU computes" in caplog.text
+    assert "of course" in describe((), "opencl")
+    assert usable_mode("nexus") == "nexus"
+
+
+def test_pinning_more_threads_than_processors_is_refused() -> None:
+    with pytest.raises(UsageError, match="9999 threads cannot be pinned"):
+        Llama(
+            find_model(MODELS[0]),
+            ram="2G",
+            pin_cores=True,
+            **{**ARGUMENTS, "n_threads_batch": 9999},
+        )
+
+
+def test_a_system_that_binds_no_threads_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    sentence = pin_threads(None, 2, System(platform="darwin"))  # type: ignore[arg-type]
+    assert sentence.startswith("pin_cores has no effect: macOS") and sentence in caplog.text
 
 
 def test_the_command_says_whose_kernels_it_uses(tmp_path: Path) -> None:

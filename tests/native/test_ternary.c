@@ -114,6 +114,64 @@ static void implementations_agree(void) {
                     }
 }
 
+/* The same products straight from the rows, columns and results anywhere. */
+static float *stored_result(world *w, size_t shift, uint32_t n_threads) {
+    const size_t stride = (size_t)(w->m.n_in / nx_ternary_block(w->m.type)) * nx_ternary_block_bytes(w->m.type) + shift;
+    float *y = malloc((size_t)w->m.n_out * w->n_columns * sizeof *y);
+    const void **columns = malloc(w->n_columns * sizeof *columns);
+    float **results = malloc(w->n_columns * sizeof *results);
+    for (uint32_t c = 0; c < w->n_columns; c++) { /* the last first */
+        const uint32_t from = w->n_columns - 1 - c;
+        nx_ternary_activate(w->m.type, w->x + (size_t)from * w->m.n_in, 0, w->m.n_in / nx_ternary_block(w->m.type),
+                            w->columns + from * w->column_bytes);
+        columns[c] = w->columns + from * w->column_bytes;
+        results[c] = y + (size_t)from * w->m.n_out;
+    }
+    for (uint32_t t = 0; t < n_threads; t++)
+        nx_ternary_multiply_stored(w->m.type, w->rows + shift, stride, w->m.n_in, columns, w->n_columns,
+                                   w->m.n_out * t / n_threads, w->m.n_out * (t + 1) / n_threads, results);
+    free(columns);
+    free(results);
+    return y;
+}
+
+/* Also where an implementation leaves a type to the portable code. */
+static void check_stored(world *w, size_t shift, const char *what) {
+    NX_CHECK_EQ(nx_kernels_use_isa(NX_ISA_REF), NX_OK);
+    float *wanted = result(w, 1);
+    for (int isa = 0; isa < NX_ISA_COUNT; isa++) {
+        if (nx_kernels_use_isa((nx_isa)isa) != NX_OK) continue;
+        for (uint32_t threads = 1; threads <= 3; threads++) {
+            nx_test_about("stored, %s: %s, type %d, %u to %u, %u columns, %u threads", what,
+                          nx_kernels_isa_name((nx_isa)isa), w->m.type, w->m.n_in, w->m.n_out, w->n_columns, threads);
+            float *seen = stored_result(w, shift, threads);
+            NX_CHECK(same(seen, wanted, (size_t)w->m.n_out * w->n_columns));
+            free(seen);
+        }
+    }
+    free(wanted);
+}
+
+static void rows_as_they_are_stored_give_the_same(void) {
+    static const uint32_t outs[] = {1, 7, 8, 17}, blocks[] = {1, 2, 5};
+    for (size_t t = 0; t < N_TESTED; t++)
+        for (size_t a = 0; a < sizeof outs / sizeof *outs; a++)
+            for (size_t b = 0; b < sizeof blocks / sizeof *blocks; b++)
+                for (uint32_t n = 1; n <= 35; n += n < 6 ? 1 : 29)
+                    for (size_t shift = 0; shift < 4; shift += 3) {
+                        world w = make(tested[t], blocks[b] * nx_ternary_block(tested[t]), outs[a], n, (a + b + n) % 2,
+                                       shift, a * 100 + b * 10 + n);
+                        check_stored(&w, shift, "shapes");
+                        drop(&w);
+                    }
+}
+
+static void the_reference_has_all_types(void) {
+    NX_CHECK_EQ(nx_kernels_use_isa(NX_ISA_REF), NX_OK);
+    for (int t = 0; t < NX_TERNARY_TYPES; t++) NX_CHECK(nx_ternary_stored_usable((nx_ternary_type)t));
+    NX_CHECK(!nx_ternary_stored_usable(NX_TERNARY_TYPES));
+}
+
 static void many_columns_are_many_times_one(void) {
     for (size_t t = 0; t < N_TESTED; t++) {
         world w = make(tested[t], 256, 40, 70, false, 0, 9);
@@ -139,9 +197,11 @@ static void values_that_are_no_numbers(void) {
             w.x[3] = odd[k];
             w.x[300] = -odd[k];
             check_agreement(&w, "odd values");
+            check_stored(&w, 0, "odd values");
             for (int i = 0; i < 512; i++) w.x[i] = i == 77 ? odd[k] : 0; /* alone */
             for (int i = 512; i < 1024; i++) w.x[i] *= 1e-38f; /* and scales that cannot be divided */
             check_agreement(&w, "odd values");
+            check_stored(&w, 0, "odd values");
             drop(&w);
         }
 }
@@ -236,6 +296,8 @@ int main(int argc, char **argv) {
         NX_TEST(what_makes_no_sense_is_refused),
         NX_TEST(halves_round_trip),
         NX_TEST(implementations_agree),
+        NX_TEST(rows_as_they_are_stored_give_the_same),
+        NX_TEST(the_reference_has_all_types),
         NX_TEST(many_columns_are_many_times_one),
         NX_TEST(values_that_are_no_numbers),
         NX_TEST(close_to_double_precision),

@@ -22,6 +22,7 @@
     X(gx_tensor *, new_tensor_1d, (gx_context *, int32_t, int64_t))                              \
     X(gx_tensor *, view_1d, (gx_context *, gx_tensor *, int64_t, size_t))                        \
     X(gx_tensor *, mul_mat, (gx_context *, gx_tensor *, gx_tensor *))                            \
+    X(gx_tensor *, mul_mat_id, (gx_context *, gx_tensor *, gx_tensor *, gx_tensor *))            \
     X(gx_tensor *, get_rows, (gx_context *, gx_tensor *, gx_tensor *))                           \
     X(gx_tensor *, set_name, (gx_tensor *, const char *))                                        \
     X(void *, get_data, (const gx_tensor *))                                                     \

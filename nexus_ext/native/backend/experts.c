@@ -177,7 +177,7 @@ static int compute_wave(waves *w, size_t first, size_t count, const nx_group *sl
     result.ne[2] = n_rows;
     result.nb[1] = result.nb[2] = out_bytes;
     result.nb[3] = out_bytes * (size_t)n_rows;
-    const int status = nxb_compute_as(w->run, w->node_index, &result, 1);
+    const int status = nxb_ours_product_as(w->run, w->node_index, &result, 1, false);
     for (int64_t i = 0; i < n_rows && status == GX_SUCCESS; i++)
         memcpy((char *)node->data + (size_t)w->rows[i][0] * node->nb[2] + (size_t)w->rows[i][1] * node->nb[1],
                w->out + (size_t)i * out_bytes, out_bytes);
@@ -281,7 +281,7 @@ static int all_records(nxb_run *r, int node_index, uint32_t part, const gx_tenso
     numbers.nb[2] = numbers.nb[3] = (size_t)n_picked * sizeof *slots;
     result.src[0] = &weight;
     result.src[2] = &numbers;
-    const int status = nxb_compute_as(r, node_index, &result, 1);
+    const int status = nxb_ours_product_as(r, node_index, &result, 1, false);
     free(slots);
     return status;
 }

@@ -85,7 +85,8 @@ static int find_uses(run *r, size_t *n_uses) {
             if (!e) continue;
             nxb_mark_computing(weight);
             int status = add_model(r, e->model);
-            if (status == GX_SUCCESS && nx_extent_attached(e)) status = nxb_ours_note(r->own, i, node, s, e);
+            if (status == GX_SUCCESS && (nx_extent_attached(e) || nx_extent_own_type(e) != NX_TERNARY_TYPES))
+                status = nxb_ours_note(r->own, i, node, s, e);
             if (status == GX_SUCCESS && nx_extent_tier(e) == NX_TIER_NVME)
                 status = add_use(r->own, n_uses,
                                  (nxb_use){.node = i, .kind = kind_of(node, s, weight), .extent = e, .weight = weight});
@@ -117,7 +118,8 @@ static int compute(run *r, gx_graph *graph, int first_node) {
     const int status = gx.backend_graph_compute_async(r->own->cpu, graph);
     if (r->n_models) nx_note_compute(r->models[0], (uint32_t)first_node, nx_now_ns() - begin);
     if (idle) nx_note_idle(r->models[0], nx_now_ns() - begin);
-    return status;
+    const int ours = nxb_ours_outcome(r);
+    return status == GX_SUCCESS ? ours : status;
 }
 
 static size_t model_index(const run *r, const nx_model *m) {
@@ -194,7 +196,7 @@ static int run_slabs(run *r, const nxb_use *use) {
             bytes += piece.nbytes;
             n++;
         }
-        status = nxb_compute_as(r, use->node, products, n);
+        status = nxb_ours_product_as(r, use->node, products, n, done > 0);
         nx_piece_release(m, n);
         done += (uint32_t)n;
     }
@@ -381,10 +383,12 @@ int nxb_graph_compute(gx_backend *backend, gx_graph *graph) {
     const uint64_t begin = nx_now_ns();
     int status = begin_graph(&r, &n_uses, &begun);
     if (status == GX_SUCCESS && r.n_models == 0) return gx.backend_graph_compute_async(own->cpu, graph);
+    if (status == GX_SUCCESS) status = nxb_pin_begin(&r);
     if (status == GX_SUCCESS) status = nxb_columns_begin(&r);
     if (status == GX_SUCCESS) status = walk(&r, n_uses);
     release_held(&r);
     nxb_columns_end(&r);
+    nxb_pin_end(&r);
     nxb_experts_release(&r);
     free(r.decision.experts);
     for (size_t i = 0; i < begun; i++) {

@@ -5,15 +5,14 @@
  * delegate's own threads, with its barriers between them; there is no second pool beside it and no segment
  * is cut. The list belongs to a view of the graph, so the graph of the caller stays as it is.
  *
- *   packed weight:  activate (round the columns to 8 bits; once for all weights that share an input),
- *                   multiply (ranges of rows, taken by whichever thread is free)
+ *   few bits:       see ours_ternary.c
  *   residual:       what computes the product; choose (channels, by one thread); add (outputs, by all)
  */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "walk.h"
+#include "ours.h"
 
 /* Where a custom node keeps its function, its number of tasks (-1: one for each thread) and what it gets. */
 typedef struct custom_params {
@@ -21,47 +20,6 @@ typedef struct custom_params {
     int n_tasks;
     void *argument;
 } custom_params;
-
-typedef struct noted {
-    int node;
-    const nx_attachment *attached;
-} noted;
-
-/* What a custom node works on. */
-typedef struct job {
-    struct nxb_ours *ours;
-    const nx_residual_matrix *residual;
-    uint32_t k;
-    const nx_ternary *packed;
-    uint32_t next_unit; /* of rows that no thread has taken; atomic */
-} job;
-
-/* What the shared memory holds at this place in the list of nodes. */
-typedef struct progress {
-    const gx_tensor *chosen; /* the input that channels were chosen for, and how many */
-    uint32_t chosen_k;
-    const gx_tensor *activated; /* the input that was rounded, and how */
-    nx_ternary_type activated_as;
-} progress;
-
-/* One for each backend, which computes one graph at a time. */
-typedef struct nxb_ours {
-    noted *noted; /* by node */
-    size_t n_noted, noted_capacity;
-    /* of one segment */
-    gx_tensor **nodes;
-    size_t nodes_capacity;
-    gx_tensor *tensors;
-    job *jobs;
-    size_t n_jobs, jobs_capacity;
-    /* what jobs share, one after the other */
-    uint32_t *channels; /* chosen for the last input */
-    size_t n_channels, channels_capacity;
-    float *products, *sums;
-    size_t sums_capacity;
-    void *columns; /* of activations */
-    size_t columns_capacity;
-} nxb_ours;
 
 static bool grow(void **memory, size_t *capacity, size_t wanted, size_t item_bytes) {
     if (wanted <= *capacity) return true;
@@ -93,75 +51,42 @@ void nxb_ours_free(nxb_backend *own) {
     free(ours->channels);
     free(ours->products);
     free(ours->sums);
-    free(ours->columns);
+    nxb_ternary_free(ours);
     free(ours);
     own->ours = NULL;
 }
 
-/* Columns of floats times the weight, which is a plain matrix. */
-static bool is_product(const gx_tensor *node) {
-    const gx_tensor *w = node->src[0], *x = node->src[1];
-    return node->op == gx.op_mul_mat && w->ne[2] == 1 && w->ne[3] == 1 && x && x->type == gx.type_f32 &&
-           x->nb[0] == sizeof(float) && x->ne[0] == w->ne[0] && x->ne[2] == 1 && x->ne[3] == 1 &&
-           x->ne[1] <= UINT32_MAX && node->type == gx.type_f32 && node->nb[0] == sizeof(float) &&
-           node->op_params[1] == 0; /* else a hint that the matrix is a special one */
+/* Whether the weight is packed, or on a device. */
+static bool has_copy(const nx_attachment *a) { return a && (a->packed.codes || a->opencl); }
+
+/* How we multiply by this weight as it is stored, if at all. */
+static nx_ternary_type own_type(const nx_extent *e) {
+    return gx.op_custom < 0 || !gx.view_nodes ? NX_TERNARY_TYPES : nx_extent_own_type(e);
 }
 
 int nxb_ours_note(nxb_backend *own, int number, const gx_tensor *node, int source, nx_extent *e) {
     nxb_ours *ours = ours_of(own);
-    const bool ours_to_do = source == 0 && nxb_extent(node->src[0]) == e && is_product(node);
-    if (!ours_to_do) return nxb_status(nx_extent_restore(e));
+    const bool in_place = source == 0 && nxb_extent(node->src[0]) == e, product = in_place && nxb_is_product(node);
+    const nx_attachment *attached = product ? nx_extent_attached(e) : NULL;
+    nx_ternary_type stored = NX_TERNARY_TYPES;
+    if ((product && !has_copy(attached)) || (in_place && nxb_is_expert_product(node)))
+        stored = own_type(e);
+    if (!product) {
+        const nx_status status = nx_extent_restore(e);
+        if (status != NX_OK) return nxb_status(status);
+    }
+    if (!attached && stored == NX_TERNARY_TYPES) return GX_SUCCESS;
     if (!ours || !grow((void **)&ours->noted, &ours->noted_capacity, ours->n_noted + 1, sizeof *ours->noted))
         return GX_ALLOC_FAILED;
-    ours->noted[ours->n_noted++] = (noted){number, nx_extent_attached(e)};
+    ours->noted[ours->n_noted++] = (noted){number, attached, stored};
     return GX_SUCCESS;
 }
 
 bool nxb_ours_computes(const gx_tensor *node) {
-    if (!is_product(node)) return false;
+    if (!nxb_is_product(node)) return false;
     const nx_extent *e = nxb_extent(node->src[0]);
     const nx_attachment *a = e ? nx_extent_attached(e) : NULL;
-    return a && a->packed.codes;
-}
-
-/* -- packed weights ----------------------------------------------------------------------------- */
-
-static void activate(gx_tensor *node, int ith, int nth, void *argument) {
-    const job *j = argument;
-    const nx_ternary *m = j->packed;
-    const gx_tensor *x = node->src[1];
-    const uint64_t bytes = nx_ternary_activation_bytes(m->type, m->n_in);
-    const uint64_t n_blocks = m->n_in / nx_ternary_block(m->type), all = n_blocks * (uint64_t)x->ne[1];
-    const uint64_t end = all * ((unsigned)ith + 1) / (unsigned)nth;
-    for (uint64_t at = all * (unsigned)ith / (unsigned)nth; at < end;) {
-        const uint64_t column = at / n_blocks, first = at % n_blocks;
-        const uint64_t last = end - at < n_blocks - first ? first + end - at : n_blocks;
-        nx_ternary_activate(m->type, (const float *)((const char *)x->data + column * x->nb[1]), (uint32_t)first,
-                            (uint32_t)last, (char *)j->ours->columns + column * bytes);
-        at += last - first;
-    }
-}
-
-#define PARTS 8 /* for each thread: who is held up leaves its share to the others */
-#define PART_BYTES (32u << 10)
-
-static void multiply(gx_tensor *node, int ith, int nth, void *argument) {
-    (void)ith;
-    job *j = argument;
-    const nx_ternary *m = j->packed;
-    const uint32_t unit = nx_ternary_row_unit(m->type), units = (m->n_out + unit - 1) / unit;
-    const uint32_t least = (uint32_t)(PART_BYTES / (m->codes_bytes / units + 1)) + 1;
-    uint32_t step = units / ((uint32_t)nth * PARTS) + 1;
-    if (step < least) step = least;
-    const uint32_t share = (units + (uint32_t)nth - 1) / (uint32_t)nth;
-    if (step > share) step = share;
-    for (;;) {
-        const uint32_t begin = __atomic_fetch_add(&j->next_unit, step, __ATOMIC_RELAXED);
-        if (begin >= units) return;
-        const uint64_t end = (uint64_t)(begin + step) * unit;
-        nx_ternary_multiply(m, j->ours->columns, (uint32_t)node->src[1]->ne[1], begin * unit,
-                            end < m->n_out ? (uint32_t)end : m->n_out, node->data, node->nb[1] / sizeof(float));
-    }
+    return e && (has_copy(a) || own_type(e) != NX_TERNARY_TYPES);
 }
 
 /* -- residuals ---------------------------------------------------------------------------------- */
@@ -197,8 +122,8 @@ static void add(gx_tensor *node, int ith, int nth, void *argument) {
 
 /* -- putting nodes in ---------------------------------------------------------------------------- */
 
-static gx_tensor *custom(nxb_ours *ours, const gx_tensor *node, void (*function)(gx_tensor *, int, int, void *),
-                         job with) {
+gx_tensor *nxb_ours_custom(nxb_ours *ours, const gx_tensor *node, void (*function)(gx_tensor *, int, int, void *),
+                           job with) {
     job *j = &ours->jobs[ours->n_jobs];
     gx_tensor *t = &ours->tensors[ours->n_jobs++];
     *j = with;
@@ -209,17 +134,15 @@ static gx_tensor *custom(nxb_ours *ours, const gx_tensor *node, void (*function)
     return t;
 }
 
-#define MOST_JOBS 4 /* for one node */
-
 /* Room for the jobs of `n` nodes, before anything points to one. */
 static bool reserve_jobs(nxb_ours *ours, size_t n) {
     ours->n_jobs = 0;
-    if (n * MOST_JOBS <= ours->jobs_capacity) return true;
+    if (n * NXB_MOST_JOBS <= ours->jobs_capacity) return true;
     free(ours->jobs);
     free(ours->tensors);
-    ours->jobs = malloc(n * MOST_JOBS * sizeof *ours->jobs);
-    ours->tensors = malloc(n * MOST_JOBS * sizeof *ours->tensors);
-    ours->jobs_capacity = ours->jobs && ours->tensors ? n * MOST_JOBS : 0;
+    ours->jobs = malloc(n * NXB_MOST_JOBS * sizeof *ours->jobs);
+    ours->tensors = malloc(n * NXB_MOST_JOBS * sizeof *ours->tensors);
+    ours->jobs_capacity = ours->jobs && ours->tensors ? n * NXB_MOST_JOBS : 0;
     return ours->jobs_capacity != 0;
 }
 
@@ -240,44 +163,31 @@ static bool reserve_residual(nxb_ours *ours, const nx_residual_matrix *m, size_t
 /* What follows the product, or nothing. Returns how many nodes, or a status below 0. */
 static int residual_nodes(nxb_ours *ours, const gx_tensor *node, const nx_attachment *a, progress *p,
                           gx_tensor **out) {
-    const uint32_t k = __atomic_load_n(&a->residual_k, __ATOMIC_ACQUIRE);
+    const uint32_t k = a ? __atomic_load_n(&a->residual_k, __ATOMIC_ACQUIRE) : 0;
     if (k == 0 || n_alone(node) == 0) return 0;
     int n = 0;
     const job with = {.ours = ours, .residual = &a->residual, .k = k};
     if (!reserve_residual(ours, &a->residual, k, n_alone(node))) return GX_ALLOC_FAILED;
     if (p->chosen != node->src[1] || p->chosen_k != k) { /* several matrices share an input: choose once */
-        out[n++] = custom(ours, node, choose, with);
+        out[n++] = nxb_ours_custom(ours, node, choose, with);
         p->chosen = node->src[1];
         p->chosen_k = k;
     }
-    out[n++] = custom(ours, node, add, with);
+    out[n++] = nxb_ours_custom(ours, node, add, with);
     return n;
 }
 
 /* The product itself, by the delegate or by us. */
-static int product_nodes(nxb_ours *ours, gx_tensor *node, const nx_attachment *a, progress *p, gx_tensor **out) {
+static int product_nodes(nxb_run *r, gx_tensor *node, const noted *n, progress *p, gx_tensor **out) {
+    nxb_ours *ours = r->own->ours;
     out[0] = node;
-    if (!a->packed.codes) return 1;
-    int n = 0;
-    const nx_ternary_type as = a->packed.type == NX_TQ1_0 ? NX_TQ2_0 : a->packed.type; /* rounded alike */
-    const job with = {.ours = ours, .packed = &a->packed};
-    const uint64_t bytes = nx_ternary_activation_bytes(a->packed.type, a->packed.n_in) * (uint64_t)node->src[1]->ne[1];
-    if (bytes > ours->columns_capacity) {
-        free(ours->columns);
-        ours->columns_capacity = 0;
-        if (posix_memalign(&ours->columns, 64, bytes) != 0) {
-            ours->columns = NULL;
-            return GX_ALLOC_FAILED;
-        }
-        ours->columns_capacity = bytes;
+    if (n->stored == NX_TERNARY_TYPES && !has_copy(n->attached)) return 1;
+    if (n->stored != NX_TERNARY_TYPES) {
+        nx_note_own(r->models[0], NX_OWN_STORED);
+        return nxb_stored_nodes(ours, node, n->stored, p, out);
     }
-    if (p->activated != node->src[1] || p->activated_as != as) {
-        out[n++] = custom(ours, node, activate, with);
-        p->activated = node->src[1];
-        p->activated_as = as;
-    }
-    out[n++] = custom(ours, node, multiply, with);
-    return n;
+    nx_note_own(r->models[0], n->attached->opencl ? NX_OWN_OPENCL : NX_OWN_PACKED);
+    return nxb_packed_nodes(ours, node, n->attached, p, out);
 }
 
 static int unavailable(const gx_tensor *node) {
@@ -305,7 +215,7 @@ int nxb_ours_insert(nxb_run *r, gx_graph_value *view, int begin, int end) {
     const size_t first = first_noted(ours, begin), last = first_noted(ours, end);
     if (first == last) return GX_SUCCESS;
     if (gx.op_custom < 0 || !gx.view_nodes) return unavailable(r->nodes[ours->noted[first].node]);
-    const size_t most = (size_t)(end - begin) + MOST_JOBS * (last - first);
+    const size_t most = (size_t)(end - begin) + NXB_MOST_JOBS * (last - first);
     if (!reserve_jobs(ours, last - first) ||
         !grow((void **)&ours->nodes, &ours->nodes_capacity, most, sizeof *ours->nodes))
         return GX_ALLOC_FAILED;
@@ -317,11 +227,11 @@ int nxb_ours_insert(nxb_run *r, gx_graph_value *view, int begin, int end) {
             ours->nodes[n++] = r->nodes[i];
             continue;
         }
-        const nx_attachment *attached = ours->noted[at++].attached;
-        int added = product_nodes(ours, r->nodes[i], attached, &p, &ours->nodes[n]);
+        const noted *of = &ours->noted[at++];
+        int added = product_nodes(r, r->nodes[i], of, &p, &ours->nodes[n]);
         if (added < 0) return added;
         n += added;
-        added = residual_nodes(ours, r->nodes[i], attached, &p, &ours->nodes[n]);
+        added = residual_nodes(ours, r->nodes[i], of->attached, &p, &ours->nodes[n]);
         if (added < 0) return added;
         n += added;
     }
@@ -330,14 +240,44 @@ int nxb_ours_insert(nxb_run *r, gx_graph_value *view, int begin, int end) {
     return GX_SUCCESS;
 }
 
+static const noted *noted_at(const nxb_ours *ours, int node) {
+    const size_t at = ours ? first_noted(ours, node) : 0;
+    return ours && at < ours->n_noted && ours->noted[at].node == node ? &ours->noted[at] : NULL;
+}
+
+int nxb_ours_product_as(nxb_run *r, int node, gx_tensor *as, size_t n, bool again) {
+    nxb_ours *ours = r->own->ours;
+    const noted *of = noted_at(ours, node);
+    if (!of || of->stored == NX_TERNARY_TYPES) return nxb_compute_as(r, node, as, n);
+    if (!reserve_jobs(ours, n) || !grow((void **)&ours->nodes, &ours->nodes_capacity, NXB_MOST_JOBS * n, sizeof *ours->nodes))
+        return GX_ALLOC_FAILED;
+    progress p = {.activated = again ? as[0].src[1] : NULL, .activated_as = nxb_rounded_as(of->stored)};
+    int count = 0;
+    for (size_t i = 0; i < n; i++) {
+        nx_note_own(r->models[0], NX_OWN_STORED);
+        const int added = nxb_stored_nodes(ours, &as[i], of->stored, &p, &ours->nodes[count]);
+        if (added < 0) return added;
+        count += added;
+    }
+    return nxb_compute_as(r, node, ours->tensors, (size_t)count);
+}
+
+int nxb_ours_outcome(nxb_run *r) {
+    nxb_ours *ours = r->own->ours;
+    if (!ours || !ours->failed) return GX_SUCCESS;
+    ours->failed = false;
+    if (r->n_models) nx_model_fail(r->models[0], &ours->error);
+    return GX_FAILED;
+}
+
 int nxb_ours_after(nxb_run *r, int node) {
     nxb_ours *ours = r->own->ours;
-    const size_t at = ours ? first_noted(ours, node) : 0;
-    if (!ours || at == ours->n_noted || ours->noted[at].node != node) return GX_SUCCESS;
+    const noted *of = noted_at(ours, node);
+    if (!of || !of->attached) return GX_SUCCESS;
     if (gx.op_custom < 0) return unavailable(r->nodes[node]);
     if (!reserve_jobs(ours, 1)) return GX_ALLOC_FAILED;
     progress p = {0};
-    gx_tensor *nodes[MOST_JOBS];
-    const int n = residual_nodes(ours, r->nodes[node], ours->noted[at].attached, &p, nodes);
+    gx_tensor *nodes[NXB_MOST_JOBS];
+    const int n = residual_nodes(ours, r->nodes[node], of->attached, &p, nodes);
     return n > 0 ? nxb_compute_as(r, node, ours->tensors, (size_t)n) : n;
 }

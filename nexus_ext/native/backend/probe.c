@@ -13,6 +13,8 @@
 #define ROWS 72
 #define COLUMNS 70
 #define SEEDS 3
+#define EXPERTS 3 /* of ROWS / EXPERTS rows */
+#define USED 2
 
 static uint32_t next(uint64_t *state) {
     *state = *state * 6364136223846793005u + 1442695040888963407u;
@@ -49,11 +51,40 @@ static bool custom_nodes_work(gx_backend *cpu, gx_context *ctx, const gx_tensor 
     return gx.backend_graph_compute_async(cpu, graph) == GX_SUCCESS && count >= 1;
 }
 
+/* The same matrix as experts, from the rows as they are stored. `columns` are the activations of x. */
+static bool same_experts(gx_backend *cpu, gx_context *ctx, nx_ternary_type type, gx_tensor *w, gx_tensor *x,
+                         const char *columns) {
+    gx_tensor experts = *w, tokens = *x;
+    experts.ne[1] = ROWS / EXPERTS;
+    experts.ne[2] = EXPERTS;
+    experts.nb[2] = w->nb[1] * (ROWS / EXPERTS);
+    tokens.ne[1] = 1;
+    tokens.ne[2] = COLUMNS;
+    tokens.nb[2] = x->nb[1];
+    gx_tensor *ids = gx.new_tensor_2d(ctx, gx.type_i32, USED, COLUMNS);
+    for (int i = 0; i < USED * COLUMNS; i++) ((int32_t *)ids->data)[i] = (i % USED + i / 3) % EXPERTS;
+    gx_tensor *y = gx.mul_mat_id(ctx, &experts, &tokens, ids);
+    gx_graph *graph = gx.new_graph_custom(ctx, 4, false);
+    gx.build_forward_expand(graph, y);
+    if (gx.backend_graph_compute_async(cpu, graph) != GX_SUCCESS) return false;
+    const uint32_t n_in = (uint32_t)w->ne[0];
+    for (int i = 0; i < USED * COLUMNS; i++) {
+        const char *rows = (const char *)w->data + (size_t)((int32_t *)ids->data)[i] * experts.nb[2];
+        const void *column = columns + nx_ternary_activation_bytes(type, n_in) * (uint64_t)(i / USED);
+        float ours[ROWS / EXPERTS], *at = ours;
+        nx_ternary_multiply_stored(type, rows, w->nb[1], n_in, &column, 1, 0, ROWS / EXPERTS, &at);
+        if (memcmp(ours, (const char *)y->data + (size_t)(i / USED) * y->nb[2] + (size_t)(i % USED) * y->nb[1],
+                   sizeof ours) != 0)
+            return false;
+    }
+    return true;
+}
+
 /* 1: the same bits; 0: not; -1: it cannot be told, `type` is unknown to one of both. */
 static int compare(gx_backend *cpu, nx_ternary_type type, int32_t number, uint32_t n_in, uint64_t seed) {
     const size_t n_blocks = n_in / nx_ternary_block(type), row_bytes = n_blocks * nx_ternary_block_bytes(type);
-    const gx_init_params params = {.mem_size = ROWS * row_bytes + (ROWS + n_in) * COLUMNS * sizeof(float) +
-                                               2 * gx.graph_overhead_custom(4, false) + 8 * gx.tensor_overhead() + 4096};
+    const gx_init_params params = {.mem_size = ROWS * row_bytes + (2 * ROWS + n_in) * COLUMNS * sizeof(float) +
+                                               3 * gx.graph_overhead_custom(4, false) + 10 * gx.tensor_overhead() + 4096};
     gx_context *ctx = gx.init(params);
     if (!ctx) return -1;
     gx_tensor *w = gx.new_tensor_2d(ctx, number, n_in, ROWS), *x = gx.new_tensor_2d(ctx, gx.type_f32, n_in, COLUMNS);
@@ -81,6 +112,7 @@ static int compare(gx_backend *cpu, nx_ternary_type type, int32_t number, uint32
                                 (char *)columns + bytes * (uint64_t)c);
         nx_ternary_multiply(&packed, columns, COLUMNS, 0, ROWS, ours, ROWS);
         if (same == 1) same = memcmp(ours, y->data, ROWS * COLUMNS * sizeof *ours) == 0;
+        if (same == 1 && nx_ternary_stored_usable(type)) same = same_experts(cpu, ctx, type, w, x, columns);
     }
     nx_ternary_free(&packed);
     free(columns);

@@ -4,6 +4,7 @@
 
 #include "backend.h"
 #include "nexus_attach.h"
+#include "nexus_threads.h"
 
 #define NXB_MAX_MODELS 4 /* in one graph: a draft head that borrows the target's embedding makes two */
 
@@ -43,10 +44,12 @@ typedef struct nxb_run {
     size_t n_columns;
     size_t n_uses;
     bool decides, decides_for_many; /* routers: any, and for more than one token */
+    bool pinned; /* the calling thread is bound, its mask was this */
+    nx_thread_mask mask;
 } nxb_run;
 
-/* Our own operations, see ours.c. Source `source` of node number `node` is a weight with an attachment;
- * all of them are noted in order, before the walk begins. */
+/* Our own operations, see ours.c. Source `source` of node number `node` is a weight with an attachment, or
+ * one that our kernels are for; all of them are noted in order, before the walk begins. */
 int nxb_ours_note(nxb_backend *, int node, const gx_tensor *, int source, nx_extent *);
 /* Is this product computed by kernels of ours, for which a column is always as if it were alone? */
 bool nxb_ours_computes(const gx_tensor *);
@@ -54,8 +57,13 @@ void nxb_ours_clear(nxb_backend *);
 void nxb_ours_free(nxb_backend *);
 /* Put into `view` (the nodes from `begin` to `end`) what we compute ourselves. */
 int nxb_ours_insert(nxb_run *, gx_graph_value *view, int begin, int end);
+/* Compute products that stand for node `node`, by our kernels if they are for its weight. `again`: the
+ * input is that of the call before. */
+int nxb_ours_product_as(nxb_run *, int node, gx_tensor *as, size_t n, bool again);
 /* `node` was computed apart from the graph: compute what comes after it. */
 int nxb_ours_after(nxb_run *, int node);
+/* Whether operations of ours have failed since the last call; the model has the error. */
+int nxb_ours_outcome(nxb_run *);
 
 int nxb_status(nx_status);
 /* Compute the nodes up to, not including, `end`, and release the slabs that they used. */
@@ -66,6 +74,10 @@ int nxb_compute_as(nxb_run *, int node, gx_tensor *as, size_t n);
 /* From begin to end, products stand in the graph as nexus_residency.h says of nx_model_set_columns. */
 int nxb_columns_begin(nxb_run *);
 void nxb_columns_end(nxb_run *);
+
+/* Bind the threads of this computation as the model wants it, see pin.c. */
+int nxb_pin_begin(nxb_run *);
+void nxb_pin_end(nxb_run *);
 
 int nxb_run_experts(nxb_run *, const nxb_use *);
 void nxb_experts_release(nxb_run *);

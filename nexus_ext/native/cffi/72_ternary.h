@@ -25,5 +25,11 @@ uint64_t nx_ternary_activation_bytes(nx_ternary_type, uint32_t n_in);
 void nx_ternary_activate(nx_ternary_type, const float *x, uint32_t begin, uint32_t end, void *out);
 void nx_ternary_multiply(const nx_ternary *, const void *columns, uint32_t n_columns, uint32_t begin,
                          uint32_t end, float *y, size_t y_stride);
+int nx_ternary_stored_usable(nx_ternary_type);
+void nx_ternary_multiply_stored(nx_ternary_type, const void *rows, size_t stride, uint32_t n_in,
+                                const void *const *columns, uint32_t n_columns, uint32_t begin, uint32_t end,
+                                float *const *y);
 
 uint32_t nx_model_n_packed(const nx_model *);
+typedef enum { NX_OWN_PACKED, NX_OWN_STORED, NX_OWN_OPENCL, NX_OWN_KINDS, ... } nx_own_kind;
+uint64_t nx_model_n_own(const nx_model *, nx_own_kind);

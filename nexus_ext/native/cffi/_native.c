@@ -1,4 +1,4 @@
-/* Written by build.py with cffi 2.1.1 from 69d98fcb34d7886d046da858a7f98b2735c11d3a39732841a45ff6d5e5eecfd1. */
+/* Written by build.py with cffi 2.1.1 from 55f405ffa5a0f16a91b0b7b12404660eac8beacae883c60ed5dcb3d4a9cdfff4. */
 #define _CFFI_
 
 /* We try to define Py_LIMITED_API before including Python.h.
@@ -592,388 +592,441 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 #include "nexus_attach.h"
 #include "nexus_residual.h"
 #include "nexus_ternary.h"
+#include "nexus_opencl.h"
+#include "nexus_threads.h"
 
 
 /************************************************************/
 
 static void *_cffi_types[] = {
-/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 240), // FILE *()(nx_model *, int *)
-/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 363), // nx_model *
-/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 263), // int *
+/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 276), // FILE *()(nx_model *, int *)
+/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 413), // nx_model *
+/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 299), // int *
 /*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 339), // _Bool()(void *)
-/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 376), // void *
+/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 389), // _Bool()(void *)
+/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 427), // void *
 /*  6 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  7 */ _CFFI_OP(_CFFI_OP_FUNCTION, 44), // char const *()(nx_isa)
+/*  7 */ _CFFI_OP(_CFFI_OP_FUNCTION, 47), // char const *()(nx_isa)
 /*  8 */ _CFFI_OP(_CFFI_OP_ENUM, 3), // nx_isa
 /*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION, 44), // char const *()(nx_model const *)
-/* 11 */ _CFFI_OP(_CFFI_OP_POINTER, 363), // nx_model const *
+/* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION, 47), // char const *()(nx_model const *)
+/* 11 */ _CFFI_OP(_CFFI_OP_POINTER, 413), // nx_model const *
 /* 12 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION, 44), // char const *()(nx_status)
-/* 14 */ _CFFI_OP(_CFFI_OP_ENUM, 4), // nx_status
+/* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION, 47), // char const *()(nx_status)
+/* 14 */ _CFFI_OP(_CFFI_OP_ENUM, 5), // nx_status
 /* 15 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 44), // char const *()(void)
+/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 47), // char const *()(void)
 /* 17 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION, 263), // int()(nx_isa)
+/* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION, 299), // int()(nx_isa)
 /* 19 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
 /* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 21 */ _CFFI_OP(_CFFI_OP_FUNCTION, 263), // int()(nx_model *, uint64_t)
+/* 21 */ _CFFI_OP(_CFFI_OP_FUNCTION, 299), // int()(nx_model *, uint64_t)
 /* 22 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 23 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
 /* 24 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 25 */ _CFFI_OP(_CFFI_OP_FUNCTION, 263), // int()(nx_model const *, uint32_t)
+/* 25 */ _CFFI_OP(_CFFI_OP_FUNCTION, 299), // int()(nx_model const *, uint32_t)
 /* 26 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
 /* 27 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
 /* 28 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 29 */ _CFFI_OP(_CFFI_OP_FUNCTION, 263), // int()(void *)
-/* 30 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 29 */ _CFFI_OP(_CFFI_OP_FUNCTION, 299), // int()(nx_ternary_type)
+/* 30 */ _CFFI_OP(_CFFI_OP_ENUM, 6), // nx_ternary_type
 /* 31 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 32 */ _CFFI_OP(_CFFI_OP_FUNCTION, 263), // int()(void *, uint64_t, uint64_t)
+/* 32 */ _CFFI_OP(_CFFI_OP_FUNCTION, 299), // int()(void *)
 /* 33 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 34 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 35 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 36 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 37 */ _CFFI_OP(_CFFI_OP_FUNCTION, 263), // int()(void)
-/* 38 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION, 80), // nx_ans_path()(void)
-/* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 41 */ _CFFI_OP(_CFFI_OP_FUNCTION, 8), // nx_isa()(void)
-/* 42 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 43 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_io_mode, nx_file * *)
-/* 44 */ _CFFI_OP(_CFFI_OP_POINTER, 340), // char const *
-/* 45 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // nx_io_mode
-/* 46 */ _CFFI_OP(_CFFI_OP_POINTER, 249), // nx_file * *
-/* 47 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 48 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_probe_options const *, nx_probe_result *)
-/* 49 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
-/* 50 */ _CFFI_OP(_CFFI_OP_POINTER, 365), // nx_probe_options const *
-/* 51 */ _CFFI_OP(_CFFI_OP_POINTER, 366), // nx_probe_result *
-/* 52 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 53 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, size_t, void const *, size_t, nx_model * *, nx_error *)
-/* 54 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
-/* 55 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
-/* 56 */ _CFFI_OP(_CFFI_OP_POINTER, 376), // void const *
-/* 57 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 58 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // nx_model * *
-/* 59 */ _CFFI_OP(_CFFI_OP_POINTER, 355), // nx_error *
-/* 60 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 61 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(float const *, size_t, uint32_t, uint32_t, uint32_t, uint32_t, uint8_t *, float *)
-/* 62 */ _CFFI_OP(_CFFI_OP_POINTER, 179), // float const *
-/* 63 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 64 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 65 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 66 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 34 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 35 */ _CFFI_OP(_CFFI_OP_FUNCTION, 299), // int()(void *, uint64_t, uint64_t)
+/* 36 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 37 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 38 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION, 299), // int()(void)
+/* 41 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 42 */ _CFFI_OP(_CFFI_OP_FUNCTION, 83), // nx_ans_path()(void)
+/* 43 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 44 */ _CFFI_OP(_CFFI_OP_FUNCTION, 8), // nx_isa()(void)
+/* 45 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 46 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_io_mode, nx_file * *)
+/* 47 */ _CFFI_OP(_CFFI_OP_POINTER, 390), // char const *
+/* 48 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // nx_io_mode
+/* 49 */ _CFFI_OP(_CFFI_OP_POINTER, 285), // nx_file * *
+/* 50 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 51 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_probe_options const *, nx_probe_result *)
+/* 52 */ _CFFI_OP(_CFFI_OP_NOOP, 47),
+/* 53 */ _CFFI_OP(_CFFI_OP_POINTER, 416), // nx_probe_options const *
+/* 54 */ _CFFI_OP(_CFFI_OP_POINTER, 417), // nx_probe_result *
+/* 55 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 56 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, size_t, void const *, size_t, nx_model * *, nx_error *)
+/* 57 */ _CFFI_OP(_CFFI_OP_NOOP, 47),
+/* 58 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
+/* 59 */ _CFFI_OP(_CFFI_OP_POINTER, 427), // void const *
+/* 60 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 61 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // nx_model * *
+/* 62 */ _CFFI_OP(_CFFI_OP_POINTER, 405), // nx_error *
+/* 63 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 64 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(float const *, size_t, uint32_t, uint32_t, uint32_t, uint32_t, uint8_t *, float *)
+/* 65 */ _CFFI_OP(_CFFI_OP_POINTER, 204), // float const *
+/* 66 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 67 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 68 */ _CFFI_OP(_CFFI_OP_POINTER, 373), // uint8_t *
-/* 69 */ _CFFI_OP(_CFFI_OP_POINTER, 179), // float *
-/* 70 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 71 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ans_layout const *, void const *, size_t, void *, size_t, size_t *)
-/* 72 */ _CFFI_OP(_CFFI_OP_POINTER, 353), // nx_ans_layout const *
-/* 73 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
-/* 74 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 75 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 76 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 77 */ _CFFI_OP(_CFFI_OP_POINTER, 55), // size_t *
-/* 78 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 79 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ans_path, void const *, size_t, void *, size_t)
-/* 80 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // nx_ans_path
-/* 81 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
-/* 82 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 83 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 84 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 85 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 86 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix * *)
-/* 87 */ _CFFI_OP(_CFFI_OP_POINTER, 256), // nx_imatrix * *
+/* 68 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 69 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 70 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 71 */ _CFFI_OP(_CFFI_OP_POINTER, 424), // uint8_t *
+/* 72 */ _CFFI_OP(_CFFI_OP_POINTER, 204), // float *
+/* 73 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 74 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ans_layout const *, void const *, size_t, void *, size_t, size_t *)
+/* 75 */ _CFFI_OP(_CFFI_OP_POINTER, 403), // nx_ans_layout const *
+/* 76 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
+/* 77 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 78 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 79 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 80 */ _CFFI_OP(_CFFI_OP_POINTER, 58), // size_t *
+/* 81 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 82 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ans_path, void const *, size_t, void *, size_t)
+/* 83 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // nx_ans_path
+/* 84 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
+/* 85 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 86 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 87 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 89 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix const *)
-/* 90 */ _CFFI_OP(_CFFI_OP_POINTER, 360), // nx_imatrix const *
+/* 89 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix * *)
+/* 90 */ _CFFI_OP(_CFFI_OP_POINTER, 292), // nx_imatrix * *
 /* 91 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 92 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix const *, size_t, char *, uint32_t *, uint32_t *, double const * *, uint64_t const * *)
-/* 93 */ _CFFI_OP(_CFFI_OP_NOOP, 90),
-/* 94 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 95 */ _CFFI_OP(_CFFI_OP_POINTER, 340), // char *
-/* 96 */ _CFFI_OP(_CFFI_OP_POINTER, 27), // uint32_t *
-/* 97 */ _CFFI_OP(_CFFI_OP_NOOP, 96),
-/* 98 */ _CFFI_OP(_CFFI_OP_POINTER, 349), // double const * *
-/* 99 */ _CFFI_OP(_CFFI_OP_POINTER, 285), // uint64_t const * *
-/* 100 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 101 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_isa)
-/* 102 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
+/* 92 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix const *)
+/* 93 */ _CFFI_OP(_CFFI_OP_POINTER, 410), // nx_imatrix const *
+/* 94 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 95 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix const *, size_t, char *, uint32_t *, uint32_t *, double const * *, uint64_t const * *)
+/* 96 */ _CFFI_OP(_CFFI_OP_NOOP, 93),
+/* 97 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 98 */ _CFFI_OP(_CFFI_OP_POINTER, 390), // char *
+/* 99 */ _CFFI_OP(_CFFI_OP_POINTER, 27), // uint32_t *
+/* 100 */ _CFFI_OP(_CFFI_OP_NOOP, 99),
+/* 101 */ _CFFI_OP(_CFFI_OP_POINTER, 399), // double const * *
+/* 102 */ _CFFI_OP(_CFFI_OP_POINTER, 321), // uint64_t const * *
 /* 103 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 104 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_membench_options const *, nx_membench_result *)
-/* 105 */ _CFFI_OP(_CFFI_OP_POINTER, 361), // nx_membench_options const *
-/* 106 */ _CFFI_OP(_CFFI_OP_POINTER, 362), // nx_membench_result *
-/* 107 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 108 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *)
-/* 109 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 110 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
-/* 111 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 112 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, uint32_t)
-/* 113 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 114 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
-/* 115 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 116 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 117 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, void const *, uint64_t, float const *, uint64_t, uint32_t, nx_error *)
-/* 118 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 119 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
-/* 120 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
-/* 121 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 122 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
-/* 123 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 124 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 125 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
-/* 126 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 127 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, int(*)(void *, uint64_t, uint64_t), void *)
-/* 128 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 129 */ _CFFI_OP(_CFFI_OP_POINTER, 32), // int(*)(void *, uint64_t, uint64_t)
-/* 130 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 131 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 132 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nx_fault const *)
-/* 133 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 134 */ _CFFI_OP(_CFFI_OP_POINTER, 357), // nx_fault const *
-/* 135 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 136 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, int(*)(void *), void *, uint64_t *)
-/* 137 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 138 */ _CFFI_OP(_CFFI_OP_POINTER, 27), // uint32_t const *
-/* 139 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 140 */ _CFFI_OP(_CFFI_OP_POINTER, 29), // int(*)(void *)
-/* 141 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 142 */ _CFFI_OP(_CFFI_OP_POINTER, 23), // uint64_t *
+/* 104 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_isa)
+/* 105 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
+/* 106 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 107 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_membench_options const *, nx_membench_result *)
+/* 108 */ _CFFI_OP(_CFFI_OP_POINTER, 411), // nx_membench_options const *
+/* 109 */ _CFFI_OP(_CFFI_OP_POINTER, 412), // nx_membench_result *
+/* 110 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 111 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *)
+/* 112 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 113 */ _CFFI_OP(_CFFI_OP_NOOP, 47),
+/* 114 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 115 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, uint32_t)
+/* 116 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 117 */ _CFFI_OP(_CFFI_OP_NOOP, 47),
+/* 118 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 119 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 120 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, void const *, uint64_t, float const *, uint64_t, uint32_t, nx_error *)
+/* 121 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 122 */ _CFFI_OP(_CFFI_OP_NOOP, 47),
+/* 123 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
+/* 124 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 125 */ _CFFI_OP(_CFFI_OP_NOOP, 65),
+/* 126 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 127 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 128 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
+/* 129 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 130 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, int(*)(void *, uint64_t, uint64_t), void *)
+/* 131 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 132 */ _CFFI_OP(_CFFI_OP_POINTER, 35), // int(*)(void *, uint64_t, uint64_t)
+/* 133 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 134 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 135 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nx_fault const *)
+/* 136 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 137 */ _CFFI_OP(_CFFI_OP_POINTER, 407), // nx_fault const *
+/* 138 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 139 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t)
+/* 140 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 141 */ _CFFI_OP(_CFFI_OP_POINTER, 27), // uint32_t const *
+/* 142 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 143 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 144 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, uint64_t *)
+/* 144 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, int(*)(void *), void *, uint64_t *)
 /* 145 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 146 */ _CFFI_OP(_CFFI_OP_NOOP, 138),
+/* 146 */ _CFFI_OP(_CFFI_OP_NOOP, 141),
 /* 147 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 148 */ _CFFI_OP(_CFFI_OP_NOOP, 142),
-/* 149 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 150 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t, uint32_t)
-/* 151 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 152 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 153 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 154 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 155 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
-/* 156 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 157 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 158 */ _CFFI_OP(_CFFI_OP_POINTER, 359), // nx_file_info *
-/* 159 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 160 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ternary_type, uint32_t, uint32_t, nx_ternary *)
-/* 161 */ _CFFI_OP(_CFFI_OP_ENUM, 5), // nx_ternary_type
-/* 162 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 163 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 164 */ _CFFI_OP(_CFFI_OP_POINTER, 369), // nx_ternary *
-/* 165 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 166 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(void const *, size_t, void *, size_t)
-/* 167 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
-/* 168 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 169 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 170 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 171 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 172 */ _CFFI_OP(_CFFI_OP_FUNCTION, 161), // nx_ternary_type()(char const *)
-/* 173 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
+/* 148 */ _CFFI_OP(_CFFI_OP_POINTER, 32), // int(*)(void *)
+/* 149 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 150 */ _CFFI_OP(_CFFI_OP_POINTER, 23), // uint64_t *
+/* 151 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 152 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, uint64_t *)
+/* 153 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 154 */ _CFFI_OP(_CFFI_OP_NOOP, 141),
+/* 155 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 156 */ _CFFI_OP(_CFFI_OP_NOOP, 150),
+/* 157 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 158 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t, uint32_t)
+/* 159 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 160 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 161 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 162 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 163 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
+/* 164 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 165 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 166 */ _CFFI_OP(_CFFI_OP_POINTER, 409), // nx_file_info *
+/* 167 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 168 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_opencl_matrix const *, void const *, uint32_t, float *, size_t)
+/* 169 */ _CFFI_OP(_CFFI_OP_POINTER, 414), // nx_opencl_matrix const *
+/* 170 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
+/* 171 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 172 */ _CFFI_OP(_CFFI_OP_NOOP, 72),
+/* 173 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 174 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 175 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(float const *, uint32_t, uint32_t, float, float, uint32_t *)
-/* 176 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
+/* 175 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ternary_type, uint32_t, uint32_t, nx_ternary *)
+/* 176 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
 /* 177 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 178 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 179 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13), // float
-/* 180 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13),
-/* 181 */ _CFFI_OP(_CFFI_OP_NOOP, 96),
-/* 182 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 183 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(float const *, uint32_t, uint32_t, uint32_t *)
-/* 184 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
+/* 179 */ _CFFI_OP(_CFFI_OP_POINTER, 420), // nx_ternary *
+/* 180 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 181 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ternary_type, void const *, size_t, uint32_t, uint32_t, nx_opencl_matrix * *)
+/* 182 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
+/* 183 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
+/* 184 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 185 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 186 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 187 */ _CFFI_OP(_CFFI_OP_NOOP, 96),
+/* 187 */ _CFFI_OP(_CFFI_OP_POINTER, 324), // nx_opencl_matrix * *
 /* 188 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 189 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(nx_imatrix const *)
-/* 190 */ _CFFI_OP(_CFFI_OP_NOOP, 90),
-/* 191 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 192 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(nx_model *, int32_t *, size_t)
-/* 193 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 194 */ _CFFI_OP(_CFFI_OP_POINTER, 351), // int32_t *
-/* 195 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 189 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(void const *, size_t, void *, size_t)
+/* 190 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
+/* 191 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 192 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 193 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 194 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 195 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(void)
 /* 196 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 197 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(nx_model *, nx_event *, size_t)
-/* 198 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 199 */ _CFFI_OP(_CFFI_OP_POINTER, 356), // nx_event *
-/* 200 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 201 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 202 */ _CFFI_OP(_CFFI_OP_FUNCTION, 55), // size_t()(size_t)
-/* 203 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 204 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 205 */ _CFFI_OP(_CFFI_OP_FUNCTION, 27), // uint32_t()(nx_model const *)
-/* 206 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 197 */ _CFFI_OP(_CFFI_OP_FUNCTION, 30), // nx_ternary_type()(char const *)
+/* 198 */ _CFFI_OP(_CFFI_OP_NOOP, 47),
+/* 199 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 200 */ _CFFI_OP(_CFFI_OP_FUNCTION, 58), // size_t()(float const *, uint32_t, uint32_t, float, float, uint32_t *)
+/* 201 */ _CFFI_OP(_CFFI_OP_NOOP, 65),
+/* 202 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 203 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 204 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13), // float
+/* 205 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13),
+/* 206 */ _CFFI_OP(_CFFI_OP_NOOP, 99),
 /* 207 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 208 */ _CFFI_OP(_CFFI_OP_FUNCTION, 27), // uint32_t()(nx_model const *, uint32_t, uint32_t *)
-/* 209 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 208 */ _CFFI_OP(_CFFI_OP_FUNCTION, 58), // size_t()(float const *, uint32_t, uint32_t, uint32_t *)
+/* 209 */ _CFFI_OP(_CFFI_OP_NOOP, 65),
 /* 210 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 211 */ _CFFI_OP(_CFFI_OP_NOOP, 96),
-/* 212 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 213 */ _CFFI_OP(_CFFI_OP_FUNCTION, 27), // uint32_t()(nx_ternary_type)
-/* 214 */ _CFFI_OP(_CFFI_OP_NOOP, 161),
-/* 215 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 216 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *)
-/* 217 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 218 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 219 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *, uint32_t)
-/* 220 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 221 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 222 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 223 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_ternary_type, uint32_t)
-/* 224 */ _CFFI_OP(_CFFI_OP_NOOP, 161),
-/* 225 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 211 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 212 */ _CFFI_OP(_CFFI_OP_NOOP, 99),
+/* 213 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 214 */ _CFFI_OP(_CFFI_OP_FUNCTION, 58), // size_t()(nx_imatrix const *)
+/* 215 */ _CFFI_OP(_CFFI_OP_NOOP, 93),
+/* 216 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 217 */ _CFFI_OP(_CFFI_OP_FUNCTION, 58), // size_t()(nx_model *, int32_t *, size_t)
+/* 218 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 219 */ _CFFI_OP(_CFFI_OP_POINTER, 401), // int32_t *
+/* 220 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 221 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 222 */ _CFFI_OP(_CFFI_OP_FUNCTION, 58), // size_t()(nx_model *, nx_event *, size_t)
+/* 223 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 224 */ _CFFI_OP(_CFFI_OP_POINTER, 406), // nx_event *
+/* 225 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 226 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 227 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_ternary_type, uint32_t, uint32_t)
-/* 228 */ _CFFI_OP(_CFFI_OP_NOOP, 161),
-/* 229 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 230 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 231 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 232 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(uint32_t)
-/* 233 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 234 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 235 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(void const *, size_t)
-/* 236 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
-/* 237 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 238 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 239 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(FILE *)
-/* 240 */ _CFFI_OP(_CFFI_OP_POINTER, 338), // FILE *
+/* 227 */ _CFFI_OP(_CFFI_OP_FUNCTION, 58), // size_t()(nx_model *, uint32_t *)
+/* 228 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 229 */ _CFFI_OP(_CFFI_OP_NOOP, 99),
+/* 230 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 231 */ _CFFI_OP(_CFFI_OP_FUNCTION, 58), // size_t()(size_t)
+/* 232 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 233 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 234 */ _CFFI_OP(_CFFI_OP_FUNCTION, 27), // uint32_t()(nx_model const *)
+/* 235 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 236 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 237 */ _CFFI_OP(_CFFI_OP_FUNCTION, 27), // uint32_t()(nx_model const *, uint32_t, uint32_t *)
+/* 238 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 239 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 240 */ _CFFI_OP(_CFFI_OP_NOOP, 99),
 /* 241 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 242 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(float const *, uint32_t const *, size_t, float *)
-/* 243 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
-/* 244 */ _CFFI_OP(_CFFI_OP_NOOP, 138),
-/* 245 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 246 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
+/* 242 */ _CFFI_OP(_CFFI_OP_FUNCTION, 27), // uint32_t()(nx_ternary_type)
+/* 243 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
+/* 244 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 245 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *)
+/* 246 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
 /* 247 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 248 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_file *)
-/* 249 */ _CFFI_OP(_CFFI_OP_POINTER, 358), // nx_file *
-/* 250 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 251 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_file const *, nx_file_info *)
-/* 252 */ _CFFI_OP(_CFFI_OP_POINTER, 358), // nx_file const *
-/* 253 */ _CFFI_OP(_CFFI_OP_NOOP, 158),
-/* 254 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 255 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_imatrix *)
-/* 256 */ _CFFI_OP(_CFFI_OP_POINTER, 360), // nx_imatrix *
-/* 257 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 258 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_model *)
-/* 259 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 260 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 261 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_model *, int)
-/* 262 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 263 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
-/* 264 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 265 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_model *, nx_error *)
-/* 266 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 267 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
-/* 268 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 269 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_model *, nx_prediction *)
-/* 270 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 271 */ _CFFI_OP(_CFFI_OP_POINTER, 364), // nx_prediction *
-/* 272 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 273 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_model *, nx_stats *)
-/* 274 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 275 */ _CFFI_OP(_CFFI_OP_POINTER, 368), // nx_stats *
-/* 276 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 277 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_model *, uint32_t, uint64_t *)
-/* 278 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 279 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 280 */ _CFFI_OP(_CFFI_OP_NOOP, 142),
-/* 281 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 282 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_model *, uint32_t, uint64_t const *)
-/* 283 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 284 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 285 */ _CFFI_OP(_CFFI_OP_POINTER, 23), // uint64_t const *
+/* 248 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *, nx_own_kind)
+/* 249 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 250 */ _CFFI_OP(_CFFI_OP_ENUM, 4), // nx_own_kind
+/* 251 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 252 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *, uint32_t)
+/* 253 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 254 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 255 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 256 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_opencl_matrix const *)
+/* 257 */ _CFFI_OP(_CFFI_OP_NOOP, 169),
+/* 258 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 259 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_ternary_type, uint32_t)
+/* 260 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
+/* 261 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 262 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 263 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_ternary_type, uint32_t, uint32_t)
+/* 264 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
+/* 265 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 266 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 267 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 268 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(uint32_t)
+/* 269 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 270 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 271 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(void const *, size_t)
+/* 272 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
+/* 273 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 274 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 275 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(FILE *)
+/* 276 */ _CFFI_OP(_CFFI_OP_POINTER, 388), // FILE *
+/* 277 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 278 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(float const *, uint32_t const *, size_t, float *)
+/* 279 */ _CFFI_OP(_CFFI_OP_NOOP, 65),
+/* 280 */ _CFFI_OP(_CFFI_OP_NOOP, 141),
+/* 281 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 282 */ _CFFI_OP(_CFFI_OP_NOOP, 72),
+/* 283 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 284 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_file *)
+/* 285 */ _CFFI_OP(_CFFI_OP_POINTER, 408), // nx_file *
 /* 286 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 287 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_residual_matrix const *, uint32_t const *, float const *, size_t, uint32_t, uint32_t, float *, float *)
-/* 288 */ _CFFI_OP(_CFFI_OP_POINTER, 367), // nx_residual_matrix const *
-/* 289 */ _CFFI_OP(_CFFI_OP_NOOP, 138),
-/* 290 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
-/* 291 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 292 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 293 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 294 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
-/* 295 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
+/* 287 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_file const *, nx_file_info *)
+/* 288 */ _CFFI_OP(_CFFI_OP_POINTER, 408), // nx_file const *
+/* 289 */ _CFFI_OP(_CFFI_OP_NOOP, 166),
+/* 290 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 291 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_imatrix *)
+/* 292 */ _CFFI_OP(_CFFI_OP_POINTER, 410), // nx_imatrix *
+/* 293 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 294 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_model *)
+/* 295 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 296 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 297 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_residual_matrix const *, uint32_t, uint32_t, float *, size_t)
-/* 298 */ _CFFI_OP(_CFFI_OP_NOOP, 288),
-/* 299 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 300 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 301 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
-/* 302 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 303 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 304 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_ternary *)
-/* 305 */ _CFFI_OP(_CFFI_OP_NOOP, 164),
-/* 306 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 307 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_ternary *, void const *, size_t, uint32_t, uint32_t)
-/* 308 */ _CFFI_OP(_CFFI_OP_NOOP, 164),
-/* 309 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
-/* 310 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 311 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 312 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 313 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 314 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_ternary const *, uint32_t, uint32_t, float *)
-/* 315 */ _CFFI_OP(_CFFI_OP_POINTER, 369), // nx_ternary const *
-/* 316 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 317 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 318 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
-/* 319 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 320 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_ternary const *, void const *, uint32_t, uint32_t, uint32_t, float *, size_t)
-/* 321 */ _CFFI_OP(_CFFI_OP_NOOP, 315),
-/* 322 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
-/* 323 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 324 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 325 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 326 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
-/* 327 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 328 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 329 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(nx_ternary_type, float const *, uint32_t, uint32_t, void *)
-/* 330 */ _CFFI_OP(_CFFI_OP_NOOP, 161),
-/* 331 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
+/* 297 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_model *, int)
+/* 298 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 299 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
+/* 300 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 301 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_model *, nx_error *)
+/* 302 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 303 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
+/* 304 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 305 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_model *, nx_prediction *)
+/* 306 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 307 */ _CFFI_OP(_CFFI_OP_POINTER, 415), // nx_prediction *
+/* 308 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 309 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_model *, nx_stats *)
+/* 310 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 311 */ _CFFI_OP(_CFFI_OP_POINTER, 419), // nx_stats *
+/* 312 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 313 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_model *, uint32_t, uint64_t *)
+/* 314 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 315 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 316 */ _CFFI_OP(_CFFI_OP_NOOP, 150),
+/* 317 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 318 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_model *, uint32_t, uint64_t const *)
+/* 319 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 320 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 321 */ _CFFI_OP(_CFFI_OP_POINTER, 23), // uint64_t const *
+/* 322 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 323 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_opencl_matrix *)
+/* 324 */ _CFFI_OP(_CFFI_OP_POINTER, 414), // nx_opencl_matrix *
+/* 325 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 326 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_residual_matrix const *, uint32_t const *, float const *, size_t, uint32_t, uint32_t, float *, float *)
+/* 327 */ _CFFI_OP(_CFFI_OP_POINTER, 418), // nx_residual_matrix const *
+/* 328 */ _CFFI_OP(_CFFI_OP_NOOP, 141),
+/* 329 */ _CFFI_OP(_CFFI_OP_NOOP, 65),
+/* 330 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 331 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 332 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 333 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 334 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 333 */ _CFFI_OP(_CFFI_OP_NOOP, 72),
+/* 334 */ _CFFI_OP(_CFFI_OP_NOOP, 72),
 /* 335 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 336 */ _CFFI_OP(_CFFI_OP_FUNCTION, 376), // void()(void)
-/* 337 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 338 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // FILE
-/* 339 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
-/* 340 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
-/* 341 */ _CFFI_OP(_CFFI_OP_ARRAY, 340), // char[128]
-/* 342 */ (_cffi_opcode_t)(128),
-/* 343 */ _CFFI_OP(_CFFI_OP_ARRAY, 340), // char[256]
-/* 344 */ (_cffi_opcode_t)(256),
-/* 345 */ _CFFI_OP(_CFFI_OP_ARRAY, 340), // char[512]
-/* 346 */ (_cffi_opcode_t)(512),
-/* 347 */ _CFFI_OP(_CFFI_OP_ARRAY, 340), // char[96]
-/* 348 */ (_cffi_opcode_t)(96),
-/* 349 */ _CFFI_OP(_CFFI_OP_POINTER, 350), // double const *
-/* 350 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
-/* 351 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
-/* 352 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
-/* 353 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_ans_layout
-/* 354 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_control_state
-/* 355 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_error
-/* 356 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_event
-/* 357 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_fault
-/* 358 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 14), // nx_file
-/* 359 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_file_info
-/* 360 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 15), // nx_imatrix
-/* 361 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_options
-/* 362 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_membench_result
-/* 363 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 16), // nx_model
-/* 364 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_prediction
-/* 365 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_probe_options
-/* 366 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // nx_probe_result
-/* 367 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_residual_matrix
-/* 368 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // nx_stats
-/* 369 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // nx_ternary
-/* 370 */ _CFFI_OP(_CFFI_OP_POINTER, 371), // uint16_t *
-/* 371 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 20), // uint16_t
-/* 372 */ _CFFI_OP(_CFFI_OP_POINTER, 373), // uint8_t const *
-/* 373 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
-/* 374 */ _CFFI_OP(_CFFI_OP_ARRAY, 373), // uint8_t[16]
-/* 375 */ (_cffi_opcode_t)(16),
-/* 376 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
+/* 336 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_residual_matrix const *, uint32_t, uint32_t, float *, size_t)
+/* 337 */ _CFFI_OP(_CFFI_OP_NOOP, 327),
+/* 338 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 339 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 340 */ _CFFI_OP(_CFFI_OP_NOOP, 72),
+/* 341 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 342 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 343 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_ternary *)
+/* 344 */ _CFFI_OP(_CFFI_OP_NOOP, 179),
+/* 345 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 346 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_ternary *, void const *, size_t, uint32_t, uint32_t)
+/* 347 */ _CFFI_OP(_CFFI_OP_NOOP, 179),
+/* 348 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
+/* 349 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 350 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 351 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 352 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 353 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_ternary const *, uint32_t, uint32_t, float *)
+/* 354 */ _CFFI_OP(_CFFI_OP_POINTER, 420), // nx_ternary const *
+/* 355 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 356 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 357 */ _CFFI_OP(_CFFI_OP_NOOP, 72),
+/* 358 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 359 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_ternary const *, void const *, uint32_t, uint32_t, uint32_t, float *, size_t)
+/* 360 */ _CFFI_OP(_CFFI_OP_NOOP, 354),
+/* 361 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
+/* 362 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 363 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 364 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 365 */ _CFFI_OP(_CFFI_OP_NOOP, 72),
+/* 366 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 367 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 368 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_ternary_type, float const *, uint32_t, uint32_t, void *)
+/* 369 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
+/* 370 */ _CFFI_OP(_CFFI_OP_NOOP, 65),
+/* 371 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 372 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 373 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 374 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 375 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_ternary_type, void const *, size_t, uint32_t, void const * const *, uint32_t, uint32_t, uint32_t, float * const *)
+/* 376 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
+/* 377 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
+/* 378 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 379 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 380 */ _CFFI_OP(_CFFI_OP_POINTER, 59), // void const * const *
+/* 381 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 382 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 383 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 384 */ _CFFI_OP(_CFFI_OP_POINTER, 72), // float * const *
+/* 385 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 386 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(void)
+/* 387 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 388 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // FILE
+/* 389 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
+/* 390 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/* 391 */ _CFFI_OP(_CFFI_OP_ARRAY, 390), // char[128]
+/* 392 */ (_cffi_opcode_t)(128),
+/* 393 */ _CFFI_OP(_CFFI_OP_ARRAY, 390), // char[256]
+/* 394 */ (_cffi_opcode_t)(256),
+/* 395 */ _CFFI_OP(_CFFI_OP_ARRAY, 390), // char[512]
+/* 396 */ (_cffi_opcode_t)(512),
+/* 397 */ _CFFI_OP(_CFFI_OP_ARRAY, 390), // char[96]
+/* 398 */ (_cffi_opcode_t)(96),
+/* 399 */ _CFFI_OP(_CFFI_OP_POINTER, 400), // double const *
+/* 400 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
+/* 401 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
+/* 402 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
+/* 403 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_ans_layout
+/* 404 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_control_state
+/* 405 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_error
+/* 406 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_event
+/* 407 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_fault
+/* 408 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 14), // nx_file
+/* 409 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_file_info
+/* 410 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 15), // nx_imatrix
+/* 411 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_options
+/* 412 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_membench_result
+/* 413 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 16), // nx_model
+/* 414 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 17), // nx_opencl_matrix
+/* 415 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_prediction
+/* 416 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_probe_options
+/* 417 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // nx_probe_result
+/* 418 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_residual_matrix
+/* 419 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // nx_stats
+/* 420 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // nx_ternary
+/* 421 */ _CFFI_OP(_CFFI_OP_POINTER, 422), // uint16_t *
+/* 422 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 20), // uint16_t
+/* 423 */ _CFFI_OP(_CFFI_OP_POINTER, 424), // uint8_t const *
+/* 424 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
+/* 425 */ _CFFI_OP(_CFFI_OP_ARRAY, 424), // uint8_t[16]
+/* 426 */ (_cffi_opcode_t)(16),
+/* 427 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
 
 _CFFI_UNUSED_FN
@@ -1196,6 +1249,34 @@ static void _cffi_checkfld_typedef_nx_membench_result(nx_membench_result *p)
   (void)((p->checksum) | 0);  /* check that 'nx_membench_result.checksum' is an integer */
 }
 struct _cffi_align_typedef_nx_membench_result { char x; nx_membench_result y; };
+
+static int _cffi_const_NX_OWN_PACKED(unsigned long long *o)
+{
+  int n = (NX_OWN_PACKED) <= 0;
+  *o = (unsigned long long)((NX_OWN_PACKED) | 0);  /* check that NX_OWN_PACKED is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_OWN_STORED(unsigned long long *o)
+{
+  int n = (NX_OWN_STORED) <= 0;
+  *o = (unsigned long long)((NX_OWN_STORED) | 0);  /* check that NX_OWN_STORED is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_OWN_OPENCL(unsigned long long *o)
+{
+  int n = (NX_OWN_OPENCL) <= 0;
+  *o = (unsigned long long)((NX_OWN_OPENCL) | 0);  /* check that NX_OWN_OPENCL is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_OWN_KINDS(unsigned long long *o)
+{
+  int n = (NX_OWN_KINDS) <= 0;
+  *o = (unsigned long long)((NX_OWN_KINDS) | 0);  /* check that NX_OWN_KINDS is an integer */
+  return n;
+}
 
 _CFFI_UNUSED_FN
 static void _cffi_checkfld_typedef_nx_prediction(nx_prediction *p)
@@ -1465,7 +1546,7 @@ _cffi_f_nx_ans_best(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(80));
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(83));
   return pyresult;
 }
 #else
@@ -1527,10 +1608,10 @@ _cffi_f_nx_ans_decode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(56), arg0, (char **)&x0);
+      _cffi_type(59), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(56), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(59), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1593,14 +1674,14 @@ _cffi_f_nx_ans_decode_by(PyObject *self, PyObject *args)
   if (!PyArg_UnpackTuple(args, "nx_ans_decode_by", 5, 5, &arg0, &arg1, &arg2, &arg3, &arg4))
     return NULL;
 
-  if (_cffi_to_c((char *)&x0, _cffi_type(80), arg0) < 0)
+  if (_cffi_to_c((char *)&x0, _cffi_type(83), arg0) < 0)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(56), arg1, (char **)&x1);
+      _cffi_type(59), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(56), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(59), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1666,19 +1747,19 @@ _cffi_f_nx_ans_encode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(72), arg0, (char **)&x0);
+      _cffi_type(75), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ans_layout const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(72), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(75), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(56), arg1, (char **)&x1);
+      _cffi_type(59), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(56), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(59), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1701,10 +1782,10 @@ _cffi_f_nx_ans_encode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(77), arg5, (char **)&x5);
+      _cffi_type(80), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (size_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(77), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(80), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1802,10 +1883,10 @@ _cffi_f_nx_cache_set_policy(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(44), arg1, (char **)&x1);
+      _cffi_type(47), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(44), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(47), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1859,10 +1940,10 @@ _cffi_f_nx_demote(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(138), arg1, (char **)&x1);
+      _cffi_type(141), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(138), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(141), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1872,10 +1953,10 @@ _cffi_f_nx_demote(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(142), arg3, (char **)&x3);
+      _cffi_type(150), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(142), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(150), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2004,10 +2085,10 @@ _cffi_f_nx_file_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(249), arg0, (char **)&x0);
+      _cffi_type(285), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(249), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(285), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2046,19 +2127,19 @@ _cffi_f_nx_file_get_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(252), arg0, (char **)&x0);
+      _cffi_type(288), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(252), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(288), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(158), arg1, (char **)&x1);
+      _cffi_type(166), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_file_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(158), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(166), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2101,22 +2182,22 @@ _cffi_f_nx_file_open(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(44), arg0, (char **)&x0);
+      _cffi_type(47), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(47), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
-  if (_cffi_to_c((char *)&x1, _cffi_type(45), arg1) < 0)
+  if (_cffi_to_c((char *)&x1, _cffi_type(48), arg1) < 0)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(46), arg2, (char **)&x2);
+      _cffi_type(49), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_file * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(46), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(49), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2248,10 +2329,10 @@ _cffi_f_nx_group_experts(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(96), arg2, (char **)&x2);
+      _cffi_type(99), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(96), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(99), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2404,10 +2485,10 @@ _cffi_f_nx_imatrix_at(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(90), arg0, (char **)&x0);
+      _cffi_type(93), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(90), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(93), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2417,46 +2498,46 @@ _cffi_f_nx_imatrix_at(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(95), arg2, (char **)&x2);
+      _cffi_type(98), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(95), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(98), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(96), arg3, (char **)&x3);
+      _cffi_type(99), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(96), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(99), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(96), arg4, (char **)&x4);
+      _cffi_type(99), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(96), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(99), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(98), arg5, (char **)&x5);
+      _cffi_type(101), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (double const * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(98), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(101), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(99), arg6, (char **)&x6);
+      _cffi_type(102), arg6, (char **)&x6);
   if (datasize != 0) {
     x6 = ((size_t)datasize) <= 640 ? (uint64_t const * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(99), arg6, (char **)&x6,
+    if (_cffi_convert_array_argument(_cffi_type(102), arg6, (char **)&x6,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2491,10 +2572,10 @@ _cffi_f_nx_imatrix_count(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(90), arg0, (char **)&x0);
+      _cffi_type(93), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(90), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(93), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2529,10 +2610,10 @@ _cffi_f_nx_imatrix_create(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(87), arg0, (char **)&x0);
+      _cffi_type(90), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(87), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(90), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2565,10 +2646,10 @@ _cffi_f_nx_imatrix_free(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(256), arg0, (char **)&x0);
+      _cffi_type(292), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(256), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(292), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2603,10 +2684,10 @@ _cffi_f_nx_imatrix_status(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(90), arg0, (char **)&x0);
+      _cffi_type(93), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(90), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(93), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2785,28 +2866,28 @@ _cffi_f_nx_io_probe(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(44), arg0, (char **)&x0);
+      _cffi_type(47), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(47), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(50), arg1, (char **)&x1);
+      _cffi_type(53), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_probe_options const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(50), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(53), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(51), arg2, (char **)&x2);
+      _cffi_type(54), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_probe_result *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(51), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(54), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2874,7 +2955,7 @@ _cffi_f_nx_kernels_isa_name(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(44));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(47));
   return pyresult;
 }
 #else
@@ -2958,7 +3039,7 @@ _cffi_f_nx_kernels_why(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(44));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(47));
   return pyresult;
 }
 #else
@@ -3022,19 +3103,19 @@ _cffi_f_nx_membench_read(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(105), arg0, (char **)&x0);
+      _cffi_type(108), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_membench_options const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(105), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(108), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(106), arg1, (char **)&x1);
+      _cffi_type(109), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_membench_result *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(106), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(109), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3096,19 +3177,19 @@ _cffi_f_nx_model_attach_residual(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(44), arg1, (char **)&x1);
+      _cffi_type(47), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(44), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(47), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(56), arg2, (char **)&x2);
+      _cffi_type(59), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(56), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(59), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3118,10 +3199,10 @@ _cffi_f_nx_model_attach_residual(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(62), arg4, (char **)&x4);
+      _cffi_type(65), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(62), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(65), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3135,10 +3216,10 @@ _cffi_f_nx_model_attach_residual(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(59), arg7, (char **)&x7);
+      _cffi_type(62), arg7, (char **)&x7);
   if (datasize != 0) {
     x7 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(59), arg7, (char **)&x7,
+    if (_cffi_convert_array_argument(_cffi_type(62), arg7, (char **)&x7,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3304,6 +3385,59 @@ _cffi_f_nx_model_close(PyObject *self, PyObject *arg0)
 #  define _cffi_f_nx_model_close _cffi_d_nx_model_close
 #endif
 
+static size_t _cffi_d_nx_model_cores(nx_model * x0, uint32_t * x1)
+{
+  return nx_model_cores(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_cores(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  uint32_t * x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  size_t result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "nx_model_cores", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(99), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(99), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_model_cores(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, size_t);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_model_cores _cffi_d_nx_model_cores
+#endif
+
 static nx_status _cffi_d_nx_model_create(char const * x0, size_t x1, void const * x2, size_t x3, nx_model * * x4, nx_error * x5)
 {
   return nx_model_create(x0, x1, x2, x3, x4, x5);
@@ -3333,10 +3467,10 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(44), arg0, (char **)&x0);
+      _cffi_type(47), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(47), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3346,10 +3480,10 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(56), arg2, (char **)&x2);
+      _cffi_type(59), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(56), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(59), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3359,19 +3493,19 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(58), arg4, (char **)&x4);
+      _cffi_type(61), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (nx_model * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(58), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(61), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(59), arg5, (char **)&x5);
+      _cffi_type(62), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(59), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(62), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3423,10 +3557,10 @@ _cffi_f_nx_model_events(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(199), arg1, (char **)&x1);
+      _cffi_type(224), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_event *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(199), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(224), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3486,10 +3620,10 @@ _cffi_f_nx_model_file_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(158), arg2, (char **)&x2);
+      _cffi_type(166), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_file_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(158), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(166), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3540,7 +3674,7 @@ _cffi_f_nx_model_finish_load(PyObject *self, PyObject *args)
       return NULL;
   }
 
-  x1 = (int(*)(void *, uint64_t, uint64_t))_cffi_to_c_pointer(arg1, _cffi_type(129));
+  x1 = (int(*)(void *, uint64_t, uint64_t))_cffi_to_c_pointer(arg1, _cffi_type(132));
   if (x1 == (int(*)(void *, uint64_t, uint64_t))NULL && PyErr_Occurred())
     return NULL;
 
@@ -3596,10 +3730,10 @@ _cffi_f_nx_model_get_stats(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(275), arg1, (char **)&x1);
+      _cffi_type(311), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_stats *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(275), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(311), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3649,10 +3783,10 @@ _cffi_f_nx_model_inject(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(134), arg1, (char **)&x1);
+      _cffi_type(137), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_fault const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(134), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(137), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3702,7 +3836,7 @@ _cffi_f_nx_model_io_engine(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(44));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(47));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -3738,10 +3872,10 @@ _cffi_f_nx_model_last_error(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(59), arg1, (char **)&x1);
+      _cffi_type(62), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(59), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(62), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3797,6 +3931,53 @@ _cffi_f_nx_model_n_groups(PyObject *self, PyObject *arg0)
 }
 #else
 #  define _cffi_f_nx_model_n_groups _cffi_d_nx_model_n_groups
+#endif
+
+static uint64_t _cffi_d_nx_model_n_own(nx_model const * x0, nx_own_kind x1)
+{
+  return nx_model_n_own(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_n_own(PyObject *self, PyObject *args)
+{
+  nx_model const * x0;
+  nx_own_kind x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  uint64_t result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "nx_model_n_own", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(11), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(11), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  if (_cffi_to_c((char *)&x1, _cffi_type(250), arg1) < 0)
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_model_n_own(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, uint64_t);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_model_n_own _cffi_d_nx_model_n_own
 #endif
 
 static uint32_t _cffi_d_nx_model_n_packed(nx_model const * x0)
@@ -3955,6 +4136,65 @@ _cffi_f_nx_model_set_columns(PyObject *self, PyObject *args)
 #  define _cffi_f_nx_model_set_columns _cffi_d_nx_model_set_columns
 #endif
 
+static nx_status _cffi_d_nx_model_set_cores(nx_model * x0, uint32_t const * x1, size_t x2)
+{
+  return nx_model_set_cores(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_set_cores(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  uint32_t const * x1;
+  size_t x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "nx_model_set_cores", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(141), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(141), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, size_t);
+  if (x2 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_model_set_cores(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_model_set_cores _cffi_d_nx_model_set_cores
+#endif
+
 static nx_status _cffi_d_nx_model_set_residual_k(nx_model * x0, char const * x1, uint32_t x2)
 {
   return nx_model_set_residual_k(x0, x1, x2);
@@ -3987,10 +4227,10 @@ _cffi_f_nx_model_set_residual_k(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(44), arg1, (char **)&x1);
+      _cffi_type(47), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(44), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(47), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4059,7 +4299,7 @@ _cffi_f_nx_model_stream(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(240));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(276));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -4080,10 +4320,10 @@ _cffi_f_nx_model_stream_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(240), arg0, (char **)&x0);
+      _cffi_type(276), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (FILE *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(240), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(276), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4149,6 +4389,310 @@ _cffi_f_nx_model_trace(PyObject *self, PyObject *args)
 #  define _cffi_f_nx_model_trace _cffi_d_nx_model_trace
 #endif
 
+static char const * _cffi_d_nx_opencl_error(void)
+{
+  return nx_opencl_error();
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_opencl_error(PyObject *self, PyObject *noarg)
+{
+  char const * result;
+  PyObject *pyresult;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_opencl_error(); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  (void)noarg; /* unused */
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(47));
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_opencl_error _cffi_d_nx_opencl_error
+#endif
+
+static uint64_t _cffi_d_nx_opencl_matrix_bytes(nx_opencl_matrix const * x0)
+{
+  return nx_opencl_matrix_bytes(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_opencl_matrix_bytes(PyObject *self, PyObject *arg0)
+{
+  nx_opencl_matrix const * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  uint64_t result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(169), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_opencl_matrix const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(169), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_opencl_matrix_bytes(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, uint64_t);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_opencl_matrix_bytes _cffi_d_nx_opencl_matrix_bytes
+#endif
+
+static nx_status _cffi_d_nx_opencl_matrix_create(nx_ternary_type x0, void const * x1, size_t x2, uint32_t x3, uint32_t x4, nx_opencl_matrix * * x5)
+{
+  return nx_opencl_matrix_create(x0, x1, x2, x3, x4, x5);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_opencl_matrix_create(PyObject *self, PyObject *args)
+{
+  nx_ternary_type x0;
+  void const * x1;
+  size_t x2;
+  uint32_t x3;
+  uint32_t x4;
+  nx_opencl_matrix * * x5;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+  PyObject *arg4;
+  PyObject *arg5;
+
+  if (!PyArg_UnpackTuple(args, "nx_opencl_matrix_create", 6, 6, &arg0, &arg1, &arg2, &arg3, &arg4, &arg5))
+    return NULL;
+
+  if (_cffi_to_c((char *)&x0, _cffi_type(30), arg0) < 0)
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(59), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(59), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, size_t);
+  if (x2 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x3 = _cffi_to_c_int(arg3, uint32_t);
+  if (x3 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x4 = _cffi_to_c_int(arg4, uint32_t);
+  if (x4 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(187), arg5, (char **)&x5);
+  if (datasize != 0) {
+    x5 = ((size_t)datasize) <= 640 ? (nx_opencl_matrix * *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(187), arg5, (char **)&x5,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_opencl_matrix_create(x0, x1, x2, x3, x4, x5); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_opencl_matrix_create _cffi_d_nx_opencl_matrix_create
+#endif
+
+static void _cffi_d_nx_opencl_matrix_free(nx_opencl_matrix * x0)
+{
+  nx_opencl_matrix_free(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_opencl_matrix_free(PyObject *self, PyObject *arg0)
+{
+  nx_opencl_matrix * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(324), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_opencl_matrix *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(324), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_opencl_matrix_free(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_opencl_matrix_free _cffi_d_nx_opencl_matrix_free
+#endif
+
+static nx_status _cffi_d_nx_opencl_multiply(nx_opencl_matrix const * x0, void const * x1, uint32_t x2, float * x3, size_t x4)
+{
+  return nx_opencl_multiply(x0, x1, x2, x3, x4);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_opencl_multiply(PyObject *self, PyObject *args)
+{
+  nx_opencl_matrix const * x0;
+  void const * x1;
+  uint32_t x2;
+  float * x3;
+  size_t x4;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+  PyObject *arg4;
+
+  if (!PyArg_UnpackTuple(args, "nx_opencl_multiply", 5, 5, &arg0, &arg1, &arg2, &arg3, &arg4))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(169), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_opencl_matrix const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(169), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(59), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(59), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, uint32_t);
+  if (x2 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(72), arg3, (char **)&x3);
+  if (datasize != 0) {
+    x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(72), arg3, (char **)&x3,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x4 = _cffi_to_c_int(arg4, size_t);
+  if (x4 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_opencl_multiply(x0, x1, x2, x3, x4); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_opencl_multiply _cffi_d_nx_opencl_multiply
+#endif
+
+static nx_status _cffi_d_nx_opencl_open(void)
+{
+  return nx_opencl_open();
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_opencl_open(PyObject *self, PyObject *noarg)
+{
+  nx_status result;
+  PyObject *pyresult;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_opencl_open(); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  (void)noarg; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_opencl_open _cffi_d_nx_opencl_open
+#endif
+
+static char const * _cffi_d_nx_opencl_why(void)
+{
+  return nx_opencl_why();
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_opencl_why(PyObject *self, PyObject *noarg)
+{
+  char const * result;
+  PyObject *pyresult;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_opencl_why(); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  (void)noarg; /* unused */
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(47));
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_opencl_why _cffi_d_nx_opencl_why
+#endif
+
 static void _cffi_d_nx_popularity_get(nx_model * x0, uint32_t x1, uint64_t * x2)
 {
   nx_popularity_get(x0, x1, x2);
@@ -4183,10 +4727,10 @@ _cffi_f_nx_popularity_get(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(142), arg2, (char **)&x2);
+      _cffi_type(150), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(142), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(150), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4240,10 +4784,10 @@ _cffi_f_nx_popularity_set(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(285), arg2, (char **)&x2);
+      _cffi_type(321), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (uint64_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(285), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(321), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4291,10 +4835,10 @@ _cffi_f_nx_predict_get(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(271), arg1, (char **)&x1);
+      _cffi_type(307), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_prediction *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(271), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(307), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4344,10 +4888,10 @@ _cffi_f_nx_predict_set(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(44), arg1, (char **)&x1);
+      _cffi_type(47), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(44), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(47), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4405,10 +4949,10 @@ _cffi_f_nx_promote(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(138), arg1, (char **)&x1);
+      _cffi_type(141), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(138), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(141), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4417,7 +4961,7 @@ _cffi_f_nx_promote(PyObject *self, PyObject *args)
   if (x2 == (size_t)-1 && PyErr_Occurred())
     return NULL;
 
-  x3 = (int(*)(void *))_cffi_to_c_pointer(arg3, _cffi_type(140));
+  x3 = (int(*)(void *))_cffi_to_c_pointer(arg3, _cffi_type(148));
   if (x3 == (int(*)(void *))NULL && PyErr_Occurred())
     return NULL;
 
@@ -4431,10 +4975,10 @@ _cffi_f_nx_promote(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(142), arg5, (char **)&x5);
+      _cffi_type(150), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(142), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(150), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4523,28 +5067,28 @@ _cffi_f_nx_residual_add(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(288), arg0, (char **)&x0);
+      _cffi_type(327), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_residual_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(288), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(327), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(138), arg1, (char **)&x1);
+      _cffi_type(141), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(138), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(141), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(62), arg2, (char **)&x2);
+      _cffi_type(65), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(62), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(65), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4562,19 +5106,19 @@ _cffi_f_nx_residual_add(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(69), arg6, (char **)&x6);
+      _cffi_type(72), arg6, (char **)&x6);
   if (datasize != 0) {
     x6 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(69), arg6, (char **)&x6,
+    if (_cffi_convert_array_argument(_cffi_type(72), arg6, (char **)&x6,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(69), arg7, (char **)&x7);
+      _cffi_type(72), arg7, (char **)&x7);
   if (datasize != 0) {
     x7 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(69), arg7, (char **)&x7,
+    if (_cffi_convert_array_argument(_cffi_type(72), arg7, (char **)&x7,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4619,10 +5163,10 @@ _cffi_f_nx_residual_decode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(288), arg0, (char **)&x0);
+      _cffi_type(327), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_residual_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(288), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(327), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4636,10 +5180,10 @@ _cffi_f_nx_residual_decode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(69), arg3, (char **)&x3);
+      _cffi_type(72), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(69), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(72), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4696,10 +5240,10 @@ _cffi_f_nx_residual_encode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(62), arg0, (char **)&x0);
+      _cffi_type(65), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(62), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(65), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4725,19 +5269,19 @@ _cffi_f_nx_residual_encode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(68), arg6, (char **)&x6);
+      _cffi_type(71), arg6, (char **)&x6);
   if (datasize != 0) {
     x6 = ((size_t)datasize) <= 640 ? (uint8_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(68), arg6, (char **)&x6,
+    if (_cffi_convert_array_argument(_cffi_type(71), arg6, (char **)&x6,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(69), arg7, (char **)&x7);
+      _cffi_type(72), arg7, (char **)&x7);
   if (datasize != 0) {
     x7 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(69), arg7, (char **)&x7,
+    if (_cffi_convert_array_argument(_cffi_type(72), arg7, (char **)&x7,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4780,19 +5324,19 @@ _cffi_f_nx_residual_products(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(62), arg0, (char **)&x0);
+      _cffi_type(65), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(62), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(65), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(138), arg1, (char **)&x1);
+      _cffi_type(141), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(138), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(141), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4802,10 +5346,10 @@ _cffi_f_nx_residual_products(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(69), arg3, (char **)&x3);
+      _cffi_type(72), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(69), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(72), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4880,10 +5424,10 @@ _cffi_f_nx_residual_select(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(62), arg0, (char **)&x0);
+      _cffi_type(65), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(62), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(65), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4897,10 +5441,10 @@ _cffi_f_nx_residual_select(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(96), arg3, (char **)&x3);
+      _cffi_type(99), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(96), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(99), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4949,10 +5493,10 @@ _cffi_f_nx_residual_select_buckets(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(62), arg0, (char **)&x0);
+      _cffi_type(65), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(62), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(65), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4974,10 +5518,10 @@ _cffi_f_nx_residual_select_buckets(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(96), arg5, (char **)&x5);
+      _cffi_type(99), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(96), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(99), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5113,10 +5657,10 @@ _cffi_f_nx_routing_take(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(194), arg1, (char **)&x1);
+      _cffi_type(219), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (int32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(194), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(219), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5162,7 +5706,7 @@ _cffi_f_nx_status_text(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(44));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(47));
   return pyresult;
 }
 #else
@@ -5193,14 +5737,14 @@ _cffi_f_nx_ternary_activate(PyObject *self, PyObject *args)
   if (!PyArg_UnpackTuple(args, "nx_ternary_activate", 5, 5, &arg0, &arg1, &arg2, &arg3, &arg4))
     return NULL;
 
-  if (_cffi_to_c((char *)&x0, _cffi_type(161), arg0) < 0)
+  if (_cffi_to_c((char *)&x0, _cffi_type(30), arg0) < 0)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(62), arg1, (char **)&x1);
+      _cffi_type(65), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(62), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(65), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5255,7 +5799,7 @@ _cffi_f_nx_ternary_activation_bytes(PyObject *self, PyObject *args)
   if (!PyArg_UnpackTuple(args, "nx_ternary_activation_bytes", 2, 2, &arg0, &arg1))
     return NULL;
 
-  if (_cffi_to_c((char *)&x0, _cffi_type(161), arg0) < 0)
+  if (_cffi_to_c((char *)&x0, _cffi_type(30), arg0) < 0)
     return NULL;
 
   x1 = _cffi_to_c_int(arg1, uint32_t);
@@ -5288,7 +5832,7 @@ _cffi_f_nx_ternary_block(PyObject *self, PyObject *arg0)
   uint32_t result;
   PyObject *pyresult;
 
-  if (_cffi_to_c((char *)&x0, _cffi_type(161), arg0) < 0)
+  if (_cffi_to_c((char *)&x0, _cffi_type(30), arg0) < 0)
     return NULL;
 
   Py_BEGIN_ALLOW_THREADS
@@ -5317,7 +5861,7 @@ _cffi_f_nx_ternary_block_bytes(PyObject *self, PyObject *arg0)
   uint32_t result;
   PyObject *pyresult;
 
-  if (_cffi_to_c((char *)&x0, _cffi_type(161), arg0) < 0)
+  if (_cffi_to_c((char *)&x0, _cffi_type(30), arg0) < 0)
     return NULL;
 
   Py_BEGIN_ALLOW_THREADS
@@ -5358,7 +5902,7 @@ _cffi_f_nx_ternary_create(PyObject *self, PyObject *args)
   if (!PyArg_UnpackTuple(args, "nx_ternary_create", 4, 4, &arg0, &arg1, &arg2, &arg3))
     return NULL;
 
-  if (_cffi_to_c((char *)&x0, _cffi_type(161), arg0) < 0)
+  if (_cffi_to_c((char *)&x0, _cffi_type(30), arg0) < 0)
     return NULL;
 
   x1 = _cffi_to_c_int(arg1, uint32_t);
@@ -5370,10 +5914,10 @@ _cffi_f_nx_ternary_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(164), arg3, (char **)&x3);
+      _cffi_type(179), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (nx_ternary *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(164), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(179), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5406,10 +5950,10 @@ _cffi_f_nx_ternary_finish(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(164), arg0, (char **)&x0);
+      _cffi_type(179), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(164), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(179), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5442,10 +5986,10 @@ _cffi_f_nx_ternary_free(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(164), arg0, (char **)&x0);
+      _cffi_type(179), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(164), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(179), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5494,19 +6038,19 @@ _cffi_f_nx_ternary_multiply(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(315), arg0, (char **)&x0);
+      _cffi_type(354), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(315), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(354), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(56), arg1, (char **)&x1);
+      _cffi_type(59), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(56), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(59), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5524,10 +6068,10 @@ _cffi_f_nx_ternary_multiply(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(69), arg5, (char **)&x5);
+      _cffi_type(72), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(69), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(72), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5549,6 +6093,103 @@ _cffi_f_nx_ternary_multiply(PyObject *self, PyObject *args)
 }
 #else
 #  define _cffi_f_nx_ternary_multiply _cffi_d_nx_ternary_multiply
+#endif
+
+static void _cffi_d_nx_ternary_multiply_stored(nx_ternary_type x0, void const * x1, size_t x2, uint32_t x3, void const * const * x4, uint32_t x5, uint32_t x6, uint32_t x7, float * const * x8)
+{
+  nx_ternary_multiply_stored(x0, x1, x2, x3, x4, x5, x6, x7, x8);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_ternary_multiply_stored(PyObject *self, PyObject *args)
+{
+  nx_ternary_type x0;
+  void const * x1;
+  size_t x2;
+  uint32_t x3;
+  void const * const * x4;
+  uint32_t x5;
+  uint32_t x6;
+  uint32_t x7;
+  float * const * x8;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+  PyObject *arg4;
+  PyObject *arg5;
+  PyObject *arg6;
+  PyObject *arg7;
+  PyObject *arg8;
+
+  if (!PyArg_UnpackTuple(args, "nx_ternary_multiply_stored", 9, 9, &arg0, &arg1, &arg2, &arg3, &arg4, &arg5, &arg6, &arg7, &arg8))
+    return NULL;
+
+  if (_cffi_to_c((char *)&x0, _cffi_type(30), arg0) < 0)
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(59), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(59), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, size_t);
+  if (x2 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x3 = _cffi_to_c_int(arg3, uint32_t);
+  if (x3 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(380), arg4, (char **)&x4);
+  if (datasize != 0) {
+    x4 = ((size_t)datasize) <= 640 ? (void const * const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(380), arg4, (char **)&x4,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x5 = _cffi_to_c_int(arg5, uint32_t);
+  if (x5 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x6 = _cffi_to_c_int(arg6, uint32_t);
+  if (x6 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x7 = _cffi_to_c_int(arg7, uint32_t);
+  if (x7 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(384), arg8, (char **)&x8);
+  if (datasize != 0) {
+    x8 = ((size_t)datasize) <= 640 ? (float * const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(384), arg8, (char **)&x8,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_ternary_multiply_stored(x0, x1, x2, x3, x4, x5, x6, x7, x8); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_ternary_multiply_stored _cffi_d_nx_ternary_multiply_stored
 #endif
 
 static void _cffi_d_nx_ternary_pack(nx_ternary * x0, void const * x1, size_t x2, uint32_t x3, uint32_t x4)
@@ -5576,19 +6217,19 @@ _cffi_f_nx_ternary_pack(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(164), arg0, (char **)&x0);
+      _cffi_type(179), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(164), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(179), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(56), arg1, (char **)&x1);
+      _cffi_type(59), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(56), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(59), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5640,7 +6281,7 @@ _cffi_f_nx_ternary_packed_bytes(PyObject *self, PyObject *args)
   if (!PyArg_UnpackTuple(args, "nx_ternary_packed_bytes", 3, 3, &arg0, &arg1, &arg2))
     return NULL;
 
-  if (_cffi_to_c((char *)&x0, _cffi_type(161), arg0) < 0)
+  if (_cffi_to_c((char *)&x0, _cffi_type(30), arg0) < 0)
     return NULL;
 
   x1 = _cffi_to_c_int(arg1, uint32_t);
@@ -5677,7 +6318,7 @@ _cffi_f_nx_ternary_row_unit(PyObject *self, PyObject *arg0)
   uint32_t result;
   PyObject *pyresult;
 
-  if (_cffi_to_c((char *)&x0, _cffi_type(161), arg0) < 0)
+  if (_cffi_to_c((char *)&x0, _cffi_type(30), arg0) < 0)
     return NULL;
 
   Py_BEGIN_ALLOW_THREADS
@@ -5692,6 +6333,35 @@ _cffi_f_nx_ternary_row_unit(PyObject *self, PyObject *arg0)
 }
 #else
 #  define _cffi_f_nx_ternary_row_unit _cffi_d_nx_ternary_row_unit
+#endif
+
+static int _cffi_d_nx_ternary_stored_usable(nx_ternary_type x0)
+{
+  return nx_ternary_stored_usable(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_ternary_stored_usable(PyObject *self, PyObject *arg0)
+{
+  nx_ternary_type x0;
+  int result;
+  PyObject *pyresult;
+
+  if (_cffi_to_c((char *)&x0, _cffi_type(30), arg0) < 0)
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_ternary_stored_usable(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_ternary_stored_usable _cffi_d_nx_ternary_stored_usable
 #endif
 
 static nx_ternary_type _cffi_d_nx_ternary_type_of(char const * x0)
@@ -5709,10 +6379,10 @@ _cffi_f_nx_ternary_type_of(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(44), arg0, (char **)&x0);
+      _cffi_type(47), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(44), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(47), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5724,7 +6394,7 @@ _cffi_f_nx_ternary_type_of(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(161));
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(30));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -5755,10 +6425,10 @@ _cffi_f_nx_ternary_unpack(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(315), arg0, (char **)&x0);
+      _cffi_type(354), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(315), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(354), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5772,10 +6442,10 @@ _cffi_f_nx_ternary_unpack(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(69), arg3, (char **)&x3);
+      _cffi_type(72), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(69), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(72), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5814,7 +6484,7 @@ _cffi_f_nx_version(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(44));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(47));
   return pyresult;
 }
 #else
@@ -5842,10 +6512,10 @@ _cffi_f_nx_xxh3_64(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(56), arg0, (char **)&x0);
+      _cffi_type(59), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(56), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(59), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5967,6 +6637,13 @@ static int _cffi_const_NX_IO_ENGINE_URING(unsigned long long *o)
   return n;
 }
 
+static int _cffi_const_NX_MAX_CORES(unsigned long long *o)
+{
+  int n = (NX_MAX_CORES) <= 0;
+  *o = (unsigned long long)((NX_MAX_CORES) | 0);  /* check that NX_MAX_CORES is an integer */
+  return n;
+}
+
 static int _cffi_const_NX_RESIDUAL_LINE(unsigned long long *o)
 {
   int n = (NX_RESIDUAL_LINE) <= 0;
@@ -6018,128 +6695,145 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "NX_ISA_COUNT", (void *)_cffi_const_NX_ISA_COUNT, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_ISA_NEON", (void *)_cffi_const_NX_ISA_NEON, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_ISA_REF", (void *)_cffi_const_NX_ISA_REF, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "NX_MAX_CORES", (void *)_cffi_const_NX_MAX_CORES, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "NX_OK", (void *)_cffi_const_NX_OK, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "NX_OWN_KINDS", (void *)_cffi_const_NX_OWN_KINDS, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "NX_OWN_OPENCL", (void *)_cffi_const_NX_OWN_OPENCL, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "NX_OWN_PACKED", (void *)_cffi_const_NX_OWN_PACKED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "NX_OWN_STORED", (void *)_cffi_const_NX_OWN_STORED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_Q1_0", (void *)_cffi_const_NX_Q1_0, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_Q2_0", (void *)_cffi_const_NX_Q2_0, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_RESIDUAL_LINE", (void *)_cffi_const_NX_RESIDUAL_LINE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "NX_TERNARY_TYPES", (void *)_cffi_const_NX_TERNARY_TYPES, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_TQ1_0", (void *)_cffi_const_NX_TQ1_0, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_TQ2_0", (void *)_cffi_const_NX_TQ2_0, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
-  { "nx_ans_best", (void *)_cffi_f_nx_ans_best, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 39), (void *)_cffi_d_nx_ans_best },
-  { "nx_ans_bound", (void *)_cffi_f_nx_ans_bound, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 202), (void *)_cffi_d_nx_ans_bound },
-  { "nx_ans_decode", (void *)_cffi_f_nx_ans_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 166), (void *)_cffi_d_nx_ans_decode },
-  { "nx_ans_decode_by", (void *)_cffi_f_nx_ans_decode_by, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 79), (void *)_cffi_d_nx_ans_decode_by },
-  { "nx_ans_encode", (void *)_cffi_f_nx_ans_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 71), (void *)_cffi_d_nx_ans_encode },
+  { "nx_ans_best", (void *)_cffi_f_nx_ans_best, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 42), (void *)_cffi_d_nx_ans_best },
+  { "nx_ans_bound", (void *)_cffi_f_nx_ans_bound, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 231), (void *)_cffi_d_nx_ans_bound },
+  { "nx_ans_decode", (void *)_cffi_f_nx_ans_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 189), (void *)_cffi_d_nx_ans_decode },
+  { "nx_ans_decode_by", (void *)_cffi_f_nx_ans_decode_by, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 82), (void *)_cffi_d_nx_ans_decode_by },
+  { "nx_ans_encode", (void *)_cffi_f_nx_ans_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 74), (void *)_cffi_d_nx_ans_encode },
   { "nx_cache_preload", (void *)_cffi_f_nx_cache_preload, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 21), (void *)_cffi_d_nx_cache_preload },
-  { "nx_cache_set_policy", (void *)_cffi_f_nx_cache_set_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 108), (void *)_cffi_d_nx_cache_set_policy },
-  { "nx_demote", (void *)_cffi_f_nx_demote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 144), (void *)_cffi_d_nx_demote },
+  { "nx_cache_set_policy", (void *)_cffi_f_nx_cache_set_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 111), (void *)_cffi_d_nx_cache_set_policy },
+  { "nx_demote", (void *)_cffi_f_nx_demote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 152), (void *)_cffi_d_nx_demote },
   { "nx_extent_is_resident", (void *)_cffi_f_nx_extent_is_resident, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 25), (void *)_cffi_d_nx_extent_is_resident },
-  { "nx_extent_span", (void *)_cffi_f_nx_extent_span, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 219), (void *)_cffi_d_nx_extent_span },
-  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 248), (void *)_cffi_d_nx_file_close },
-  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 251), (void *)_cffi_d_nx_file_get_info },
-  { "nx_file_open", (void *)_cffi_f_nx_file_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 43), (void *)_cffi_d_nx_file_open },
+  { "nx_extent_span", (void *)_cffi_f_nx_extent_span, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 252), (void *)_cffi_d_nx_extent_span },
+  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 284), (void *)_cffi_d_nx_file_close },
+  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 287), (void *)_cffi_d_nx_file_get_info },
+  { "nx_file_open", (void *)_cffi_f_nx_file_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 46), (void *)_cffi_d_nx_file_open },
   { "nx_flag_callback", (void *)_cffi_f_nx_flag_callback, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 4), (void *)_cffi_d_nx_flag_callback },
-  { "nx_flag_stop", (void *)_cffi_f_nx_flag_stop, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 29), (void *)_cffi_d_nx_flag_stop },
-  { "nx_group_experts", (void *)_cffi_f_nx_group_experts, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 208), (void *)_cffi_d_nx_group_experts },
-  { "nx_group_resize", (void *)_cffi_f_nx_group_resize, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 150), (void *)_cffi_d_nx_group_resize },
-  { "nx_group_slot_bytes", (void *)_cffi_f_nx_group_slot_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 219), (void *)_cffi_d_nx_group_slot_bytes },
-  { "nx_imatrix_at", (void *)_cffi_f_nx_imatrix_at, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 92), (void *)_cffi_d_nx_imatrix_at },
-  { "nx_imatrix_count", (void *)_cffi_f_nx_imatrix_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 189), (void *)_cffi_d_nx_imatrix_count },
-  { "nx_imatrix_create", (void *)_cffi_f_nx_imatrix_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 86), (void *)_cffi_d_nx_imatrix_create },
-  { "nx_imatrix_free", (void *)_cffi_f_nx_imatrix_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 255), (void *)_cffi_d_nx_imatrix_free },
-  { "nx_imatrix_status", (void *)_cffi_f_nx_imatrix_status, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 89), (void *)_cffi_d_nx_imatrix_status },
-  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 336), (void *)_cffi_d_nx_interrupt_arm },
-  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 336), (void *)_cffi_d_nx_interrupt_disarm },
-  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 336), (void *)_cffi_d_nx_interrupt_request },
-  { "nx_interrupted", (void *)_cffi_f_nx_interrupted, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 37), (void *)_cffi_d_nx_interrupted },
+  { "nx_flag_stop", (void *)_cffi_f_nx_flag_stop, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 32), (void *)_cffi_d_nx_flag_stop },
+  { "nx_group_experts", (void *)_cffi_f_nx_group_experts, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 237), (void *)_cffi_d_nx_group_experts },
+  { "nx_group_resize", (void *)_cffi_f_nx_group_resize, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 158), (void *)_cffi_d_nx_group_resize },
+  { "nx_group_slot_bytes", (void *)_cffi_f_nx_group_slot_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 252), (void *)_cffi_d_nx_group_slot_bytes },
+  { "nx_imatrix_at", (void *)_cffi_f_nx_imatrix_at, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 95), (void *)_cffi_d_nx_imatrix_at },
+  { "nx_imatrix_count", (void *)_cffi_f_nx_imatrix_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 214), (void *)_cffi_d_nx_imatrix_count },
+  { "nx_imatrix_create", (void *)_cffi_f_nx_imatrix_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 89), (void *)_cffi_d_nx_imatrix_create },
+  { "nx_imatrix_free", (void *)_cffi_f_nx_imatrix_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 291), (void *)_cffi_d_nx_imatrix_free },
+  { "nx_imatrix_status", (void *)_cffi_f_nx_imatrix_status, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 92), (void *)_cffi_d_nx_imatrix_status },
+  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 386), (void *)_cffi_d_nx_interrupt_arm },
+  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 386), (void *)_cffi_d_nx_interrupt_disarm },
+  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 386), (void *)_cffi_d_nx_interrupt_request },
+  { "nx_interrupted", (void *)_cffi_f_nx_interrupted, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 40), (void *)_cffi_d_nx_interrupted },
   { "nx_interrupted_callback", (void *)_cffi_f_nx_interrupted_callback, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 4), (void *)_cffi_d_nx_interrupted_callback },
-  { "nx_io_probe", (void *)_cffi_f_nx_io_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 48), (void *)_cffi_d_nx_io_probe },
-  { "nx_kernels_isa", (void *)_cffi_f_nx_kernels_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 41), (void *)_cffi_d_nx_kernels_isa },
+  { "nx_io_probe", (void *)_cffi_f_nx_io_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 51), (void *)_cffi_d_nx_io_probe },
+  { "nx_kernels_isa", (void *)_cffi_f_nx_kernels_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 44), (void *)_cffi_d_nx_kernels_isa },
   { "nx_kernels_isa_name", (void *)_cffi_f_nx_kernels_isa_name, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 7), (void *)_cffi_d_nx_kernels_isa_name },
   { "nx_kernels_isa_usable", (void *)_cffi_f_nx_kernels_isa_usable, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 18), (void *)_cffi_d_nx_kernels_isa_usable },
-  { "nx_kernels_use_isa", (void *)_cffi_f_nx_kernels_use_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 101), (void *)_cffi_d_nx_kernels_use_isa },
+  { "nx_kernels_use_isa", (void *)_cffi_f_nx_kernels_use_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 104), (void *)_cffi_d_nx_kernels_use_isa },
   { "nx_kernels_why", (void *)_cffi_f_nx_kernels_why, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_kernels_why },
-  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 258), (void *)_cffi_d_nx_loading_set },
-  { "nx_membench_read", (void *)_cffi_f_nx_membench_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 104), (void *)_cffi_d_nx_membench_read },
-  { "nx_model_attach_residual", (void *)_cffi_f_nx_model_attach_residual, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 117), (void *)_cffi_d_nx_model_attach_residual },
-  { "nx_model_attached_bytes", (void *)_cffi_f_nx_model_attached_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 216), (void *)_cffi_d_nx_model_attached_bytes },
-  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 258), (void *)_cffi_d_nx_model_clear_error },
-  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 258), (void *)_cffi_d_nx_model_clear_faults },
-  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 258), (void *)_cffi_d_nx_model_close },
-  { "nx_model_create", (void *)_cffi_f_nx_model_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 53), (void *)_cffi_d_nx_model_create },
-  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 197), (void *)_cffi_d_nx_model_events },
-  { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 155), (void *)_cffi_d_nx_model_file_info },
-  { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 127), (void *)_cffi_d_nx_model_finish_load },
-  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 273), (void *)_cffi_d_nx_model_get_stats },
-  { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 132), (void *)_cffi_d_nx_model_inject },
+  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 294), (void *)_cffi_d_nx_loading_set },
+  { "nx_membench_read", (void *)_cffi_f_nx_membench_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 107), (void *)_cffi_d_nx_membench_read },
+  { "nx_model_attach_residual", (void *)_cffi_f_nx_model_attach_residual, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 120), (void *)_cffi_d_nx_model_attach_residual },
+  { "nx_model_attached_bytes", (void *)_cffi_f_nx_model_attached_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 245), (void *)_cffi_d_nx_model_attached_bytes },
+  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 294), (void *)_cffi_d_nx_model_clear_error },
+  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 294), (void *)_cffi_d_nx_model_clear_faults },
+  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 294), (void *)_cffi_d_nx_model_close },
+  { "nx_model_cores", (void *)_cffi_f_nx_model_cores, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 227), (void *)_cffi_d_nx_model_cores },
+  { "nx_model_create", (void *)_cffi_f_nx_model_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 56), (void *)_cffi_d_nx_model_create },
+  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 222), (void *)_cffi_d_nx_model_events },
+  { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 163), (void *)_cffi_d_nx_model_file_info },
+  { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 130), (void *)_cffi_d_nx_model_finish_load },
+  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 309), (void *)_cffi_d_nx_model_get_stats },
+  { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 135), (void *)_cffi_d_nx_model_inject },
   { "nx_model_io_engine", (void *)_cffi_f_nx_model_io_engine, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 10), (void *)_cffi_d_nx_model_io_engine },
-  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 265), (void *)_cffi_d_nx_model_last_error },
-  { "nx_model_n_groups", (void *)_cffi_f_nx_model_n_groups, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 205), (void *)_cffi_d_nx_model_n_groups },
-  { "nx_model_n_packed", (void *)_cffi_f_nx_model_n_packed, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 205), (void *)_cffi_d_nx_model_n_packed },
-  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 258), (void *)_cffi_d_nx_model_release },
-  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 258), (void *)_cffi_d_nx_model_reset_stats },
-  { "nx_model_set_columns", (void *)_cffi_f_nx_model_set_columns, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 261), (void *)_cffi_d_nx_model_set_columns },
-  { "nx_model_set_residual_k", (void *)_cffi_f_nx_model_set_residual_k, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 112), (void *)_cffi_d_nx_model_set_residual_k },
+  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 301), (void *)_cffi_d_nx_model_last_error },
+  { "nx_model_n_groups", (void *)_cffi_f_nx_model_n_groups, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 234), (void *)_cffi_d_nx_model_n_groups },
+  { "nx_model_n_own", (void *)_cffi_f_nx_model_n_own, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 248), (void *)_cffi_d_nx_model_n_own },
+  { "nx_model_n_packed", (void *)_cffi_f_nx_model_n_packed, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 234), (void *)_cffi_d_nx_model_n_packed },
+  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 294), (void *)_cffi_d_nx_model_release },
+  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 294), (void *)_cffi_d_nx_model_reset_stats },
+  { "nx_model_set_columns", (void *)_cffi_f_nx_model_set_columns, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 297), (void *)_cffi_d_nx_model_set_columns },
+  { "nx_model_set_cores", (void *)_cffi_f_nx_model_set_cores, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 139), (void *)_cffi_d_nx_model_set_cores },
+  { "nx_model_set_residual_k", (void *)_cffi_f_nx_model_set_residual_k, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 115), (void *)_cffi_d_nx_model_set_residual_k },
   { "nx_model_stream", (void *)_cffi_f_nx_model_stream, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 0), (void *)_cffi_d_nx_model_stream },
-  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 239), (void *)_cffi_d_nx_model_stream_close },
-  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 261), (void *)_cffi_d_nx_model_trace },
-  { "nx_popularity_get", (void *)_cffi_f_nx_popularity_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 277), (void *)_cffi_d_nx_popularity_get },
-  { "nx_popularity_set", (void *)_cffi_f_nx_popularity_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 282), (void *)_cffi_d_nx_popularity_set },
-  { "nx_predict_get", (void *)_cffi_f_nx_predict_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 269), (void *)_cffi_d_nx_predict_get },
-  { "nx_predict_set", (void *)_cffi_f_nx_predict_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 108), (void *)_cffi_d_nx_predict_set },
-  { "nx_promote", (void *)_cffi_f_nx_promote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 136), (void *)_cffi_d_nx_promote },
-  { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 129), (void *)nx_python_progress },
-  { "nx_resident_bytes", (void *)_cffi_f_nx_resident_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 216), (void *)_cffi_d_nx_resident_bytes },
-  { "nx_residual_add", (void *)_cffi_f_nx_residual_add, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 287), (void *)_cffi_d_nx_residual_add },
-  { "nx_residual_decode", (void *)_cffi_f_nx_residual_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 297), (void *)_cffi_d_nx_residual_decode },
-  { "nx_residual_encode", (void *)_cffi_f_nx_residual_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 61), (void *)_cffi_d_nx_residual_encode },
-  { "nx_residual_products", (void *)_cffi_f_nx_residual_products, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 242), (void *)_cffi_d_nx_residual_products },
-  { "nx_residual_row_bytes", (void *)_cffi_f_nx_residual_row_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 232), (void *)_cffi_d_nx_residual_row_bytes },
-  { "nx_residual_select", (void *)_cffi_f_nx_residual_select, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 183), (void *)_cffi_d_nx_residual_select },
-  { "nx_residual_select_buckets", (void *)_cffi_f_nx_residual_select_buckets, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 175), (void *)_cffi_d_nx_residual_select_buckets },
-  { "nx_routing_lost", (void *)_cffi_f_nx_routing_lost, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 216), (void *)_cffi_d_nx_routing_lost },
-  { "nx_routing_record", (void *)_cffi_f_nx_routing_record, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 261), (void *)_cffi_d_nx_routing_record },
-  { "nx_routing_take", (void *)_cffi_f_nx_routing_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 192), (void *)_cffi_d_nx_routing_take },
+  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 275), (void *)_cffi_d_nx_model_stream_close },
+  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 297), (void *)_cffi_d_nx_model_trace },
+  { "nx_opencl_error", (void *)_cffi_f_nx_opencl_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_opencl_error },
+  { "nx_opencl_matrix_bytes", (void *)_cffi_f_nx_opencl_matrix_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 256), (void *)_cffi_d_nx_opencl_matrix_bytes },
+  { "nx_opencl_matrix_create", (void *)_cffi_f_nx_opencl_matrix_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 181), (void *)_cffi_d_nx_opencl_matrix_create },
+  { "nx_opencl_matrix_free", (void *)_cffi_f_nx_opencl_matrix_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 323), (void *)_cffi_d_nx_opencl_matrix_free },
+  { "nx_opencl_multiply", (void *)_cffi_f_nx_opencl_multiply, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 168), (void *)_cffi_d_nx_opencl_multiply },
+  { "nx_opencl_open", (void *)_cffi_f_nx_opencl_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 195), (void *)_cffi_d_nx_opencl_open },
+  { "nx_opencl_why", (void *)_cffi_f_nx_opencl_why, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_opencl_why },
+  { "nx_popularity_get", (void *)_cffi_f_nx_popularity_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 313), (void *)_cffi_d_nx_popularity_get },
+  { "nx_popularity_set", (void *)_cffi_f_nx_popularity_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 318), (void *)_cffi_d_nx_popularity_set },
+  { "nx_predict_get", (void *)_cffi_f_nx_predict_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 305), (void *)_cffi_d_nx_predict_get },
+  { "nx_predict_set", (void *)_cffi_f_nx_predict_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 111), (void *)_cffi_d_nx_predict_set },
+  { "nx_promote", (void *)_cffi_f_nx_promote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 144), (void *)_cffi_d_nx_promote },
+  { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 132), (void *)nx_python_progress },
+  { "nx_resident_bytes", (void *)_cffi_f_nx_resident_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 245), (void *)_cffi_d_nx_resident_bytes },
+  { "nx_residual_add", (void *)_cffi_f_nx_residual_add, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 326), (void *)_cffi_d_nx_residual_add },
+  { "nx_residual_decode", (void *)_cffi_f_nx_residual_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 336), (void *)_cffi_d_nx_residual_decode },
+  { "nx_residual_encode", (void *)_cffi_f_nx_residual_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 64), (void *)_cffi_d_nx_residual_encode },
+  { "nx_residual_products", (void *)_cffi_f_nx_residual_products, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 278), (void *)_cffi_d_nx_residual_products },
+  { "nx_residual_row_bytes", (void *)_cffi_f_nx_residual_row_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 268), (void *)_cffi_d_nx_residual_row_bytes },
+  { "nx_residual_select", (void *)_cffi_f_nx_residual_select, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 208), (void *)_cffi_d_nx_residual_select },
+  { "nx_residual_select_buckets", (void *)_cffi_f_nx_residual_select_buckets, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 200), (void *)_cffi_d_nx_residual_select_buckets },
+  { "nx_routing_lost", (void *)_cffi_f_nx_routing_lost, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 245), (void *)_cffi_d_nx_routing_lost },
+  { "nx_routing_record", (void *)_cffi_f_nx_routing_record, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 297), (void *)_cffi_d_nx_routing_record },
+  { "nx_routing_take", (void *)_cffi_f_nx_routing_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 217), (void *)_cffi_d_nx_routing_take },
   { "nx_status_text", (void *)_cffi_f_nx_status_text, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 13), (void *)_cffi_d_nx_status_text },
-  { "nx_ternary_activate", (void *)_cffi_f_nx_ternary_activate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 329), (void *)_cffi_d_nx_ternary_activate },
-  { "nx_ternary_activation_bytes", (void *)_cffi_f_nx_ternary_activation_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 223), (void *)_cffi_d_nx_ternary_activation_bytes },
-  { "nx_ternary_block", (void *)_cffi_f_nx_ternary_block, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 213), (void *)_cffi_d_nx_ternary_block },
-  { "nx_ternary_block_bytes", (void *)_cffi_f_nx_ternary_block_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 213), (void *)_cffi_d_nx_ternary_block_bytes },
-  { "nx_ternary_create", (void *)_cffi_f_nx_ternary_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 160), (void *)_cffi_d_nx_ternary_create },
-  { "nx_ternary_finish", (void *)_cffi_f_nx_ternary_finish, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 304), (void *)_cffi_d_nx_ternary_finish },
-  { "nx_ternary_free", (void *)_cffi_f_nx_ternary_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 304), (void *)_cffi_d_nx_ternary_free },
-  { "nx_ternary_multiply", (void *)_cffi_f_nx_ternary_multiply, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 320), (void *)_cffi_d_nx_ternary_multiply },
-  { "nx_ternary_pack", (void *)_cffi_f_nx_ternary_pack, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 307), (void *)_cffi_d_nx_ternary_pack },
-  { "nx_ternary_packed_bytes", (void *)_cffi_f_nx_ternary_packed_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 227), (void *)_cffi_d_nx_ternary_packed_bytes },
-  { "nx_ternary_row_unit", (void *)_cffi_f_nx_ternary_row_unit, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 213), (void *)_cffi_d_nx_ternary_row_unit },
-  { "nx_ternary_type_of", (void *)_cffi_f_nx_ternary_type_of, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 172), (void *)_cffi_d_nx_ternary_type_of },
-  { "nx_ternary_unpack", (void *)_cffi_f_nx_ternary_unpack, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 314), (void *)_cffi_d_nx_ternary_unpack },
+  { "nx_ternary_activate", (void *)_cffi_f_nx_ternary_activate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 368), (void *)_cffi_d_nx_ternary_activate },
+  { "nx_ternary_activation_bytes", (void *)_cffi_f_nx_ternary_activation_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 259), (void *)_cffi_d_nx_ternary_activation_bytes },
+  { "nx_ternary_block", (void *)_cffi_f_nx_ternary_block, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 242), (void *)_cffi_d_nx_ternary_block },
+  { "nx_ternary_block_bytes", (void *)_cffi_f_nx_ternary_block_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 242), (void *)_cffi_d_nx_ternary_block_bytes },
+  { "nx_ternary_create", (void *)_cffi_f_nx_ternary_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 175), (void *)_cffi_d_nx_ternary_create },
+  { "nx_ternary_finish", (void *)_cffi_f_nx_ternary_finish, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 343), (void *)_cffi_d_nx_ternary_finish },
+  { "nx_ternary_free", (void *)_cffi_f_nx_ternary_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 343), (void *)_cffi_d_nx_ternary_free },
+  { "nx_ternary_multiply", (void *)_cffi_f_nx_ternary_multiply, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 359), (void *)_cffi_d_nx_ternary_multiply },
+  { "nx_ternary_multiply_stored", (void *)_cffi_f_nx_ternary_multiply_stored, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 375), (void *)_cffi_d_nx_ternary_multiply_stored },
+  { "nx_ternary_pack", (void *)_cffi_f_nx_ternary_pack, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 346), (void *)_cffi_d_nx_ternary_pack },
+  { "nx_ternary_packed_bytes", (void *)_cffi_f_nx_ternary_packed_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 263), (void *)_cffi_d_nx_ternary_packed_bytes },
+  { "nx_ternary_row_unit", (void *)_cffi_f_nx_ternary_row_unit, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 242), (void *)_cffi_d_nx_ternary_row_unit },
+  { "nx_ternary_stored_usable", (void *)_cffi_f_nx_ternary_stored_usable, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 29), (void *)_cffi_d_nx_ternary_stored_usable },
+  { "nx_ternary_type_of", (void *)_cffi_f_nx_ternary_type_of, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 197), (void *)_cffi_d_nx_ternary_type_of },
+  { "nx_ternary_unpack", (void *)_cffi_f_nx_ternary_unpack, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 353), (void *)_cffi_d_nx_ternary_unpack },
   { "nx_version", (void *)_cffi_f_nx_version, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_version },
-  { "nx_xxh3_64", (void *)_cffi_f_nx_xxh3_64, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 235), (void *)_cffi_d_nx_xxh3_64 },
+  { "nx_xxh3_64", (void *)_cffi_f_nx_xxh3_64, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 271), (void *)_cffi_d_nx_xxh3_64 },
 };
 
 static const struct _cffi_field_s _cffi_fields[] = {
   { "rotate", offsetof(nx_ans_layout, rotate),
               sizeof(((nx_ans_layout *)0)->rotate),
-              _CFFI_OP(_CFFI_OP_NOOP, 373) },
+              _CFFI_OP(_CFFI_OP_NOOP, 424) },
   { "block", offsetof(nx_ans_layout, block),
              sizeof(((nx_ans_layout *)0)->block),
-             _CFFI_OP(_CFFI_OP_NOOP, 373) },
+             _CFFI_OP(_CFFI_OP_NOOP, 424) },
   { "n_planes", offsetof(nx_ans_layout, n_planes),
                 sizeof(((nx_ans_layout *)0)->n_planes),
-                _CFFI_OP(_CFFI_OP_NOOP, 373) },
+                _CFFI_OP(_CFFI_OP_NOOP, 424) },
   { "offset", offsetof(nx_ans_layout, offset),
               sizeof(((nx_ans_layout *)0)->offset),
-              _CFFI_OP(_CFFI_OP_NOOP, 374) },
+              _CFFI_OP(_CFFI_OP_NOOP, 425) },
   { "width", offsetof(nx_ans_layout, width),
              sizeof(((nx_ans_layout *)0)->width),
-             _CFFI_OP(_CFFI_OP_NOOP, 374) },
+             _CFFI_OP(_CFFI_OP_NOOP, 425) },
   { "status", offsetof(nx_error, status),
               sizeof(((nx_error *)0)->status),
               _CFFI_OP(_CFFI_OP_NOOP, 14) },
   { "sys_errno", offsetof(nx_error, sys_errno),
                  sizeof(((nx_error *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 263) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 299) },
   { "offset", offsetof(nx_error, offset),
               sizeof(((nx_error *)0)->offset),
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -6148,13 +6842,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "path", offsetof(nx_error, path),
             sizeof(((nx_error *)0)->path),
-            _CFFI_OP(_CFFI_OP_NOOP, 345) },
+            _CFFI_OP(_CFFI_OP_NOOP, 395) },
   { "tensor", offsetof(nx_error, tensor),
               sizeof(((nx_error *)0)->tensor),
-              _CFFI_OP(_CFFI_OP_NOOP, 341) },
+              _CFFI_OP(_CFFI_OP_NOOP, 391) },
   { "text", offsetof(nx_error, text),
             sizeof(((nx_error *)0)->text),
-            _CFFI_OP(_CFFI_OP_NOOP, 343) },
+            _CFFI_OP(_CFFI_OP_NOOP, 393) },
   { "t_ns", offsetof(nx_event, t_ns),
             sizeof(((nx_event *)0)->t_ns),
             _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -6175,10 +6869,10 @@ static const struct _cffi_field_s _cffi_fields[] = {
                   _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "kind", offsetof(nx_fault, kind),
             sizeof(((nx_fault *)0)->kind),
-            _CFFI_OP(_CFFI_OP_NOOP, 263) },
+            _CFFI_OP(_CFFI_OP_NOOP, 299) },
   { "count", offsetof(nx_fault, count),
              sizeof(((nx_fault *)0)->count),
-             _CFFI_OP(_CFFI_OP_NOOP, 351) },
+             _CFFI_OP(_CFFI_OP_NOOP, 401) },
   { "nbytes", offsetof(nx_file_info, nbytes),
               sizeof(((nx_file_info *)0)->nbytes),
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -6190,7 +6884,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "mtime_ns", offsetof(nx_file_info, mtime_ns),
                 sizeof(((nx_file_info *)0)->mtime_ns),
-                _CFFI_OP(_CFFI_OP_NOOP, 352) },
+                _CFFI_OP(_CFFI_OP_NOOP, 402) },
   { "offset_align", offsetof(nx_file_info, offset_align),
                     sizeof(((nx_file_info *)0)->offset_align),
                     _CFFI_OP(_CFFI_OP_NOOP, 27) },
@@ -6199,13 +6893,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
                  _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "direct", offsetof(nx_file_info, direct),
               sizeof(((nx_file_info *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 263) },
+              _CFFI_OP(_CFFI_OP_NOOP, 299) },
   { "reason", offsetof(nx_file_info, reason),
               sizeof(((nx_file_info *)0)->reason),
-              _CFFI_OP(_CFFI_OP_NOOP, 347) },
+              _CFFI_OP(_CFFI_OP_NOOP, 397) },
   { "sys_errno", offsetof(nx_file_info, sys_errno),
                  sizeof(((nx_file_info *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 263) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 299) },
   { "n_threads", offsetof(nx_membench_options, n_threads),
                  sizeof(((nx_membench_options *)0)->n_threads),
                  _CFFI_OP(_CFFI_OP_NOOP, 27) },
@@ -6217,7 +6911,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "bytes_s", offsetof(nx_membench_result, bytes_s),
                sizeof(((nx_membench_result *)0)->bytes_s),
-               _CFFI_OP(_CFFI_OP_NOOP, 350) },
+               _CFFI_OP(_CFFI_OP_NOOP, 400) },
   { "bytes", offsetof(nx_membench_result, bytes),
              sizeof(((nx_membench_result *)0)->bytes),
              _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -6238,10 +6932,10 @@ static const struct _cffi_field_s _cffi_fields[] = {
                 _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "state", offsetof(nx_prediction, state),
              sizeof(((nx_prediction *)0)->state),
-             _CFFI_OP(_CFFI_OP_NOOP, 354) },
+             _CFFI_OP(_CFFI_OP_NOOP, 404) },
   { "on", offsetof(nx_prediction, on),
           sizeof(((nx_prediction *)0)->on),
-          _CFFI_OP(_CFFI_OP_NOOP, 263) },
+          _CFFI_OP(_CFFI_OP_NOOP, 299) },
   { "trials", offsetof(nx_prediction, trials),
               sizeof(((nx_prediction *)0)->trials),
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -6250,16 +6944,16 @@ static const struct _cffi_field_s _cffi_fields[] = {
                 _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "idle", offsetof(nx_prediction, idle),
             sizeof(((nx_prediction *)0)->idle),
-            _CFFI_OP(_CFFI_OP_NOOP, 350) },
+            _CFFI_OP(_CFFI_OP_NOOP, 400) },
   { "stall", offsetof(nx_prediction, stall),
              sizeof(((nx_prediction *)0)->stall),
-             _CFFI_OP(_CFFI_OP_NOOP, 350) },
+             _CFFI_OP(_CFFI_OP_NOOP, 400) },
   { "on_ns", offsetof(nx_prediction, on_ns),
              sizeof(((nx_prediction *)0)->on_ns),
-             _CFFI_OP(_CFFI_OP_NOOP, 350) },
+             _CFFI_OP(_CFFI_OP_NOOP, 400) },
   { "off_ns", offsetof(nx_prediction, off_ns),
               sizeof(((nx_prediction *)0)->off_ns),
-              _CFFI_OP(_CFFI_OP_NOOP, 350) },
+              _CFFI_OP(_CFFI_OP_NOOP, 400) },
   { "block_bytes", offsetof(nx_probe_options, block_bytes),
                    sizeof(((nx_probe_options *)0)->block_bytes),
                    _CFFI_OP(_CFFI_OP_NOOP, 27) },
@@ -6268,7 +6962,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "random", offsetof(nx_probe_options, random),
               sizeof(((nx_probe_options *)0)->random),
-              _CFFI_OP(_CFFI_OP_NOOP, 263) },
+              _CFFI_OP(_CFFI_OP_NOOP, 299) },
   { "max_bytes", offsetof(nx_probe_options, max_bytes),
                  sizeof(((nx_probe_options *)0)->max_bytes),
                  _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -6277,7 +6971,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "engine", offsetof(nx_probe_options, engine),
               sizeof(((nx_probe_options *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 263) },
+              _CFFI_OP(_CFFI_OP_NOOP, 299) },
   { "seed", offsetof(nx_probe_options, seed),
             sizeof(((nx_probe_options *)0)->seed),
             _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -6289,16 +6983,16 @@ static const struct _cffi_field_s _cffi_fields[] = {
           _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "direct", offsetof(nx_probe_result, direct),
               sizeof(((nx_probe_result *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 263) },
+              _CFFI_OP(_CFFI_OP_NOOP, 299) },
   { "engine", offsetof(nx_probe_result, engine),
               sizeof(((nx_probe_result *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 263) },
+              _CFFI_OP(_CFFI_OP_NOOP, 299) },
   { "how_cold", offsetof(nx_probe_result, how_cold),
                 sizeof(((nx_probe_result *)0)->how_cold),
-                _CFFI_OP(_CFFI_OP_NOOP, 347) },
+                _CFFI_OP(_CFFI_OP_NOOP, 397) },
   { "sys_errno", offsetof(nx_probe_result, sys_errno),
                  sizeof(((nx_probe_result *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 263) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 299) },
   { "n_in", offsetof(nx_residual_matrix, n_in),
             sizeof(((nx_residual_matrix *)0)->n_in),
             _CFFI_OP(_CFFI_OP_NOOP, 27) },
@@ -6307,10 +7001,10 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "codes", offsetof(nx_residual_matrix, codes),
              sizeof(((nx_residual_matrix *)0)->codes),
-             _CFFI_OP(_CFFI_OP_NOOP, 372) },
+             _CFFI_OP(_CFFI_OP_NOOP, 423) },
   { "scales", offsetof(nx_residual_matrix, scales),
               sizeof(((nx_residual_matrix *)0)->scales),
-              _CFFI_OP(_CFFI_OP_NOOP, 62) },
+              _CFFI_OP(_CFFI_OP_NOOP, 65) },
   { "passes", offsetof(nx_stats, passes),
               sizeof(((nx_stats *)0)->passes),
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -6418,7 +7112,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
                  _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "type", offsetof(nx_ternary, type),
             sizeof(((nx_ternary *)0)->type),
-            _CFFI_OP(_CFFI_OP_NOOP, 161) },
+            _CFFI_OP(_CFFI_OP_NOOP, 30) },
   { "n_in", offsetof(nx_ternary, n_in),
             sizeof(((nx_ternary *)0)->n_in),
             _CFFI_OP(_CFFI_OP_NOOP, 27) },
@@ -6427,13 +7121,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "codes", offsetof(nx_ternary, codes),
              sizeof(((nx_ternary *)0)->codes),
-             _CFFI_OP(_CFFI_OP_NOOP, 68) },
+             _CFFI_OP(_CFFI_OP_NOOP, 71) },
   { "scales", offsetof(nx_ternary, scales),
               sizeof(((nx_ternary *)0)->scales),
-              _CFFI_OP(_CFFI_OP_NOOP, 370) },
+              _CFFI_OP(_CFFI_OP_NOOP, 421) },
   { "scale", offsetof(nx_ternary, scale),
              sizeof(((nx_ternary *)0)->scale),
-             _CFFI_OP(_CFFI_OP_NOOP, 179) },
+             _CFFI_OP(_CFFI_OP_NOOP, 204) },
   { "codes_bytes", offsetof(nx_ternary, codes_bytes),
                    sizeof(((nx_ternary *)0)->codes_bytes),
                    _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -6443,83 +7137,89 @@ static const struct _cffi_field_s _cffi_fields[] = {
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "$nx_ans_layout", 353, _CFFI_F_CHECK_FIELDS,
+  { "$nx_ans_layout", 403, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_ans_layout), offsetof(struct _cffi_align_typedef_nx_ans_layout, y), 0, 5 },
-  { "$nx_error", 355, _CFFI_F_CHECK_FIELDS,
+  { "$nx_error", 405, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_error), offsetof(struct _cffi_align_typedef_nx_error, y), 5, 7 },
-  { "$nx_event", 356, _CFFI_F_CHECK_FIELDS,
+  { "$nx_event", 406, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_event), offsetof(struct _cffi_align_typedef_nx_event, y), 12, 4 },
-  { "$nx_fault", 357, _CFFI_F_CHECK_FIELDS,
+  { "$nx_fault", 407, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_fault), offsetof(struct _cffi_align_typedef_nx_fault, y), 16, 4 },
-  { "$nx_file_info", 359, _CFFI_F_CHECK_FIELDS,
+  { "$nx_file_info", 409, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_file_info), offsetof(struct _cffi_align_typedef_nx_file_info, y), 20, 9 },
-  { "$nx_membench_options", 361, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_options", 411, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_options), offsetof(struct _cffi_align_typedef_nx_membench_options, y), 29, 3 },
-  { "$nx_membench_result", 362, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_result", 412, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_result), offsetof(struct _cffi_align_typedef_nx_membench_result, y), 32, 7 },
-  { "$nx_prediction", 364, _CFFI_F_CHECK_FIELDS,
+  { "$nx_prediction", 415, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_prediction), offsetof(struct _cffi_align_typedef_nx_prediction, y), 39, 8 },
-  { "$nx_probe_options", 365, _CFFI_F_CHECK_FIELDS,
+  { "$nx_probe_options", 416, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_probe_options), offsetof(struct _cffi_align_typedef_nx_probe_options, y), 47, 7 },
-  { "$nx_probe_result", 366, _CFFI_F_CHECK_FIELDS,
+  { "$nx_probe_result", 417, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_probe_result), offsetof(struct _cffi_align_typedef_nx_probe_result, y), 54, 6 },
-  { "$nx_residual_matrix", 367, _CFFI_F_CHECK_FIELDS,
+  { "$nx_residual_matrix", 418, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_residual_matrix), offsetof(struct _cffi_align_typedef_nx_residual_matrix, y), 60, 4 },
-  { "$nx_stats", 368, _CFFI_F_CHECK_FIELDS,
+  { "$nx_stats", 419, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_stats), offsetof(struct _cffi_align_typedef_nx_stats, y), 64, 35 },
-  { "$nx_ternary", 369, _CFFI_F_CHECK_FIELDS,
+  { "$nx_ternary", 420, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_ternary), offsetof(struct _cffi_align_typedef_nx_ternary, y), 99, 8 },
-  { "_IO_FILE", 338, _CFFI_F_OPAQUE,
+  { "_IO_FILE", 388, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_file", 358, _CFFI_F_OPAQUE,
+  { "nx_file", 408, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_imatrix", 360, _CFFI_F_OPAQUE,
+  { "nx_imatrix", 410, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_model", 363, _CFFI_F_OPAQUE,
+  { "nx_model", 413, _CFFI_F_OPAQUE,
+    (size_t)-1, -1, -1, 0 /* opaque */ },
+  { "nx_opencl_matrix", 414, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
 };
 
 static const struct _cffi_enum_s _cffi_enums[] = {
-  { "$nx_ans_path", 80, _cffi_prim_int(sizeof(nx_ans_path), ((nx_ans_path)-1) <= 0),
+  { "$nx_ans_path", 83, _cffi_prim_int(sizeof(nx_ans_path), ((nx_ans_path)-1) <= 0),
     "NX_ANS_PORTABLE,NX_ANS_AVX2,NX_ANS_AVX512,NX_ANS_PATHS" },
-  { "$nx_control_state", 354, _cffi_prim_int(sizeof(nx_control_state), ((nx_control_state)-1) <= 0),
+  { "$nx_control_state", 404, _cffi_prim_int(sizeof(nx_control_state), ((nx_control_state)-1) <= 0),
     "NX_CONTROL_FIXED,NX_CONTROL_WATCHING,NX_CONTROL_NO_STALL,NX_CONTROL_NO_IDLE,NX_CONTROL_TRYING,NX_CONTROL_SLOWER,"
     "NX_CONTROL_FASTER" },
-  { "$nx_io_mode", 45, _cffi_prim_int(sizeof(nx_io_mode), ((nx_io_mode)-1) <= 0),
+  { "$nx_io_mode", 48, _cffi_prim_int(sizeof(nx_io_mode), ((nx_io_mode)-1) <= 0),
     "NX_IO_DIRECT,NX_IO_BUFFERED" },
   { "$nx_isa", 8, _cffi_prim_int(sizeof(nx_isa), ((nx_isa)-1) <= 0),
     "NX_ISA_REF,NX_ISA_AVX2,NX_ISA_AVX512,NX_ISA_NEON,NX_ISA_COUNT" },
+  { "$nx_own_kind", 250, _cffi_prim_int(sizeof(nx_own_kind), ((nx_own_kind)-1) <= 0),
+    "NX_OWN_PACKED,NX_OWN_STORED,NX_OWN_OPENCL,NX_OWN_KINDS" },
   { "$nx_status", 14, _cffi_prim_int(sizeof(nx_status), ((nx_status)-1) <= 0),
     "NX_OK,NX_E_NOMEM,NX_E_IO,NX_E_TRUNCATED,NX_E_CHANGED,NX_E_INVALID,NX_E_ABORTED,NX_E_UNSUPPORTED,NX_E_ABI,"
     "NX_E_CLOSED,NX_E_BUSY,NX_E_DAMAGED" },
-  { "$nx_ternary_type", 161, _cffi_prim_int(sizeof(nx_ternary_type), ((nx_ternary_type)-1) <= 0),
+  { "$nx_ternary_type", 30, _cffi_prim_int(sizeof(nx_ternary_type), ((nx_ternary_type)-1) <= 0),
     "NX_TQ1_0,NX_TQ2_0,NX_Q2_0,NX_Q1_0,NX_TERNARY_TYPES" },
 };
 
 static const struct _cffi_typename_s _cffi_typenames[] = {
-  { "FILE", 338 },
-  { "nx_ans_layout", 353 },
-  { "nx_ans_path", 80 },
-  { "nx_control_state", 354 },
-  { "nx_error", 355 },
-  { "nx_event", 356 },
-  { "nx_fault", 357 },
-  { "nx_file", 358 },
-  { "nx_file_info", 359 },
-  { "nx_imatrix", 360 },
-  { "nx_io_mode", 45 },
+  { "FILE", 388 },
+  { "nx_ans_layout", 403 },
+  { "nx_ans_path", 83 },
+  { "nx_control_state", 404 },
+  { "nx_error", 405 },
+  { "nx_event", 406 },
+  { "nx_fault", 407 },
+  { "nx_file", 408 },
+  { "nx_file_info", 409 },
+  { "nx_imatrix", 410 },
+  { "nx_io_mode", 48 },
   { "nx_isa", 8 },
-  { "nx_membench_options", 361 },
-  { "nx_membench_result", 362 },
-  { "nx_model", 363 },
-  { "nx_prediction", 364 },
-  { "nx_probe_options", 365 },
-  { "nx_probe_result", 366 },
-  { "nx_residual_matrix", 367 },
-  { "nx_stats", 368 },
+  { "nx_membench_options", 411 },
+  { "nx_membench_result", 412 },
+  { "nx_model", 413 },
+  { "nx_opencl_matrix", 414 },
+  { "nx_own_kind", 250 },
+  { "nx_prediction", 415 },
+  { "nx_probe_options", 416 },
+  { "nx_probe_result", 417 },
+  { "nx_residual_matrix", 418 },
+  { "nx_stats", 419 },
   { "nx_status", 14 },
-  { "nx_ternary", 369 },
-  { "nx_ternary_type", 161 },
+  { "nx_ternary", 420 },
+  { "nx_ternary_type", 30 },
 };
 
 static const struct _cffi_type_context_s _cffi_type_context = {
@@ -6529,12 +7229,12 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   _cffi_enums,
   _cffi_typenames,
-  141,  /* num_globals */
-  17,  /* num_struct_unions */
-  6,  /* num_enums */
-  23,  /* num_typenames */
+  158,  /* num_globals */
+  18,  /* num_struct_unions */
+  7,  /* num_enums */
+  25,  /* num_typenames */
   NULL,  /* no includes */
-  377,  /* num_types */
+  428,  /* num_types */
   1,  /* flags */
 };
 

@@ -12,6 +12,7 @@
 #define NEXUS_ATTACH_H
 
 #include "nexus_core.h"
+#include "nexus_opencl.h"
 #include "nexus_residual.h"
 #include "nexus_ternary.h"
 
@@ -23,14 +24,22 @@ typedef struct nx_attachment {
     nx_residual_matrix residual;
     uint32_t residual_k; /* channels for each product; 0: off, or there is no residual. Atomic */
     nx_ternary packed;   /* codes NULL: the weight is as it was stored. Written before it is attached */
+    nx_opencl_matrix *opencl; /* the same on a device, instead of `packed`; NULL: not. Once there, it stays */
     int has_residual;    /* written under the model's load_lock, as the one below; atomic */
-    int released;        /* the stored bytes were given back: only `packed` has the weight */
+    int released;        /* the stored bytes were given back: only `packed` or `opencl` has the weight */
 } nx_attachment;
 
 /* What is attached to an extent, or NULL. */
 NX_API nx_attachment *nx_extent_attached(const nx_extent *);
 /* Have the stored bytes of a packed weight in place again, for an operation that is not ours. */
 NX_API nx_status nx_extent_restore(nx_extent *);
+/* How our kernels multiply by this weight as it is stored (in memory, in a slab, in a record): NX_TERNARY_TYPES
+ * if the manifest does not ask for it, or no kernel here is worth it. */
+NX_API nx_ternary_type nx_extent_own_type(const nx_extent *);
+/* Products that our kernels computed, in graphs, since the model was created. */
+typedef enum nx_own_kind { NX_OWN_PACKED = 0, NX_OWN_STORED = 1, NX_OWN_OPENCL = 2, NX_OWN_KINDS } nx_own_kind;
+NX_API void nx_note_own(nx_model *, nx_own_kind);
+NX_API uint64_t nx_model_n_own(const nx_model *, nx_own_kind);
 /* How many weights are packed. */
 NX_API uint32_t nx_model_n_packed(const nx_model *);
 

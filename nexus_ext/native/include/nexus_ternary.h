@@ -73,6 +73,15 @@ void nx_ternary_activate(nx_ternary_type, const float *x, uint32_t begin, uint32
 void nx_ternary_multiply(const nx_ternary *, const void *columns, uint32_t n_columns, uint32_t begin,
                          uint32_t end, float *y, size_t y_stride);
 
+/* The same straight from rows as llama.cpp stores them, for weights that are soon gone: row o at
+ * rows + o * stride, at any alignment; columns[c] is a column of activations and y[c] its result; any
+ * range of rows. The same bits as from a packed matrix. */
+void nx_ternary_multiply_stored(nx_ternary_type, const void *rows, size_t stride, uint32_t n_in,
+                                const void *const *columns, uint32_t n_columns, uint32_t begin, uint32_t end,
+                                float *const *y);
+/* Has the implementation in use a kernel for that? Without, the portable one runs, slowly. */
+int nx_ternary_stored_usable(nx_ternary_type);
+
 #ifdef __cplusplus
 }
 #endif
