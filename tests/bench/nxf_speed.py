@@ -21,9 +21,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from nexus_ext.codecs.ans import AnsCodec, decode_by, paths
+from nexus_ext.testing.synthetic.blocks import pattern
+from nexus_ext.testing.synthetic.models import llama_dims_for_size, write_llama
 from nexus_ext.units import format_bytes, parse_bytes
-from tests.synth.blocks import pattern
-from tests.synth.models import llama_dims_for_size, write_llama
 
 # Conversion in a process of its own, which says how much memory it had at most.
 CHILD = """

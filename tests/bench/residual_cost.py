@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from nexus_ext import Llama, core, kernels
-from tests.synth.models import write_llama
+from nexus_ext.testing.synthetic.models import write_llama
 
 KINDS = ("ffn_down", "attn_v", "attn_output")
 PERCENT = (0, 2, 6, 12)

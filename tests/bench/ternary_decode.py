@@ -21,7 +21,7 @@ import numpy as np
 
 from nexus_ext import Llama
 from nexus_ext.runtime.stock import stock_llama
-from tests.synth.models import LLAMA_PRESETS, write_llama
+from nexus_ext.testing.synthetic.models import LLAMA_PRESETS, write_llama
 
 
 def run(llm: Any, prompt: list[int], n_decode: int) -> tuple[float, float, Any]:

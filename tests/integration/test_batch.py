@@ -17,8 +17,8 @@ from nexus_ext.runtime.blueprint import Blueprint, blueprint
 from nexus_ext.runtime.elastic import ElasticModel
 from nexus_ext.runtime.sampler import Sampler, log_probabilities
 from nexus_ext.runtime.sampling import Sampling
+from nexus_ext.testing.synthetic.models import write_moe
 from tests.integration.alone import Alone
-from tests.synth.models import write_moe
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 N_CTX = 512

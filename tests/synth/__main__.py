@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from nexus_ext.units import format_bytes, parse_bytes
-from tests.synth.models import (
+from nexus_ext.testing.synthetic.models import (
     LLAMA_PRESETS,
     MOE_ARCHITECTURES,
     MoeDims,
@@ -18,6 +17,7 @@ from tests.synth.models import (
     write_moe,
     write_preset,
 )
+from nexus_ext.units import format_bytes, parse_bytes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

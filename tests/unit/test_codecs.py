@@ -17,7 +17,7 @@ from nexus_ext.codecs.ans import LAYOUTS, AnsCodec, decode_by, paths
 from nexus_ext.errors import FormatError, PluginError, UsageError
 from nexus_ext.formats.ggml_types import ggml_types
 from nexus_ext.plugins import Plugins
-from tests.synth.blocks import WEIGHT_TYPES, pattern
+from nexus_ext.testing.synthetic.blocks import WEIGHT_TYPES, pattern
 
 ANS = AnsCodec()
 N_BYTES = 200_000

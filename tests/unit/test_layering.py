@@ -38,6 +38,7 @@ LAYERS = {
             ("nexus_ext.server",),
             ("nexus_ext.integrations",),
             ("nexus_ext.cli",),
+            ("nexus_ext.testing",),
         )
     )
     for name in names

@@ -9,7 +9,7 @@ import itertools
 import string
 from collections.abc import Iterator
 
-from tests.synth.container import Value
+from nexus_ext.testing.synthetic.container import Value
 
 N_SPECIAL = 3
 MIN_TOKENS = N_SPECIAL + 256

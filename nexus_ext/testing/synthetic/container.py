@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from tests.synth.blocks import WEIGHT_STD, block_elements, nbytes_of, pattern
+from nexus_ext.testing.synthetic.blocks import WEIGHT_STD, block_elements, nbytes_of, pattern
 
 _IOV_LIMIT = 512
 _LARGE_TENSOR_NBYTES = 16 << 20

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.synth.blocks import WEIGHT_STD, storable_type
-from tests.synth.container import Tensor, Value, write_gguf
-from tests.synth.vocab import tokenizer_pairs
+from nexus_ext.testing.synthetic.blocks import WEIGHT_STD, storable_type
+from nexus_ext.testing.synthetic.container import Tensor, Value, write_gguf
+from nexus_ext.testing.synthetic.vocab import tokenizer_pairs
 
 MOE_ARCHITECTURES = (
     "qwen3moe",
