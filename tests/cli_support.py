@@ -15,7 +15,7 @@ from typing import Any
 from click.testing import CliRunner
 
 from nexus_ext.cli import cli
-from nexus_ext.hardware import Cpu, Disk, DiskPoint, HardwareProfile, Memory
+from nexus_ext.testing import machine
 
 COMMAND = [sys.executable, "-m", "nexus_ext.cli"]
 
@@ -88,30 +88,8 @@ def on_terminal(*arguments: str | Path, typed: list[tuple[str, str]]) -> tuple[i
 
 def hardware_file(directory: Path) -> Path:
     """Write the profile of a machine with two cores, no GPU and a disk of 1 GB/s."""
-    point = DiskPoint(block_bytes=1 << 20, depth=16, pattern="sequential", bytes_s=1e9)
-    profile = HardwareProfile(
-        cpu=Cpu(n_cores=2, n_threads=2, isa=("avx2",), name="test"),
-        memory=Memory(
-            total_bytes=8 << 30,
-            available_bytes=4 << 30,
-            limit_bytes=None,
-            bandwidth_bytes_s=2e10,
-        ),
-        gpus=(),
-        disk=Disk(
-            path="/models",
-            device="nvme0n1",
-            filesystem="ext4",
-            direct=True,
-            direct_reason="",
-            offset_align=512,
-            mem_align=512,
-            points=(point,),
-            how_cold="not measured",
-        ),
-    )
     file = directory / "hardware.json"
-    file.write_text(profile.to_json(), encoding="utf-8")
+    file.write_text(machine().to_json(), encoding="utf-8")
     return file
 
 

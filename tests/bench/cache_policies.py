@@ -16,11 +16,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+from nexus_ext.routing import ONLINE, RoutingTrace, replay
+from nexus_ext.testing import synthetic_trace
 
-from nexus_ext.routing import ONLINE, RoutingTrace, TracedLayer, replay
-
-RECORD_BYTES = 1 << 20
 DEFAULT, *OTHERS = ONLINE
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 SYNTHETIC: tuple[tuple[str, dict[str, float]], ...] = (
@@ -31,38 +29,6 @@ SYNTHETIC: tuple[tuple[str, dict[str, float]], ...] = (
     ("topics of 64, zipf 1.2", {"zipf": 1.2, "topic": 64, "reuse": 0.3}),
 )
 EXPERTS = ((32, 4), (64, 6), (128, 8))  # in a layer, and used by a token
-
-
-def synthetic(
-    n_tokens: int,
-    n_experts: int,
-    n_used: int,
-    *,
-    zipf: float = 0.0,
-    reuse: float = 0.0,
-    topic: int = 0,
-    n_layers: int = 3,
-    seed: int = 0,
-) -> RoutingTrace:
-    """Draw a trace; each layer has popular experts of its own."""
-    rng = np.random.default_rng(seed)
-    weights = -zipf * np.log(np.arange(1, n_experts + 1))
-    layers = []
-    for layer in range(n_layers):
-        rows = np.empty((n_tokens, n_used), np.uint8)
-        popular = rng.permutation(weights)
-        for t in range(n_tokens):
-            if topic and t % topic == 0:
-                popular = rng.permutation(weights)
-            # The largest of weights with Gumbel noise are a draw without putting back.
-            keys = popular + rng.gumbel(size=n_experts)
-            if t:
-                keys[rows[t - 1][rng.random(n_used) < reuse]] = np.inf
-            rows[t] = np.argpartition(-keys, n_used - 1)[:n_used]
-        layers.append(
-            TracedLayer(layer, n_experts, n_used, RECORD_BYTES, RECORD_BYTES, rows.tobytes())
-        )
-    return RoutingTrace("synthetic", "synthetic", (1,) * n_tokens, tuple(layers))
 
 
 def first_tokens(trace: RoutingTrace, n: int) -> RoutingTrace:
@@ -81,7 +47,7 @@ def traces(files: list[str], n_tokens: int) -> Iterator[tuple[str, RoutingTrace]
         yield Path(file).name, first_tokens(found, n_tokens)
     for n_experts, n_used in EXPERTS:
         for name, options in SYNTHETIC:
-            drawn = synthetic(n_tokens, n_experts, n_used, **options)  # type: ignore[arg-type]
+            drawn = synthetic_trace(n_tokens, n_experts, n_used, **options)  # type: ignore[arg-type]
             yield f"{name}, {n_experts}/{n_used}", drawn
 
 

@@ -9,7 +9,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ from llama_cpp._internals import LlamaBatch, LlamaContext
 
 from nexus_ext import Llama
 from nexus_ext.errors import ReadFailed
-from nexus_ext.placement import Plan, PlanRequest, ring
-from nexus_ext.placement.experts import groups, slot_bytes
-from nexus_ext.placement.plan import Budget, ExpertCache
+from nexus_ext.placement import Plan, PlanRequest
 from nexus_ext.runtime.planning import plan_model
+from nexus_ext.testing import expert_plan
 from nexus_ext.types import Role
 from tests.integration.streaming import Bits, logits, prompt, stock
 from tests.models_folder import find_model
@@ -66,49 +64,12 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def expert_plan(path: Path, slots: int, *, wave: int = 4, io_mode: str = "direct") -> Plan:
-    """Everything in memory but the experts, of which each layer can keep `slots` (0: no cache).
-
-    `wave` is how many experts the scratch area holds.
-    """
-    request = PlanRequest(weights_bytes=1 << 40, gpu_bytes=0, io_mode=io_mode, n_ctx=TINY["n_ctx"])
-    planned = plan_model(path, request)
-    experts = [t for t in planned.catalog.tensors if t.role is Role.EXPERT]
-    caches = tuple(
-        ExpertCache(tuple(t.name for t in parts), slots, slots * slot_bytes(parts))
-        for parts in groups(experts)
-        if slots
-    )
-    scratch = max(ring.scratch_bytes(t, TINY["n_ubatch"]) for t in experts)
-    record = max(t.nbytes // t.n_experts for t in experts)
-    scratch = min(scratch, wave * (-(-record // 512) * 512 + 2 * 4096))
-    breakdown = {
-        **planned.plan.breakdown,
-        "pinned weights": planned.plan.breakdown["pinned weights"] - sum(t.nbytes for t in experts),
-        "ring": 0,
-        "scratch": scratch,
-        "expert cache": sum(c.nbytes for c in caches),
-    }
-    plan = replace(
-        planned.plan,
-        tiers={**planned.plan.tiers, **dict.fromkeys((t.name for t in experts), "nvme")},
-        ring_bytes=0,
-        slab_bytes=0,
-        scratch_bytes=scratch,
-        budget=Budget(None, sum(breakdown.values()), 0),
-        breakdown=breakdown,
-        everything_fits=False,
-        expert_caches=caches,
-    )
-    assert Plan.from_json(plan.to_json()) == plan, "a plan that the solver could have made"
-    return plan
-
-
 @contextmanager
 def cached(
     path: Path, slots: int, *, wave: int = 4, io_mode: str = "direct", **arguments: Any
 ) -> Iterator[Llama]:
     plan = expert_plan(path, slots, wave=wave, io_mode=io_mode)
+    assert Plan.from_json(plan.to_json()) == plan, "a plan that the solver could have made"
     arguments = {"logits_all": True, "warm_start": False, **arguments}
     llm = Llama(path, plan=plan, **{**TINY, **arguments})
     try:

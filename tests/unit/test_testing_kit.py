@@ -1,0 +1,362 @@
+"""The authors' kit: it asks what the runtime asks, and notices what a plugin does wrong."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import click
+import pytest
+
+import nexus_ext.testing as kit
+from nexus_ext import hookimpl
+from nexus_ext import plugins as home
+from nexus_ext.codecs.ans import AnsCodec
+from nexus_ext.errors import DoesNotFit, FormatError, PluginError, UsageError
+from nexus_ext.plugins import Plugins
+from nexus_ext.routing import RoutingTrace, repeats
+from nexus_ext.testing import (
+    RECORDED,
+    FakeEngine,
+    MoeDims,
+    check_codec,
+    expert_plan,
+    load_plugins,
+    machine,
+    recorded_trace,
+    synthetic_trace,
+    use_plugins,
+    write_llama,
+    write_moe,
+)
+
+GIB = 1 << 30
+
+
+class Chooser:
+    """A plugin that answers one hook with an object that chooses one thing."""
+
+    def __init__(self, hook: str, answer: object) -> None:
+        policy = SimpleNamespace(name="chooser", choose=lambda info: self.choose(info, answer))
+        setattr(self, hook, hookimpl(lambda: policy))
+        self.infos: list[object] = []
+
+    def choose(self, info: object, answer: object) -> object:
+        self.infos.append(info)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+class Observer:
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, object]] = []
+
+    @hookimpl
+    def nexus_model_loaded(self, info: object) -> None:
+        self.seen.append(("loaded", info))
+
+    @hookimpl
+    def nexus_request_done(self, info: object) -> None:
+        self.seen.append(("done", info))
+
+    @hookimpl
+    def nexus_model_closed(self, info: object) -> None:
+        self.seen.append(("closed", info))
+
+    @hookimpl
+    def nexus_register_commands(self, cli: click.Group) -> None:
+        @cli.command()
+        @click.option("--fail", is_flag=True)
+        def seen(fail: bool) -> None:
+            if fail:
+                raise UsageError("failed as asked", hint="ask for something else")
+            click.echo(json.dumps({"n": len(self.seen)}))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A header; the weights are holes."""
+    path = tmp_path_factory.mktemp("kit") / "dense.gguf"
+    dims = {"n_layers": 3, "n_embd": 256, "n_ff": 512, "n_heads": 4, "n_heads_kv": 2}
+    write_llama(path, **dims, n_vocab=320, sparse=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("kit") / "moe.gguf"
+    write_moe(path, dims=MoeDims(n_layers=4, n_experts=16, n_used=2), sparse=True)
+    return path
+
+
+@pytest.mark.parametrize("name", kit.__all__)
+def test_every_public_name_can_be_had(name: str) -> None:
+    assert getattr(kit, name) is not None and name in dir(kit)
+    assert not isinstance(getattr(kit, name), ModuleType)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        kit.no_such_name  # noqa: B018
+
+
+def test_importing_the_kit_loads_nothing_heavy() -> None:
+    code = "import sys, nexus_ext.testing; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"numpy", "pytest", "click", "pluggy", "llama_cpp", "gguf"} & set(
+        done.stdout.split()
+    )
+
+
+def test_only_what_is_named_is_loaded() -> None:
+    observer = Observer()
+    names = [r.name for r in load_plugins(observer).list_plugins()]
+    assert "Observer" in names
+    assert not any(r.name == "Observer" for r in load_plugins().list_plugins())
+
+
+def test_what_cannot_be_loaded_is_an_error() -> None:
+    with pytest.raises(PluginError, match="no plugin 'nowhere' is installed") as error:
+        load_plugins("nowhere")
+    assert "pip install -e ." in error.value.hint
+    with pytest.raises(PluginError, match="implements no hook"):
+        load_plugins(SimpleNamespace(__name__="empty"))
+
+
+def test_the_process_uses_plugins_for_a_while_and_gets_its_own_back() -> None:
+    before, mine = home.plugins(), load_plugins()
+    with pytest.raises(ZeroDivisionError), use_plugins(mine):
+        assert home.plugins() is mine
+        _ = 1 / 0
+    assert home.plugins() is before
+
+
+def test_a_plan_is_that_of_the_runtime(dense: Path) -> None:
+    plan = FakeEngine().plan(dense, weights_bytes=600_000)
+    assert plan.weights_bytes <= 600_000 and "nvme" in plan.tiers.values()
+    with pytest.raises(DoesNotFit):
+        FakeEngine().plan(dense, weights_bytes=1000)
+
+
+def test_the_machine_is_the_one_described(dense: Path) -> None:
+    engine = FakeEngine(hardware=machine(ram="8G", available="7G", limit="6G", cores=3))
+    assert engine.hardware.memory.limit_bytes == 6 * GIB
+    assert engine.hardware.cpu.n_cores == 3
+    assert engine.io_mode(streamed_bytes=2 * GIB) == "buffered"
+    assert engine.io_mode(streamed_bytes=7 * GIB) == "direct"
+
+
+class Forgetful:
+    """A solver that leaves out a tensor, in every second plan."""
+
+    name = "forgetful"
+
+    def __init__(self, every: int) -> None:
+        self.n, self.every = 0, every
+
+    @hookimpl
+    def nexus_placement_solver(self) -> Forgetful:
+        return self
+
+    def solve(self, catalog: object, hardware: object, request: object) -> object:
+        from dataclasses import replace
+
+        from nexus_ext.placement import solve
+
+        plan = solve(catalog, hardware, request)  # type: ignore[arg-type]
+        self.n += 1
+        if self.n % self.every:
+            return plan
+        left = dict(list(plan.tiers.items())[1:])
+        return replace(plan, tiers=left)
+
+
+def test_a_plan_that_leaves_something_out_is_noticed(dense: Path) -> None:
+    with pytest.raises(AssertionError, match="leaves out token_embd"):
+        FakeEngine(load_plugins(Forgetful(1))).plan(dense, weights_bytes=600_000)
+    with pytest.raises(AssertionError, match="two plans for the same"):
+        FakeEngine(load_plugins(Forgetful(2))).plan(dense, weights_bytes=600_000)
+
+
+def test_a_cache_policy_is_compared_with_the_builtin_and_the_optimum() -> None:
+    plugin = Chooser("nexus_cache_policy", "least-stale")
+    trace = synthetic_trace(200, 32, 4, zipf=1.0)
+    run = FakeEngine(load_plugins(plugin)).cache(trace, share=0.25)
+    assert run.policy == "least-stale" and run.builtin.policy == "lfru"
+    assert run.chosen.hit_rate < run.builtin.hit_rate < run.belady.hit_rate
+    (info,) = plugin.infos
+    assert (info.n_layers, info.n_experts, info.n_experts_used, info.slots) == (3, 32, 4, 8)  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match="share is 0"):
+        FakeEngine().cache(trace, share=0)
+
+
+def test_a_predictor_is_measured_where_a_trace_can_tell() -> None:
+    trace = synthetic_trace(200, 32, 4, reuse=0.5)
+    previous = FakeEngine(load_plugins(Chooser("nexus_expert_predictor", "previous")))
+    run = previous.predictor(trace)
+    assert run.predictor == "previous" and len(run.layers) == 3
+    assert run.slots is not None and abs(run.slots - repeats(trace)) < 0.01
+    assert FakeEngine().predictor(trace).slots is None
+
+
+@pytest.mark.parametrize("answer", [RuntimeError("no"), "magic", None])
+def test_a_decision_that_fails_is_an_error_here(answer: object) -> None:
+    engine = FakeEngine(load_plugins(Chooser("nexus_io_policy", answer)))
+    with pytest.raises((AssertionError, PluginError), match="nexus_io_policy"):
+        engine.io_mode(streamed_bytes=1)
+
+
+def test_a_model_goes_through_its_life(moe: Path) -> None:
+    observer = Observer()
+    engine = FakeEngine(load_plugins(observer))
+    with engine.model(moe, plan=expert_plan(moe, 8)) as model:
+        model.request(n_prompt_tokens=3, n_tokens=5)
+        assert (model.cache_policy, model.predictor) == ("lfru", "auto")
+    assert [what for what, _ in observer.seen] == ["loaded", "done", "closed"]
+    done = observer.seen[1][1]
+    assert (done.n_prompt_tokens, done.n_tokens) == (3, 5)  # type: ignore[attr-defined]
+    assert done.read_bytes == 6 * model.plan.streamed_bytes_per_token > 0  # type: ignore[attr-defined]
+    assert done.model.architecture == "qwen3moe"  # type: ignore[attr-defined]
+
+
+def test_an_observer_that_fails_is_an_error_here(moe: Path) -> None:
+    class Failing(Observer):
+        @hookimpl
+        def nexus_request_done(self, info: object) -> None:
+            raise RuntimeError("no disk left")
+
+    engine = FakeEngine(load_plugins(Failing()))
+    with pytest.raises(AssertionError, match="no disk left"):
+        with engine.model(moe, weights_bytes=moe.stat().st_size // 2) as model:
+            model.request()
+    lenient = FakeEngine(load_plugins(Failing()), strict=False)
+    with lenient.model(moe, weights_bytes=moe.stat().st_size // 2) as model:
+        model.request()
+
+
+def test_commands_are_those_of_the_plugins_under_test() -> None:
+    engine = FakeEngine(load_plugins(Observer()))
+    assert engine.command("seen").json == {"n": 0}
+    failed = engine.command("seen", "--fail")
+    assert failed.status == 2 and "failed as asked" in failed.err and not failed.out
+    without = FakeEngine().command("seen")
+    assert without.status == 2 and "no command 'seen'" in without.err
+
+
+class Zlib:
+    """A codec with one mistake, or with none."""
+
+    name = "x-zlib"
+
+    def __init__(self, mistake: str = "") -> None:
+        self.mistake = mistake
+
+    def encode(self, raw: memoryview, type_name: str) -> bytes:
+        if self.mistake == "loses a byte" and len(raw) == 4097:
+            raw = raw[:-1]
+        stored = zlib.compress(raw, 1)
+        return bytearray(stored) if self.mistake == "not bytes" else stored  # type: ignore[return-value]
+
+    def decode(self, stored: memoryview, out: memoryview) -> None:
+        decoder = zlib.decompressobj()
+        try:
+            data = decoder.decompress(stored)
+        except zlib.error as error:
+            raise self.error(error) from None
+        if self.mistake == "fills what it can":
+            out[: len(data)] = data[: len(out)]
+            return
+        if len(data) != len(out) or not decoder.eof:
+            raise FormatError("wrong size")
+        out[:] = data
+
+    def error(self, error: Exception) -> Exception:
+        return ValueError("bad") if self.mistake == "another error" else FormatError(str(error))
+
+
+def test_codecs_that_keep_their_promises_pass() -> None:
+    assert check_codec(AnsCodec()).ratios["BF16"] < 0.75
+    assert set(check_codec(Zlib()).ratios) >= {"F32", "Q4_K", "TQ2_0"}
+
+
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [
+        ("loses a byte", "4097 bytes of F32"),
+        ("not bytes", "encode returned bytearray"),
+        ("fills what it can", "decode to 4095 without an error"),
+        ("another error", "ValueError instead of FormatError"),
+    ],
+)
+def test_codecs_that_do_not_are_told_why(mistake: str, says: str) -> None:
+    with pytest.raises(AssertionError, match=says):
+        check_codec(Zlib(mistake))
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_traces_are_those_of_a_trained_model(name: str) -> None:
+    trace = recorded_trace(name)
+    assert trace.n_tokens >= 500 and len(trace.layers) == 6
+    assert {(layer.n_experts, layer.n_used) for layer in trace.layers} == {(32, 4)}
+    assert 4 / 32 < repeats(trace) < 0.5  # more than chance
+    assert RoutingTrace.from_bytes(trace.to_bytes()) == trace
+
+
+def test_a_trace_that_is_not_there_is_named() -> None:
+    with pytest.raises(UsageError, match="no recorded trace 'x'"):
+        recorded_trace("x")
+
+
+def test_drawn_traces_have_the_statistics_that_are_asked_for() -> None:
+    assert synthetic_trace(50, 8, 2, seed=1) == synthetic_trace(50, 8, 2, seed=1)
+    assert synthetic_trace(50, 8, 2, seed=1) != synthetic_trace(50, 8, 2, seed=2)
+    assert abs(repeats(synthetic_trace(400, 64, 4, reuse=0.5)) - 0.53) < 0.05
+    large = synthetic_trace(10, 300, 2, n_layers=1)
+    assert RoutingTrace.from_bytes(large.to_bytes()) == large
+    with pytest.raises(UsageError, match="9 of 8"):
+        synthetic_trace(1, 8, 9)
+
+
+def test_plugins_is_what_the_kit_hands_out() -> None:
+    assert isinstance(load_plugins(), Plugins)
+
+
+def signature_text(name: str, call: object) -> str:
+    """The signature as the page writes it."""
+    assert callable(call)
+    signature = inspect.signature(call)
+    shown = [p for p in signature.parameters.values() if p.name != "self"]
+    text = str(signature.replace(parameters=shown))
+    text = re.sub(r"(: |-> )'([^']+)'", r"\1\2", text)  # annotations are not evaluated
+    # The default prompt is a row of numbers that mean nothing.
+    return name + re.sub(r"(prompt: Sequence\[int\] = )\([^)]*\)", r"\1...", text)
+
+
+FUNCTIONS = [
+    *("assert_healthy", "assert_same_tokens", "check_codec", "expert_plan", "load_plugins"),
+    *("machine", "recorded_trace", "synthetic_trace", "use_plugins"),
+]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_page_has_the_signatures(name: str, repository: Path) -> None:
+    page = " ".join((repository / "plugins/docs/testing.md").read_text(encoding="utf-8").split())
+    assert f"- `{signature_text(name, getattr(kit, name))}`" in page
+
+
+@pytest.mark.parametrize("name", [n for n in vars(FakeEngine) if not n.startswith("_")])
+def test_the_page_has_the_methods_of_the_engine(name: str, repository: Path) -> None:
+    page = " ".join((repository / "plugins/docs/testing.md").read_text(encoding="utf-8").split())
+    assert f"- `{signature_text(name, getattr(FakeEngine, name))}`" in page
+
+
+def test_the_page_names_everything(repository: Path) -> None:
+    page = (repository / "plugins/docs/testing.md").read_text(encoding="utf-8")
+    assert not [name for name in kit.__all__ if f"`{name}" not in page and name not in page]
