@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nexus_ext.hardware import HardwareProfile as HardwareProfile
     from nexus_ext.hardware import probe as probe
     from nexus_ext.hookspecs import hookimpl as hookimpl
+    from nexus_ext.include import get_include as get_include
     from nexus_ext.placement import Plan as Plan
     from nexus_ext.placement import PlanRequest as PlanRequest
     from nexus_ext.placement import solve as solve
@@ -31,6 +32,7 @@ _HOME = {
     "NexusError": "nexus_ext.errors",
     "Plan": "nexus_ext.placement",
     "PlanRequest": "nexus_ext.placement",
+    "get_include": "nexus_ext.include",
     "hookimpl": "nexus_ext.hookspecs",
     "list_plugins": "nexus_ext.plugins",
     "open_gguf": "nexus_ext.formats",

@@ -1,7 +1,7 @@
 """The native core, as Python sees it: models, statistics, disk and memory measurements.
 
-The only module that touches the CFFI module. It turns status codes into errors and C structs into
-values; it knows nothing of llama.cpp, plans or catalogs beyond the text of a manifest.
+It turns C structs into values; it knows nothing of llama.cpp, plans or catalogs beyond the text of
+a manifest. What went wrong is said by `nexus_ext.core_errors`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import nexus_ext._native as _native
+from nexus_ext import native_plugins
+from nexus_ext.core_errors import check as check
+from nexus_ext.core_errors import error_of as error_of
+from nexus_ext.core_errors import text_of as _text
 from nexus_ext.core_values import Event as Event
 from nexus_ext.core_values import FileIo as FileIo
 from nexus_ext.core_values import ModelStats as ModelStats
 from nexus_ext.core_values import Prediction as Prediction
 from nexus_ext.errors import (
-    BackendUnavailable,
-    FormatError,
-    Interrupted,
-    ModelChanged,
     ModelClosed,
     NexusError,
     OutOfMemory,
     ReadFailed,
     UsageError,
 )
+from nexus_ext.native_plugins import PluginUse as PluginUse
 
 ffi = _native.ffi
 lib = _native.lib
@@ -53,58 +54,6 @@ _CONTROL = {
 }
 
 GATE_ROUTED, CONTROL_ROUTED = 1 << 24, 2 << 24  # as in routing.c
-
-
-def _text(array: Any) -> str:
-    raw: bytes = ffi.string(array)
-    return raw.decode("utf-8", "replace")
-
-
-def error_of(error: Any, what: str) -> NexusError:
-    """Return the exception for a filled-in `nx_error`."""
-    text = _text(error.text) or _text(lib.nx_status_text(error.status))
-    path, tensor, code = _text(error.path), _text(error.tensor), int(error.sys_errno)
-    if error.status in (lib.NX_E_TRUNCATED, lib.NX_E_CHANGED):
-        return ModelChanged(
-            f"{what}: {text} ({path}, offset {error.offset})",
-            hint="the file is not what it was when it was opened; open it again",
-            path=path,
-            offset=error.offset,
-            errno=code,
-        )
-    if error.status == lib.NX_E_IO:
-        reason = os.strerror(code) if code else "read error"
-        return ReadFailed(
-            f"{what}: cannot read {error.nbytes} bytes of tensor {tensor} "
-            f"at offset {error.offset} of {path}: {reason}"
-            if tensor
-            else f"{what}: {text}",
-            hint="check the disk and the file; the next call tries again",
-            path=path,
-            offset=error.offset,
-            errno=code,
-        )
-    kinds: dict[int, tuple[type[NexusError], str]] = {
-        lib.NX_E_NOMEM: (OutOfMemory, "give the model less, or the process more memory"),
-        lib.NX_E_ABORTED: (Interrupted, ""),
-        lib.NX_E_CLOSED: (ModelClosed, "open the model again"),
-        lib.NX_E_INVALID: (FormatError, ""),
-        lib.NX_E_DAMAGED: (FormatError, "convert or download the model again"),
-        lib.NX_E_UNSUPPORTED: (UsageError, ""),
-        lib.NX_E_ABI: (BackendUnavailable, ""),
-    }
-    kind, hint = kinds.get(error.status, (NexusError, ""))
-    where = f" ({path})" if path and path not in text else ""
-    return kind(f"{what}: {text}{where}", hint=hint)
-
-
-def check(status: int, what: str) -> None:
-    """Raise the error that `status` stands for, if it is one."""
-    if status == lib.NX_OK:
-        return
-    error = ffi.new("nx_error *")
-    error.status = status
-    raise error_of(error, what)
 
 
 @ffi.def_extern(onerror=lambda *_: None)  # type: ignore[untyped-decorator]
@@ -136,6 +85,11 @@ class Model:
         if status != lib.NX_OK:
             raise error_of(error, "the model cannot be opened")
         self._model = out[0]
+        self._kept: dict[str, object] = {}  # what plugins point to
+
+    @property
+    def is_open(self) -> bool:
+        return self._model is not None
 
     @property
     def pointer(self) -> Any:
@@ -213,13 +167,31 @@ class Model:
         n = lib.nx_model_events(self.pointer, out, most)
         return [Event(e.t_ns, _EVENTS.get(e.kind, "?"), e.a, e.b) for e in out[0:n]]
 
-    def set_cache_policy(self, name: str) -> None:
-        """Choose which expert is evicted: "lfru", "lru", "lfu" or "least-stale"."""
-        check(lib.nx_cache_set_policy(self.pointer, name.encode()), f"expert cache policy {name!r}")
+    def set_cache_policy(self, policy: native_plugins.CachePolicyLike) -> None:
+        """Choose which expert is evicted: a built-in by name, or a plugin.
 
-    def set_predictor(self, name: str) -> None:
-        """Choose what predicts experts: "none", "gate", "previous", "popular" or "auto"."""
-        check(lib.nx_predict_set(self.pointer, name.encode()), f"expert predictor {name!r}")
+        Raises UsageError for an unknown name, PluginError for a struct of another version.
+        """
+        self._kept["cache"] = native_plugins.use_cache_policy(self.pointer, policy)
+
+    def cache_policy(self) -> PluginUse:
+        """Return what evicts experts, and whether it was disabled."""
+        return native_plugins.cache_policy(self.pointer)
+
+    def set_predictor(self, predictor: native_plugins.PredictorLike) -> None:
+        """Choose what predicts experts: "none", "gate", "previous", "popular", "auto", or a plugin.
+
+        Raises UsageError for an unknown name, PluginError for a struct of another version.
+        """
+        if isinstance(predictor, str):
+            what = f"expert predictor {predictor!r}"
+            check(lib.nx_predict_set(self.pointer, predictor.encode()), what)
+        else:
+            self._kept["predictor"] = native_plugins.use_predictor(self.pointer, predictor)
+
+    def predictor_plugin(self) -> PluginUse:
+        """Return the plugin that predicts experts (name "": none was given), as `cache_policy`."""
+        return native_plugins.predictor_use(self.pointer)
 
     def prediction(self) -> Prediction:
         """Return whether experts are predicted, and why."""
@@ -416,9 +388,10 @@ class Model:
     def release(self) -> None:
         """End running graphs and give up this reference; memory goes with the last one."""
         if self._model is not None:
-            lib.nx_model_close(self._model)
+            lib.nx_model_close(self._model)  # no plugin is called after this
             lib.nx_model_release(self._model)
             self._model = None
+            self._kept.clear()
 
 
 class StopFlag:

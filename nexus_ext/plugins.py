@@ -16,15 +16,16 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 from nexus_ext.codecs import Codec, Codecs, is_codec_name
 from nexus_ext.errors import NexusError, PluginError
 from nexus_ext.plugin_registry import GROUP, LOAD_VARIABLE, PluginRecord, Registry, describe
 from nexus_ext.policies import (
+    CacheChoice,
     CacheInfo,
     CachePolicy,
     CachePolicyName,
@@ -32,8 +33,12 @@ from nexus_ext.policies import (
     IoInfo,
     IoMode,
     IoPolicy,
+    LayerCachePolicy,
+    LayerPredictor,
     ModelInfo,
+    NativePolicy,
     PlacementSolver,
+    PredictorChoice,
     PredictorName,
     RequestInfo,
 )
@@ -51,8 +56,8 @@ TRACE_VARIABLE = "NEXUS_TRACE_PLUGINS"
 _log = logging.getLogger("nexus_ext.plugins")
 _PLACEMENT = "nexus_placement_solver"
 _IO = "nexus_io_policy"
-_CACHE = "nexus_cache_policy"
-_PREDICTOR = "nexus_expert_predictor"
+_CACHE = CACHE_HOOK = "nexus_cache_policy"
+_PREDICTOR = PREDICTOR_HOOK = "nexus_expert_predictor"
 _CODEC = "nexus_codec"
 _T = TypeVar("_T")
 
@@ -112,29 +117,62 @@ class Plugins:
             raise self._failure(name, _IO, f'chose {mode!r} instead of "direct" or "buffered"')
         return mode
 
-    def choose_cache(self, info: CacheInfo) -> CachePolicyName:
-        """Ask the policy in use what to evict; PluginError for an answer that is none."""
-        name, policy = self._choose(_CACHE, CachePolicy)  # type: ignore[type-abstract]
+    def choose_cache(
+        self, info: CacheInfo, use: Callable[[CacheChoice], None] = lambda choice: None
+    ) -> CacheChoice:
+        """Ask the policy in use what to evict; PluginError for an answer that is none.
+
+        `use` puts the choice to work, and may refuse it with PluginError.
+        """
+        kind: type[CachePolicy] = CachePolicy  # type: ignore[type-abstract]
+        found: CacheChoice = self._choose_and_use(
+            _CACHE, kind, CachePolicyName, LayerCachePolicy, info, use
+        )
+        return found
+
+    def choose_predictor(
+        self, info: CacheInfo, use: Callable[[PredictorChoice], None] = lambda choice: None
+    ) -> PredictorChoice:
+        """Ask the predictor in use how to predict, as `choose_cache`."""
+        kind: type[ExpertPredictor] = ExpertPredictor  # type: ignore[type-abstract]
+        found: PredictorChoice = self._choose_and_use(
+            _PREDICTOR, kind, PredictorName, LayerPredictor, info, use
+        )
+        return found
+
+    def _choose_and_use(
+        self,
+        hook: str,
+        kind: type[Any],
+        names: Any,
+        layerwise: type[Any],
+        info: CacheInfo,
+        use: Callable[[Any], None],
+    ) -> Any:
+        name, policy = self._choose(hook, kind)
         try:
             chosen = policy.choose(info)
         except Exception as error:
-            raise self._failure(name, _CACHE, f"raised {describe(error)}") from error
-        if chosen not in get_args(CachePolicyName):
-            known = ", ".join(get_args(CachePolicyName))
-            raise self._failure(name, _CACHE, f"chose {chosen!r} instead of one of {known}")
+            raise self._failure(name, hook, f"raised {describe(error)}") from error
+        known = get_args(names)
+        by_name = isinstance(chosen, str) and chosen in known
+        if not by_name and not isinstance(chosen, (NativePolicy, layerwise)):
+            raise self._failure(
+                name, hook, f"chose {chosen!r} instead of one of {', '.join(known)}"
+            )
+        try:
+            use(chosen)
+        except PluginError as error:
+            raise self._failure(name, hook, f"cannot be used: {error}") from error
         return chosen
 
-    def choose_predictor(self, info: CacheInfo) -> PredictorName:
-        """Ask the predictor in use how to predict; PluginError for an answer that is none."""
-        name, predictor = self._choose(_PREDICTOR, ExpertPredictor)  # type: ignore[type-abstract]
-        try:
-            chosen = predictor.choose(info)
-        except Exception as error:
-            raise self._failure(name, _PREDICTOR, f"raised {describe(error)}") from error
-        if chosen not in get_args(PredictorName):
-            known = ", ".join(get_args(PredictorName))
-            raise self._failure(name, _PREDICTOR, f"chose {chosen!r} instead of one of {known}")
-        return chosen
+    def failed_while_running(self, hook: str, what: str) -> None:
+        """Remember and log that the plugin that answers this hook was disabled for a model."""
+        name = self._decider(hook)
+        if name is not None:
+            text = f"{hook}: {what}; the built-in has taken over"
+            _log.error("plugin %r: %s", name, text)
+            self._registry.note_error(name, text)
 
     def codecs(self) -> Codecs:
         """Return all codecs: those of nexus_ext and those of plugins.

@@ -11,55 +11,10 @@
 #include "predict.h"
 
 #include <errno.h>
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define NX_CACHE_HALF_LIFE 64.0 /* graphs */
 #define JOIN_BYTES (1u << 20) /* larger records are read part by part: computing begins with the first */
-
-/* -- policies ----------------------------------------------------------------------------------- */
-
-static double policy_lru(const nx_record_facts *r) { return -(double)r->age; }
-static double policy_lfu(const nx_record_facts *r) { return r->frequency - 1e-9 * (double)r->age; }
-
-/* Frequency, and less of it the longer a record was not used: popular experts stay, those of a topic that
- * has passed go sooner than by their frequency alone. The 8 keeps the order of the last few tokens from
- * deciding: which expert the last one used says little. tests/bench/cache_policies.py has the comparison. */
-static double policy_lfru(const nx_record_facts *r) {
-    return r->frequency / sqrt((double)r->age + 8.0) - 1e-9 * (double)r->age;
-}
-
-/* Experts of the graphs before this one are stale, and among them the ones that lie first in the layer go
- * first (SpecMD, arXiv 2602.03921: Least-Stale eviction). In a partition of one layer all records of the
- * last graph are equally fresh; age counts only as fresh or stale. */
-static double policy_least_stale(const nx_record_facts *r) {
-    return (r->age > 1 ? 0.0 : 1e6) + (double)r->expert - 1e-3 * (double)(r->age > 1000 ? 1000 : r->age);
-}
-
-/* For tests: any legal victim must do. */
-static double policy_random(const nx_record_facts *r) {
-    static _Thread_local uint64_t state = 88172645463325252u; /* xorshift64 */
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return (double)((state ^ (uint64_t)r->expert) >> 11);
-}
-
-static const struct {
-    const char *name;
-    nx_cache_policy score;
-} policies[] = {{"lfru", policy_lfru}, {"lru", policy_lru}, {"lfu", policy_lfu},
-                {"least-stale", policy_least_stale}, {"random", policy_random}};
-
-nx_status nx_cache_set_policy(nx_model *m, const char *name) {
-    for (size_t i = 0; i < sizeof policies / sizeof *policies; i++)
-        if (strcmp(policies[i].name, name) == 0) {
-            m->policy = policies[i].score;
-            return NX_OK;
-        }
-    return NX_E_INVALID;
-}
 
 /* -- setting up --------------------------------------------------------------------------------- */
 
@@ -118,7 +73,6 @@ uint64_t nx_record_layout(nx_group *g) {
 }
 
 nx_status nx_cache_init(nx_model *m, nx_error *error) {
-    m->policy = policies[0].score;
     for (uint32_t i = 0; i < m->n_groups; i++) {
         nx_group *g = &m->groups[i];
         g->pool_bytes = nx_record_layout(g) * g->n_slots;
@@ -140,8 +94,9 @@ nx_status nx_cache_init(nx_model *m, nx_error *error) {
             g->part[p]->group = g;
             g->part[p]->group_part = p;
         }
+        g->layer = i;
     }
-    return NX_OK;
+    return nx_policy_init(m, error);
 }
 
 void nx_cache_prefault(nx_model *m) {
@@ -151,6 +106,7 @@ void nx_cache_prefault(nx_model *m) {
 }
 
 void nx_cache_free(nx_model *m) {
+    nx_policy_free(m);
     for (uint32_t i = 0; i < m->n_groups; i++) {
         nx_memory_unmap(m->groups[i].pool, m->groups[i].pool_bytes);
         free(m->groups[i].records);
@@ -164,12 +120,6 @@ void nx_cache_free(nx_model *m) {
 
 /* -- records ------------------------------------------------------------------------------------ */
 
-static bool arrived(const nx_record *r, uint32_t n_reads) {
-    for (uint32_t p = 0; p < n_reads; p++)
-        if (!r->reads[p].done) return false;
-    return true;
-}
-
 static bool failed(const nx_record *r, uint32_t n_reads) {
     for (uint32_t p = 0; p < n_reads; p++)
         if (r->reads[p].status != NX_OK) return true; /* also before the last of its requests has ended */
@@ -182,26 +132,6 @@ static void forget(nx_group *g, nx_record *r) {
     r->expert = -1;
     r->state = NX_RECORD_EMPTY;
     r->frequency = 0;
-}
-
-/* The slot for a new record: an empty one, else the candidate that the policy values least. -1: all are
- * in use or still being read. */
-static int32_t find_slot(nx_group *g) {
-    int32_t victim = -1;
-    double lowest = INFINITY;
-    for (uint32_t s = 0; s < g->n_slots; s++) {
-        nx_record *r = &g->records[s];
-        if (r->in_use || (r->state == NX_RECORD_LOADING && !arrived(r, g->n_reads))) continue;
-        if (r->state == NX_RECORD_EMPTY) return (int32_t)s;
-        const uint64_t age = g->clock - r->last_use;
-        const nx_record_facts facts = {r->expert, age, r->frequency * (float)exp2(-(double)age / NX_CACHE_HALF_LIFE)};
-        const double score = g->model->policy(&facts);
-        if (victim < 0 || score < lowest) {
-            lowest = score;
-            victim = (int32_t)s;
-        }
-    }
-    return victim;
 }
 
 /* A record whose reading failed when nobody waited for it any more (a graph that was stopped) is forgotten,
@@ -235,8 +165,7 @@ nx_status nx_cache_close_slots(nx_group *g, uint32_t n_slots) {
 
 static void touch(nx_group *g, nx_record *r) {
     if (r->ahead) nx_ahead_used(g, r);
-    const double age = (double)(g->clock - r->last_use);
-    r->frequency = r->frequency * (float)exp2(-age / NX_CACHE_HALF_LIFE) + 1.0f;
+    r->frequency = nx_frequency_after(r->frequency, g->clock - r->last_use) + 1.0f;
     r->last_use = g->clock;
     r->in_use++;
 }
@@ -255,14 +184,18 @@ static void fill(nx_group *g, nx_record *r, int32_t slot, int32_t expert) {
     }
 }
 
-nx_record *nx_cache_place(nx_group *g, int32_t expert) {
-    const int32_t slot = find_slot(g);
-    if (slot < 0) return NULL;
+static void replace(nx_group *g, int32_t slot, int32_t expert) {
     nx_record *r = &g->records[slot];
     if (r->state != NX_RECORD_EMPTY) NX_COUNT(g->model, expert_evictions, 1);
     forget(g, r);
     fill(g, r, slot, expert);
-    return r;
+}
+
+size_t nx_cache_place(nx_group *g, nxp_cache_reason reason, const int32_t *experts, size_t n) {
+    int32_t *slots = g->model->policy.slots;
+    const size_t found = nx_policy_slots(g, reason, experts, n, slots);
+    for (size_t i = 0; i < found; i++) replace(g, slots[i], experts[i]);
+    return found;
 }
 
 /* Reads of all missing records, part by part, ahead of what is only read ahead. */
@@ -292,59 +225,69 @@ size_t nx_experts_favour(nx_group *g, int32_t *experts, size_t n) {
     return n_held;
 }
 
-nx_status nx_experts_acquire(nx_group *g, const int32_t *experts, size_t n) {
-    if (g->model->pager.broken) return NX_E_IO; /* the engine may still write into the slots */
-    if (n > g->n_slots) return NX_E_BUSY;
-    int32_t *missing = malloc((n + 1) * sizeof *missing);
-    if (!missing) return NX_E_NOMEM;
-    size_t n_missing = 0;
-    nx_ahead_settle(g, experts, n);
-    nx_status status = forget_failed(g, experts, n);
-    if (status != NX_OK) {
-        free(missing);
-        return status;
-    }
+/* Reads of records that nobody waits for take up all slots: wait for one of them. */
+static nx_status wait_for_slot(nx_group *g) {
+    nx_record *busy = NULL;
+    for (uint32_t s = 0; s < g->n_slots && !busy; s++)
+        if (!g->records[s].in_use) busy = &g->records[s];
+    nx_status status = busy ? NX_OK : NX_E_BUSY;
+    for (uint32_t p = 0; busy && p < g->n_reads && status == NX_OK; p++)
+        if (!busy->reads[p].done) status = nx_pager_wait(g->model, NX_NO_PIECE, &busy->reads[p]);
+    return status;
+}
+
+nx_status nx_cache_hold(nx_group *g, const int32_t *experts, size_t n, size_t *n_taken) {
+    nx_policy *p = &g->model->policy;
+    size_t n_absent = 0;
+    *n_taken = 0;
     g->clock++;
+    nx_policy_used(g, experts, n);
     /* What is there is held first, so that nothing of this graph evicts it. */
     for (size_t i = 0; i < n; i++)
         if (g->slot_of[experts[i]] >= 0) touch(g, &g->records[g->slot_of[experts[i]]]);
-    size_t done = 0;
-    for (; done < n && status == NX_OK; done++) {
-        if (g->slot_of[experts[done]] >= 0) continue;
-        int32_t slot = find_slot(g);
-        while (slot < 0 && status == NX_OK) { /* reads of records that nobody waits for take up the rest */
-            nx_record *busy = NULL;
-            for (uint32_t s = 0; s < g->n_slots && !busy; s++)
-                if (!g->records[s].in_use) busy = &g->records[s];
-            if (!busy) status = NX_E_BUSY;
-            for (uint32_t p = 0; busy && p < g->n_reads && status == NX_OK; p++)
-                if (!busy->reads[p].done) status = nx_pager_wait(g->model, NX_NO_PIECE, &busy->reads[p]);
-            slot = find_slot(g);
-        }
-        if (status != NX_OK) break;
-        nx_record *r = &g->records[slot];
-        if (r->state != NX_RECORD_EMPTY) NX_COUNT(g->model, expert_evictions, 1);
-        forget(g, r);
-        fill(g, r, slot, experts[done]);
-        touch(g, r);
-        missing[n_missing++] = slot;
-    }
-    if (status == NX_OK && n_missing) status = submit_missing(g, missing, n_missing);
-    if (status == NX_OK) {
-        NX_COUNT(g->model, expert_uses, n);
-        NX_COUNT(g->model, expert_misses, n_missing);
-    } else { /* as if it had not been asked: unsubmitted reads must not look like pending ones */
-        for (size_t i = 0; i < n_missing; i++) {
-            g->records[missing[i]].in_use = 0;
-            forget(g, &g->records[missing[i]]);
-        }
-        for (size_t i = 0; i < n; i++) {
-            const int32_t slot = g->slot_of[experts[i]];
-            if (slot >= 0 && g->records[slot].in_use) g->records[slot].in_use--;
+        else p->absent[n_absent++] = experts[i];
+    nx_status status = NX_OK;
+    while (*n_taken < n_absent && status == NX_OK) {
+        const size_t k = nx_cache_place(g, NXP_DEMAND, p->absent + *n_taken, n_absent - *n_taken);
+        if (!k) status = wait_for_slot(g);
+        for (size_t i = 0; i < k; i++) {
+            p->taken[*n_taken] = g->slot_of[p->absent[*n_taken]];
+            touch(g, &g->records[p->taken[(*n_taken)++]]);
         }
     }
-    free(missing);
+    if (status != NX_OK) nx_cache_unhold(g, experts, n, *n_taken);
     return status;
+}
+
+/* Reads that were not submitted must not look like pending ones. */
+void nx_cache_unhold(nx_group *g, const int32_t *experts, size_t n, size_t n_taken) {
+    for (size_t i = 0; i < n_taken; i++) {
+        nx_record *r = &g->records[g->model->policy.taken[i]];
+        r->in_use = 0;
+        forget(g, r);
+    }
+    for (size_t i = 0; i < n; i++) {
+        const int32_t slot = g->slot_of[experts[i]];
+        if (slot >= 0 && g->records[slot].in_use) g->records[slot].in_use--;
+    }
+}
+
+nx_status nx_experts_acquire(nx_group *g, const int32_t *experts, size_t n) {
+    if (g->model->pager.broken) return NX_E_IO; /* the engine may still write into the slots */
+    if (n > g->n_slots) return NX_E_BUSY;
+    size_t n_missing = 0;
+    nx_ahead_settle(g, experts, n);
+    nx_status status = forget_failed(g, experts, n);
+    if (status == NX_OK) status = nx_cache_hold(g, experts, n, &n_missing);
+    if (status != NX_OK) return status;
+    if (n_missing) status = submit_missing(g, g->model->policy.taken, n_missing);
+    if (status != NX_OK) {
+        nx_cache_unhold(g, experts, n, n_missing);
+        return status;
+    }
+    NX_COUNT(g->model, expert_uses, n);
+    NX_COUNT(g->model, expert_misses, n_missing);
+    return NX_OK;
 }
 
 /* The part in which a read failed: the first missing byte of a whole record may lie in another one. */
@@ -362,7 +305,7 @@ static nx_status part_there(nx_group *g, nx_record *r, uint32_t part, bool *ther
     *there = r->state == NX_RECORD_READY || read->done;
     if (r->state == NX_RECORD_READY || !read->done) return NX_OK;
     if (read->status != NX_OK) return nx_pager_fail(g->model, failed_part(g, part, read), read);
-    if (arrived(r, g->n_reads) && !failed(r, g->n_reads)) r->state = NX_RECORD_READY;
+    if (nx_record_arrived(g, r) && !failed(r, g->n_reads)) r->state = NX_RECORD_READY;
     return NX_OK;
 }
 
@@ -410,7 +353,7 @@ void nx_experts_release(nx_group *g, const int32_t *experts, size_t n) {
         if (slot < 0) continue;
         nx_record *r = &g->records[slot];
         if (r->in_use) r->in_use--;
-        if (r->state != NX_RECORD_LOADING || !arrived(r, g->n_reads)) continue;
+        if (r->state != NX_RECORD_LOADING || !nx_record_arrived(g, r)) continue;
         if (!failed(r, g->n_reads)) r->state = NX_RECORD_READY;
         else if (!r->in_use) forget(g, r); /* not kept: the next use reads it again */
     }

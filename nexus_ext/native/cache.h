@@ -19,16 +19,6 @@ typedef struct nx_record {
     nx_read reads[NX_MAX_PARTS];
 } nx_record;
 
-/* What a policy sees of a record that may be evicted. */
-typedef struct nx_record_facts {
-    int32_t expert;
-    uint64_t age;    /* graphs since it was used last */
-    float frequency; /* uses, decayed by half every NX_CACHE_HALF_LIFE graphs */
-} nx_record_facts;
-
-/* Pure: a number for each candidate; the record with the lowest is evicted. */
-typedef double (*nx_cache_policy)(const nx_record_facts *);
-
 struct nx_group {
     nx_model *model;
     uint32_t n_parts, n_experts, n_slots;
@@ -43,6 +33,8 @@ struct nx_group {
     nx_record *records; /* n_slots */
     int32_t *slot_of;   /* expert -> slot, -1: not cached */
     uint64_t clock;     /* graphs that used this group */
+    uint32_t layer;     /* its number, as policies know it */
+    void *policy_state;
     uint32_t n_ahead;   /* records that were read ahead since the group was asked for any */
     int32_t *latest;         /* what the last token used */
     size_t n_latest;
@@ -59,6 +51,20 @@ nx_status nx_cache_close_slots(nx_group *, uint32_t n_slots);
 static inline nx_read *nx_record_read(const nx_group *g, nx_record *r, uint32_t part) {
     return &r->reads[g->joined_bytes ? 0 : part];
 }
+static inline bool nx_record_arrived(const nx_group *g, const nx_record *r) {
+    for (uint32_t p = 0; p < g->n_reads; p++)
+        if (!r->reads[p].done) return false;
+    return true;
+}
+/* It holds something that is neither in use nor being read. */
+static inline bool nx_record_may_leave(const nx_group *g, const nx_record *r) {
+    return r->state != NX_RECORD_EMPTY && !r->in_use && (r->state != NX_RECORD_LOADING || nx_record_arrived(g, r));
+}
+/* Hold these experts, each named once: what is there, and for the rest a slot each, in policy.taken; their reads are
+ * filled in and not submitted. On an error nothing is held. */
+nx_status nx_cache_hold(nx_group *, const int32_t *experts, size_t n, size_t *n_taken);
+/* As if it had not been asked. */
+void nx_cache_unhold(nx_group *, const int32_t *experts, size_t n, size_t n_taken);
 /* Bytes of one slot of a group with these parts. */
 uint64_t nx_record_layout(nx_group *);
 

@@ -72,6 +72,7 @@ static void zstd_find(void) {
 }
 
 int nx_codec_available(nx_codec codec) {
+    if (codec >= NX_CODEC_PLUGIN) return nx_codec_plugin_name(codec) != NULL;
     if (codec != NX_CODEC_ZSTD) return codec == NX_CODEC_RAW || codec == NX_CODEC_ANS;
     pthread_once(&zstd_once, zstd_find);
     return zstd_is_error != NULL;
@@ -85,7 +86,9 @@ nx_status nx_chunk_decode(const nx_chunk *k, const void *stored, void *raw) {
         memcpy(raw, stored, k->raw);
         return NX_OK;
     }
-    if (k->codec == NX_CODEC_ANS) {
+    if (k->codec >= NX_CODEC_PLUGIN) {
+        status = nx_codec_plugin_decode(k->codec, stored, k->stored, raw, k->raw);
+    } else if (k->codec == NX_CODEC_ANS) {
         status = nx_ans_decode(stored, k->stored, raw, k->raw);
     } else if (k->codec == NX_CODEC_ZSTD) {
         const size_t n = zstd_decompress(raw, k->raw, stored, k->stored);

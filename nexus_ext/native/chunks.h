@@ -10,7 +10,8 @@
 
 #include "io_internal.h"
 
-typedef enum { NX_CODEC_RAW = 0, NX_CODEC_ANS = 1, NX_CODEC_ZSTD = 2 } nx_codec;
+/* From NX_CODEC_PLUGIN on: codecs of plugins, in the order in which they were registered. */
+typedef enum { NX_CODEC_RAW = 0, NX_CODEC_ANS = 1, NX_CODEC_ZSTD = 2, NX_CODEC_PLUGIN = 3 } nx_codec;
 
 typedef struct nx_chunk {
     nx_file *file;
@@ -43,6 +44,11 @@ nx_status nx_chunks_read(const nx_chunks *, uint64_t from, void *dst, uint64_t n
 nx_status nx_chunk_decode(const nx_chunk *, const void *stored, void *raw);
 /* Whether chunks of this codec can be decoded here: zstd needs the system's libzstd. */
 int nx_codec_available(nx_codec);
+/* The codec of this name; 0: nobody knows it. */
+int nx_codec_find(const char *name, nx_codec *out);
+/* codec_plugin.c; the name is NULL where there is no such plugin. */
+const char *nx_codec_plugin_name(nx_codec);
+nx_status nx_codec_plugin_decode(nx_codec, const void *stored, size_t stored_bytes, void *raw, size_t raw_bytes);
 
 typedef struct nx_chunk_pool nx_chunk_pool;
 

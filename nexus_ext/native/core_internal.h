@@ -9,13 +9,12 @@
 #include "chunks.h"
 #include "nexus_core.h"
 #include "nexus_threads.h"
+#include "policy.h"
 #include "predict_control.h"
 
 #define NX_PAGE 4096u
 #define NX_NO_PIECE UINT32_MAX
 #define NX_EVENTS 4096u
-
-struct nx_record_facts;
 
 typedef struct nx_model_file {
     char *path;
@@ -79,13 +78,14 @@ typedef struct nx_predict {
     nx_predictor predictor;
     nx_control control;             /* read by the holder of the turn, written under the lock */
     uint64_t idle_seen, wait_seen;
+    nx_predict_plugin plugin; /* NX_PREDICT_PLUGIN */
 } nx_predict;
 
 struct nx_model {
     atomic_int references;
     pthread_mutex_t lock; /* guards: turn, closed, events, last_error */
     pthread_cond_t turn_free;
-    bool turn, closed;
+    bool turn, closed, ended; /* ended: nothing of any plugin is called any more */
     bool ran;                /* a graph has had the turn */
     atomic_int turn_waiters; /* graphs that wait for it */
     nx_io_mode io_mode;
@@ -133,7 +133,7 @@ struct nx_model {
     nx_group *groups; /* expert tensors that are cached together, see cache.c */
     uint32_t n_groups;
     uint64_t cache_bytes;
-    double (*policy)(const struct nx_record_facts *);
+    nx_policy policy;
     nx_routing routing; /* guarded by lock */
     nx_predict predict;
     nx_pager pager;

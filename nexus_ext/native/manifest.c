@@ -145,21 +145,18 @@ static bool parse_chunks(nx_model *m, cursor *c) {
 }
 
 static bool parse_chunk(nx_model *m, cursor *c) {
-    static const char *const codecs[] = {"raw", "ans", "zstd"};
     nx_extent *e = m->n_extents ? &m->extents[m->n_extents - 1] : NULL;
     uint64_t file, offset, stored;
-    char codec[16], hash[20], *end = NULL;
+    char codec[64], hash[20], *end = NULL;
     if (!e || !e->chunks || c->n_chunks >= e->chunks->n) return false;
     if (!take_number(c, &file) || !take_number(c, &offset) || !take_number(c, &stored) ||
         !take_word(c, codec, sizeof codec) || !take_word(c, hash, sizeof hash) || !at_end(c))
         return false;
     nx_chunk *k = &e->chunks->chunk[c->n_chunks++];
-    size_t known = 0;
-    while (known < 3 && strcmp(codecs[known], codec) != 0) known++;
-    if (known == 3 || file >= m->n_files || !stored || stored > k->raw || (known == NX_CODEC_RAW && stored != k->raw))
+    if (!nx_codec_find(codec, &k->codec) || file >= m->n_files || !stored || stored > k->raw ||
+        (k->codec == NX_CODEC_RAW && stored != k->raw))
         return false;
     if (offset > m->files[file].nbytes || stored > m->files[file].nbytes - offset) return false;
-    k->codec = (nx_codec)known;
     k->offset = offset;
     k->stored = (uint32_t)stored;
     k->hash = strtoull(hash, &end, 16);

@@ -218,6 +218,7 @@ static void model_free(nx_model *m) {
     nx_prefault_end(m);
     nx_io_destroy(m->load_io); /* waits for reads in flight: they write into our memory */
     nx_pager_free(m);
+    nx_predict_plugin_free(m);
     nx_cache_free(m); /* after the engine: its reads wrote here */
     nx_attachments_free(m);
     nx_memory_unmap(m->pinned, m->pinned_bytes);
@@ -301,7 +302,12 @@ void nx_model_close(nx_model *m) {
     m->closed = true;
     pthread_cond_broadcast(&m->turn_free); /* who waits for a turn need not wait for it to end */
     while (m->turn) pthread_cond_wait(&m->turn_free, &m->lock);
+    const bool first = !m->ended;
+    m->ended = true;
     pthread_mutex_unlock(&m->lock);
+    if (!first) return;
+    nx_policy_end(m);
+    nx_predict_plugin_end(m);
 }
 
 /* -- pinned memory ------------------------------------------------------------------------------ */

@@ -74,7 +74,8 @@ static int32_t next_popular(const nx_group *g) {
 }
 
 static nx_status preload_one(nx_group *g, int32_t expert) {
-    nx_record *r = nx_cache_place(g, expert);
+    (void)nx_cache_place(g, NXP_AHEAD, &expert, 1); /* into the slot that was seen to be empty */
+    nx_record *r = &g->records[g->slot_of[expert]];
     nx_read *list[NX_MAX_PARTS];
     uint64_t total = 0;
     for (uint32_t e = 0; e < g->n_experts; e++) total += g->before[e];

@@ -53,23 +53,25 @@ void nx_ahead_settle(nx_group *g, const int32_t *experts, size_t n) {
 nx_status nx_experts_prefetch(nx_group *g, const int32_t *experts, size_t n, size_t limit) {
     nx_model *m = g->model;
     if (m->pager.broken) return NX_E_IO;
+    if (limit > g->n_slots) limit = g->n_slots;
     nx_read **list = malloc((limit * g->n_reads + 1) * sizeof *list);
     if (!list) return NX_E_NOMEM;
+    int32_t *absent = m->policy.absent;
+    size_t n_absent = 0, k = 0;
     /* What is predicted and there is held, so that nothing that is predicted evicts it. */
     for (size_t i = 0; i < n; i++)
         if (g->slot_of[experts[i]] >= 0) g->records[g->slot_of[experts[i]]].in_use++;
-    size_t n_started = 0, k = 0;
-    for (size_t i = 0; i < n && n_started < limit; i++) {
-        if (g->slot_of[experts[i]] >= 0) continue;
-        nx_record *r = nx_cache_place(g, experts[i]);
-        if (!r) break;
+        else if (n_absent < limit) absent[n_absent++] = experts[i];
+    const size_t n_started = nx_cache_place(g, NXP_AHEAD, absent, n_absent);
+    for (size_t i = 0; i < n; i++) {
+        const int32_t slot = g->slot_of[experts[i]];
+        if (slot >= 0 && g->records[slot].in_use) g->records[slot].in_use--;
+    }
+    for (size_t i = 0; i < n_started; i++) {
+        nx_record *r = &g->records[g->slot_of[absent[i]]];
         r->ahead = true;
-        r->in_use++;
-        n_started++;
         for (uint32_t p = 0; p < g->n_reads; p++) list[k++] = &r->reads[p];
     }
-    for (size_t i = 0; i < n; i++)
-        if (g->slot_of[experts[i]] >= 0) g->records[g->slot_of[experts[i]]].in_use--;
     g->n_ahead += (uint32_t)n_started;
     const nx_status status = k ? nx_io_submit_spare(m->io, list, k) : NX_OK;
     free(list);

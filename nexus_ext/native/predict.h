@@ -9,8 +9,8 @@ void nx_ahead_settle(nx_group *, const int32_t *experts, size_t n);
 /* A record that was read ahead is used; or it leaves its slot without. */
 void nx_ahead_used(nx_group *, nx_record *);
 void nx_ahead_forgotten(nx_group *, nx_record *);
-/* cache.c: a slot for this expert that is neither in use nor being read, its reads filled in and not
- * submitted; NULL: there is none. */
-nx_record *nx_cache_place(nx_group *, int32_t expert);
+/* cache.c: slots for the first of these experts, neither in use nor being read; their reads are filled in and not
+ * submitted. Returns for how many there was one. */
+size_t nx_cache_place(nx_group *, nxp_cache_reason, const int32_t *experts, size_t n);
 
 #endif

@@ -56,8 +56,10 @@ void nx_stored_free(nx_model *m) {
 void nx_stored_error(nx_model *m, const nx_extent *e, const nx_read *read, nx_error *error) {
     if (read->error_chunk >= e->chunks->n) return;
     const nx_chunk *k = &e->chunks->chunk[read->error_chunk];
-    nx_error_set(error, read->status, read->sys_errno, "%s in chunk %u of tensor %s (%u bytes at %llu)",
-                 nx_status_text(read->status), read->error_chunk, e->name, k->stored, (unsigned long long)k->offset);
+    const char *codec = nx_codec_plugin_name(k->codec);
+    nx_error_set(error, read->status, read->sys_errno, "%s in chunk %u of tensor %s (%u bytes at %llu%s%s)",
+                 nx_status_text(read->status), read->error_chunk, e->name, k->stored, (unsigned long long)k->offset,
+                 codec ? ", codec " : "", codec ? codec : "");
     for (uint32_t i = 0; i < m->n_files; i++)
         if (m->files[i].file == k->file) snprintf(error->path, sizeof error->path, "%s", m->files[i].path);
     snprintf(error->tensor, sizeof error->tensor, "%.100s, chunk %u,", e->name, read->error_chunk);

@@ -7,6 +7,7 @@ the same hooks as everyone else's (`nexus_ext.hookspecs`), before everyone else'
 from __future__ import annotations
 
 from nexus_ext.policies.base import (
+    CacheChoice,
     CacheInfo,
     CachePolicy,
     CachePolicyName,
@@ -16,8 +17,15 @@ from nexus_ext.policies.base import (
     IoPolicy,
     ModelInfo,
     PlacementSolver,
+    PredictorChoice,
     PredictorName,
     RequestInfo,
+)
+from nexus_ext.policies.native import (
+    EvictionAsk,
+    LayerCachePolicy,
+    LayerPredictor,
+    NativePolicy,
 )
 
 BUILTIN_MODULES = (
@@ -29,15 +37,21 @@ BUILTIN_MODULES = (
 
 __all__ = [
     "BUILTIN_MODULES",
+    "CacheChoice",
     "CacheInfo",
     "CachePolicy",
     "CachePolicyName",
+    "EvictionAsk",
     "ExpertPredictor",
     "IoInfo",
     "IoMode",
     "IoPolicy",
+    "LayerCachePolicy",
+    "LayerPredictor",
     "ModelInfo",
+    "NativePolicy",
     "PlacementSolver",
+    "PredictorChoice",
     "PredictorName",
     "RequestInfo",
 ]

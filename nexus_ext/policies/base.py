@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
+from nexus_ext.policies.native import LayerCachePolicy, LayerPredictor, NativePolicy
+
 if TYPE_CHECKING:
     from nexus_ext.hardware.profile import HardwareProfile
     from nexus_ext.placement import Plan, PlanRequest
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 IoMode = Literal["direct", "buffered"]
 CachePolicyName = Literal["lfru", "lru", "lfu", "least-stale"]  # as in native/cache.c
 PredictorName = Literal["none", "auto", "gate", "previous", "popular"]  # as in native/predict.c
+CacheChoice = CachePolicyName | NativePolicy | LayerCachePolicy
+PredictorChoice = PredictorName | NativePolicy | LayerPredictor
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +98,8 @@ class CachePolicy(Protocol):
 
     name: str
 
-    def choose(self, info: CacheInfo) -> CachePolicyName:
-        """Return the name of one of the eviction policies of the native cache."""
+    def choose(self, info: CacheInfo) -> CacheChoice:
+        """Return the name of one of the eviction policies of the native cache, or a policy."""
         ...
 
 
@@ -105,6 +109,6 @@ class ExpertPredictor(Protocol):
 
     name: str
 
-    def choose(self, info: CacheInfo) -> PredictorName:
-        """Return the name of one of the native predictors; "auto" is on only while it helps."""
+    def choose(self, info: CacheInfo) -> PredictorChoice:
+        """Return the name of a native predictor ("auto" is on only while it helps), or one."""
         ...

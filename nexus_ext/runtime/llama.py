@@ -309,6 +309,8 @@ class Llama(llama_cpp.Llama):
             inner.close()
             # The model may have been closed while the generator was suspended.
             read = handle.model.stats().bytes_read - read_before if handle.model else 0
+            if handle.paged is not None:
+                handle.paged.tell_failures()
             plugins().request_done(
                 RequestInfo(
                     model=handle.info,

@@ -10,7 +10,8 @@ from nexus_ext.errors import UsageError
 from nexus_ext.placement import Plan
 from nexus_ext.placement.memory import chunk_threads
 from nexus_ext.placement.plan import ExpertCache
-from nexus_ext.types import Catalog, TensorChunks
+from nexus_ext.runtime.streamed_codecs import know_codec
+from nexus_ext.types import Catalog, TensorInfo
 
 # What stays resident is ours to read and to keep, however small. What goes to a GPU is llama.cpp's.
 _CORE_TIERS = {"gpu": "host", "host": "ram", "ram": "ram", "nvme": "nvme"}
@@ -86,6 +87,7 @@ def manifest_text(
         if "\n" in file.path:
             raise UsageError(f"the path {file.path!r} has a line break", hint="rename the file")
         lines.append(f"file {file.nbytes} {file.path}")
+    known = set(_CORE_CODECS)
     for tensor, virtual_offset in zip(catalog.tensors, catalog.virtual_offsets, strict=True):
         shape = (*tensor.shape, 1, 1, 1, 1)[:4]
         tier = tiers[tensor.name] if tensor.nbytes else "host"
@@ -94,7 +96,7 @@ def manifest_text(
             f"{shape[0]} {shape[1]} {shape[2]} {shape[3]} {tensor.type_name} {tensor.name}"
         )
         if catalog.chunks is not None and tensor.nbytes:
-            lines += _stored(tensor.name, catalog.chunks.chunks_of(tensor.name), verify)
+            lines += _stored(catalog, tensor, verify, known)
     number = {tensor.name: i for i, tensor in enumerate(catalog.tensors)}
     for cache in caches:
         members = " ".join(str(number[name]) for name in cache.tensors)
@@ -105,17 +107,20 @@ def manifest_text(
     return "\n".join(lines) + "\n"
 
 
-def _stored(name: str, stored: TensorChunks, verify: bool) -> list[str]:
-    """Return the lines of a tensor's chunks; none where it lies in the file as it is."""
+def _stored(catalog: Catalog, tensor: TensorInfo, verify: bool, known: set[str]) -> list[str]:
+    """Return the lines of a tensor's chunks; none where it lies in the file as it is.
+
+    `known`: codecs that the core has. Those of plugins are told to it, and added.
+    """
+    assert catalog.chunks is not None
+    stored = catalog.chunks.chunks_of(tensor.name)
     if stored.span() is not None and not verify:
         return []
     lines = [f"chunks {stored.n_matrices} {stored.chunk_nbytes}"]
     for chunk in stored.chunks:
-        if chunk.codec not in _CORE_CODECS:
-            raise UsageError(
-                f"{name} is stored with the codec {chunk.codec!r}, which cannot be streamed",
-                hint="convert the model with another one: nexus convert --codec ans",
-            )
+        if chunk.codec not in known:
+            know_codec(catalog, tensor.name, chunk)
+            known.add(chunk.codec)
         lines.append(
             f"chunk {chunk.file} {chunk.offset} {chunk.stored_nbytes} {chunk.codec} {chunk.hash:x}"
         )

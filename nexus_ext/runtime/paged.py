@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from nexus_ext import core
 from nexus_ext.formats.residuals import ResidualTable
-from nexus_ext.plugins import plugins
+from nexus_ext.plugins import CACHE_HOOK, PREDICTOR_HOOK, plugins
 from nexus_ext.policies import CacheInfo
 from nexus_ext.runtime import backend
 from nexus_ext.runtime.popularity import WarmStart
@@ -41,14 +41,15 @@ class PagedModel:
         self.own_kernels = own_kernels  # types of weights that our kernels compute with
         self.residuals: Residuals | None = None
         self.warm_start: WarmStart | None = None
+        self._told: set[tuple[str, str]] = set()
         self.core = core.Model(manifest, catalog.header)
         if not cache_slots:
             return
         shape = catalog.shape
         info = CacheInfo(len(cache_slots), shape.n_experts, shape.n_experts_used, cache_slots[0])
         try:
-            self.core.set_cache_policy(plugins().choose_cache(info))
-            self.core.set_predictor(plugins().choose_predictor(info))
+            plugins().choose_cache(info, self.core.set_cache_policy)
+            plugins().choose_predictor(info, self.core.set_predictor)
         except BaseException:
             self.close()
             raise
@@ -80,7 +81,19 @@ class PagedModel:
             io_mode="direct" if file.direct else "buffered",
             direct_reason=file.reason,
             prediction=model.prediction(),
+            cache_policy=model.cache_policy(),
+            predictor=model.predictor_plugin(),
         )
+
+    def tell_failures(self) -> None:
+        """Log the policies of plugins that the core has disabled since it was last asked."""
+        for hook, use in (
+            (CACHE_HOOK, self.core.cache_policy()),
+            (PREDICTOR_HOOK, self.core.predictor_plugin()),
+        ):
+            if use.why and (hook, use.why) not in self._told:
+                self._told.add((hook, use.why))
+                plugins().failed_while_running(hook, f"{use.name!r} was disabled: {use.why}")
 
     def stop_warm(self) -> None:
         """Read no more ahead, and remember what experts were used."""
@@ -91,4 +104,6 @@ class PagedModel:
     def close(self) -> None:
         """Give back every byte."""
         self.stop_warm()
+        if self.core.is_open:
+            self.tell_failures()
         self.core.release()

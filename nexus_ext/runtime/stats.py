@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nexus_ext.core import ModelStats, Prediction
+from nexus_ext.core import ModelStats, PluginUse, Prediction
 from nexus_ext.runtime.expert_prediction import describe
 
 
@@ -39,6 +39,9 @@ class RunStats:
     idle_s: float  # computing while the disk had nothing to do, but for predictions
     predicting: bool
     prediction: str  # why, in a sentence; "" without a cache of experts
+    cache_policy: str  # what evicts experts; "" without a cache of experts
+    policy_s: float  # that it took, a predictor of a plugin included
+    disabled: tuple[str, ...]  # plugins that failed while running, and why; built-ins took over
     retries: int
     stored_bytes: int  # chunks of an NXF that were checked and decoded, as they are stored
     raw_bytes: int  # the same, decoded
@@ -57,6 +60,8 @@ def run_stats(
     io_mode: str,
     direct_reason: str,
     prediction: Prediction,
+    cache_policy: PluginUse,
+    predictor: PluginUse,
 ) -> RunStats:
     """Derive the accounting from the core's counters and the disk's measured bandwidth."""
     read = max(stats.bytes_read - stats.bytes_loaded, 0)
@@ -87,6 +92,9 @@ def run_stats(
         idle_s=stats.idle_ns / 1e9,
         predicting=prediction.on,
         prediction=describe(prediction) if stats.cache_bytes else "",
+        cache_policy=cache_policy.name if stats.cache_bytes else "",
+        policy_s=(cache_policy.ns + predictor.ns) / 1e9,
+        disabled=tuple(f"{use.name}: {use.why}" for use in (cache_policy, predictor) if use.why),
         retries=stats.retries,
         stored_bytes=stats.stored_bytes,
         raw_bytes=stats.raw_bytes,

@@ -18,9 +18,18 @@ from typing import TYPE_CHECKING, Any
 from nexus_ext.errors import UsageError
 from nexus_ext.formats import open_model
 from nexus_ext.hardware import HardwareProfile
+from nexus_ext.native_plugins import replay_trace
 from nexus_ext.placement import Plan, PlanRequest
 from nexus_ext.plugins import Plugins
-from nexus_ext.policies import CacheInfo, IoInfo, IoMode, ModelInfo, RequestInfo
+from nexus_ext.policies import (
+    CacheChoice,
+    CacheInfo,
+    IoInfo,
+    IoMode,
+    ModelInfo,
+    PredictorChoice,
+    RequestInfo,
+)
 from nexus_ext.routing import Replay, RoutingTrace, replay
 from nexus_ext.routing.prediction import POPULAR, PREVIOUS, Accuracy, accuracies
 from nexus_ext.testing.hardware import machine
@@ -49,7 +58,8 @@ class CacheRun:
 class PredictorRun:
     """What the predictor in use makes of a trace, layer by layer.
 
-    `layers` is empty for "none", and for "auto" and "gate", which need the gates of a model.
+    `layers` is empty for "none", for "auto" and "gate", which need the gates of a model, and for
+    predictors that are asked while tokens are computed.
     """
 
     predictor: str
@@ -106,6 +116,11 @@ class FakeModel:
         )
         self.plugins.request_done(info)
         return info
+
+
+def name_of(choice: CacheChoice | PredictorChoice) -> str:
+    """Return how a choice is called: a built-in's name, or that of what decides."""
+    return choice if isinstance(choice, str) else choice.name
 
 
 class FakeEngine:
@@ -171,22 +186,25 @@ class FakeEngine:
             policy = self.plugins.choose_cache(info)
         builtin = load_plugins().choose_cache(info)
         sizes = [[info.slots] * len(trace.layers)]
-        [found] = replay(trace, [policy, builtin, "belady"], sizes)
-        return CacheRun(*found)
+        assert isinstance(builtin, str)
+        [(expected, belady)] = replay(trace, [builtin, "belady"], sizes)
+        chosen, disabled = replay_trace(trace, policy, sizes[0])
+        assert not (disabled and self.strict), f"{chosen.policy} was disabled: {disabled[0]}"
+        return CacheRun(chosen, expected, belady)
 
     def predictor(self, trace: RoutingTrace, *, share: float = 0.5) -> PredictorRun:
         """Ask which predictor to use, and see how it does where a trace can tell."""
         with self._watched():
             chosen = self.plugins.choose_predictor(cache_info(trace, share))
         if chosen not in (PREVIOUS, POPULAR):
-            return PredictorRun(chosen, ())
+            return PredictorRun(name_of(chosen), ())
         layers = [
             one
             for layer in trace.layers
             for one in accuracies(layer.layer, layer.n_experts, layer.numbers().tolist(), {})
             if one.predictor == chosen
         ]
-        return PredictorRun(chosen, tuple(layers))
+        return PredictorRun(name_of(chosen), tuple(layers))
 
     @contextmanager
     def model(
@@ -202,8 +220,8 @@ class FakeEngine:
         if caches := plan.expert_caches:
             told = CacheInfo(len(caches), shape.n_experts, shape.n_experts_used, caches[0].slots)
             with self._watched():
-                cache_policy = self.plugins.choose_cache(told)
-                predictor = self.plugins.choose_predictor(told)
+                cache_policy = name_of(self.plugins.choose_cache(told))
+                predictor = name_of(self.plugins.choose_predictor(told))
         info = ModelInfo(
             path=os.fspath(model),
             fingerprint=planned.catalog.fingerprint,

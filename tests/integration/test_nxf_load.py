@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from nexus_ext import Llama
-from nexus_ext.errors import FormatError, ModelChanged, ReadFailed, UsageError
+from nexus_ext.errors import FormatError, ModelChanged, ReadFailed
 from nexus_ext.formats import open_model
 from nexus_ext.formats.nxf_convert import to_nxf
 from nexus_ext.formats.nxf_layout import Order, Rules
@@ -291,14 +291,6 @@ def test_a_file_cut_off_while_it_is_in_use_is_noticed(encoded: Path) -> None:
             file.truncate(encoded.stat().st_size - 4096)
         with pytest.raises(ModelChanged):
             logits(llm, tokens)
-
-
-def test_a_codec_of_a_plugin_is_refused_by_name(
-    encoded: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("nexus_ext.runtime.manifest._CORE_CODECS", frozenset({"raw"}))
-    with pytest.raises(UsageError, match="'ans'"):
-        streaming(encoded).__enter__()
 
 
 # -- accounting -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
 
 #include "cache.h"
 #include "nx_consumer.h"
+#include "nx_policies.h"
 
 #define GROUPS 4
 #define HELD 6
@@ -233,6 +234,38 @@ static void whole(bool direct) {
 
 static void records_are_whole_while_they_are_held(void) { world_for_each(whole); }
 
+/* Whatever a policy answers: what is held stays whole, and the built-in goes on from there. */
+static void against(bool direct) {
+    nx_model *m = cache_open(direct);
+    fuzz f = {.m = m, .seed = 11};
+    for (int kind = 0; kind < HOSTILE_KINDS; kind++) {
+        nx_plugin_info info = {0};
+        for (uint32_t round = 0; round < ROUNDS && !info.disabled; round++) {
+            hostile h = {.kind = kind, .left = round % 3};
+            const nxp_cache_policy policy = hostile_policy(&h);
+            NX_CHECK_EQ(nx_cache_use_policy(m, &policy, NULL), NX_OK);
+            for (size_t k = 0; k < 20 && !info.disabled; k++) {
+                NX_CHECK_EQ(graph(&f), NX_OK);
+                nx_cache_policy_get(m, &info);
+            }
+            const uint64_t calls = info.calls;
+            if (info.disabled) NX_CHECK_EQ(graph(&f), NX_OK);
+            nx_cache_policy_get(m, &info);
+            if (info.disabled) NX_CHECK_EQ(info.calls, calls); /* it is not asked again */
+        }
+        NX_CHECK(info.disabled && strcmp(info.name, "hostile") == 0);
+        nx_test_about("%s", info.why);
+        NX_CHECK(strstr(info.why, hostile_why[kind]) != NULL);
+        NX_CHECK_EQ(nx_cache_set_policy(m, "lfru"), NX_OK); /* what `h` was is gone */
+        nx_cache_policy_get(m, &info);
+        NX_CHECK(!info.disabled && !info.why[0]);
+    }
+    check_nothing_in_use(m);
+    cache_close(m);
+}
+
+static void records_are_whole_whatever_a_policy_answers(void) { world_for_each(against); }
+
 static void faulty(bool direct) {
     nx_model *m = cache_open(direct);
     fuzz f = {.m = m, .seed = 2};
@@ -407,6 +440,7 @@ static void one_half_of_the_scratch_area_is_read_while_the_other_is_used(void) {
 int main(int argc, char **argv) {
     static const nx_test tests[] = {
         NX_TEST(records_are_whole_while_they_are_held),
+        NX_TEST(records_are_whole_whatever_a_policy_answers),
         NX_TEST(a_record_that_failed_is_not_handed_out_and_is_read_again),
         NX_TEST(a_graph_that_is_stopped_leaves_nothing_in_use),
         NX_TEST(a_failure_that_nobody_saw_does_not_fail_the_next_graph),

@@ -19,6 +19,7 @@ LAYERS = {
         (
             ("nexus_ext._version",),
             ("nexus_ext", "nexus_ext.core_values", "nexus_ext.errors", "nexus_ext.types"),
+            ("nexus_ext.include",),
             ("nexus_ext.units",),
             ("nexus_ext.codecs",),
             ("nexus_ext.formats",),
@@ -30,6 +31,8 @@ LAYERS = {
             ("nexus_ext.policies",),
             ("nexus_ext.plugin_registry",),
             ("nexus_ext.plugins",),
+            ("nexus_ext.core_errors",),
+            ("nexus_ext.native_codecs", "nexus_ext.native_plugins"),
             ("nexus_ext.core",),
             ("nexus_ext.kernels",),
             ("nexus_ext.runtime",),
@@ -52,7 +55,10 @@ IMPURE_CALLS = {"open", "input", "print"}
 MAY_PRINT = ("nexus_ext.cli",)
 MAY_IMPORT = {
     "llama_cpp": ("nexus_ext.runtime", "nexus_ext.integrations"),
-    "nexus_ext._native": ("nexus_ext.core", "nexus_ext.codecs"),
+    "nexus_ext._native": (
+        *("nexus_ext.codecs", "nexus_ext.core", "nexus_ext.core_errors"),
+        *("nexus_ext.native_codecs", "nexus_ext.native_plugins"),
+    ),
 }
 MAX_LINES = 500
 GENERATED = ("nexus_ext/native/cffi/_native.c",)

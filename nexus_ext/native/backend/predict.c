@@ -6,6 +6,7 @@
  * ours. What a router is made of (softmax, sigmoid, biases, groups) need not be known. No node of the
  * graph is touched, so results cannot change.
  * "previous": what the next layer used for the token before. "popular": what it uses most.
+ * A plugin's predictor (nexus_plugin.h) is told what each router decides, and asked for the next layer.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -257,7 +258,7 @@ static void record_control(nxb_run *r, const nxb_use *use) {
 }
 
 static size_t predicted(nxb_run *r, nx_predictor by, const nxb_use *use, const nxb_use *next, nx_group *group,
-                        int32_t **out) {
+                        size_t limit, int32_t **out) {
     predictor *p = r->own->predictor;
     const gx_tensor *ids = r->nodes[next->node]->src[2];
     const size_t n_picks = (size_t)(ids->ne[0] * ids->ne[1]), n_experts = (size_t)next->weight->ne[2];
@@ -266,6 +267,7 @@ static size_t predicted(nxb_run *r, nx_predictor by, const nxb_use *use, const n
         *out = p->experts + n_picks;
         return in_order(p->experts, n_picks, ids->ne[1], (int64_t)n_experts, *out);
     }
+    if (by == NX_PREDICT_PLUGIN) return nx_predict_ask(group, (uint32_t)ids->ne[1], (uint32_t)ids->ne[0], limit, out);
     if (!reserve(p, 0, n_experts)) return 0;
     *out = p->experts;
     const size_t most = n_picks < n_experts ? n_picks : n_experts;
@@ -290,19 +292,36 @@ static void see(nx_group *group, const gx_tensor *ids) {
     }
 }
 
+static bool has_predictor(nxb_run *r) {
+    if (!r->own->predictor) r->own->predictor = calloc(1, sizeof *r->own->predictor);
+    return r->own->predictor != NULL;
+}
+
+/* Tell a plugin. Without memory it misses one decision. */
+static void tell(nxb_run *r, nx_group *group, const gx_tensor *ids) {
+    const size_t n_used = (size_t)ids->ne[0], n_tokens = (size_t)ids->ne[1];
+    predictor *p = has_predictor(r) ? r->own->predictor : NULL;
+    if (!p || !reserve(p, n_used * n_tokens, 0)) return;
+    for (size_t t = 0; t < n_tokens; t++)
+        for (size_t k = 0; k < n_used; k++)
+            p->experts[t * n_used + k] = *(const int32_t *)((const char *)ids->data + t * ids->nb[1] + k * ids->nb[0]);
+    nx_predict_routed(group, p->experts, (uint32_t)n_tokens, (uint32_t)n_used);
+}
+
 void nxb_predict(nxb_run *r, const nxb_use *use) {
     if (!is_first(r, use)) return;
     nx_model *m = use->extent->model;
     uint32_t part;
     nx_group *here = nx_extent_group(use->extent, &part);
     if (here) see(here, r->nodes[use->node]->src[2]);
+    if (here && nx_predict_listens(m)) tell(r, here, r->nodes[use->node]->src[2]);
     const bool one_token = r->nodes[use->node]->src[2]->ne[1] == 1;
     r->decides = true;
     r->decides_for_many |= !one_token;
     const int recording = nx_routing_recording(m);
     const nx_predictor by = nx_predict_now(m, one_token);
     if (recording < 2 && by == NX_PREDICT_NONE) return;
-    if (!r->own->predictor && !(r->own->predictor = calloc(1, sizeof *r->own->predictor))) return;
+    if (!has_predictor(r)) return;
     const uint64_t begin = nx_now_ns();
     if (recording == 2) record_control(r, use);
     const nxb_use *next = next_layer(r, use);
@@ -317,7 +336,7 @@ void nxb_predict(nxb_run *r, const nxb_use *use) {
         const bool one = ids->ne[1] == 1;
         const size_t limit = !group || by == NX_PREDICT_NONE ? 0 : one ? AHEAD : nx_group_empty_slots(group);
         int32_t *experts;
-        const size_t n = limit ? predicted(r, by, use, next, group, &experts) : 0;
+        const size_t n = limit ? predicted(r, by, use, next, group, limit, &experts) : 0;
         if (n) {
             nx_prefetch_beside(m, one ? 0 : BESIDE);
             (void)nx_experts_prefetch(group, experts, n, limit); /* failures show up when it is used */

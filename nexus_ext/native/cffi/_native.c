@@ -1,4 +1,4 @@
-/* Written by build.py with cffi 2.1.1 from 55f405ffa5a0f16a91b0b7b12404660eac8beacae883c60ed5dcb3d4a9cdfff4. */
+/* Written by build.py with cffi 2.1.1 from 1c00e87ac246bee22dfe0fdebd4f9ec3316bbba939feea23d6aef430eb3cbfea. */
 #define _CFFI_
 
 /* We try to define Py_LIMITED_API before including Python.h.
@@ -588,6 +588,7 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 #include "nexus_codec.h"
 #include "nexus_imatrix.h"
 #include "nexus_residency.h"
+#include "nexus_policy.h"
 #include "nexus_kernels.h"
 #include "nexus_attach.h"
 #include "nexus_residual.h"
@@ -599,434 +600,529 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 /************************************************************/
 
 static void *_cffi_types[] = {
-/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 276), // FILE *()(nx_model *, int *)
-/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 413), // nx_model *
-/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 299), // int *
+/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 332), // FILE *()(nx_model *, int *)
+/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 492), // nx_model *
+/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 164), // int *
 /*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 389), // _Bool()(void *)
-/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 427), // void *
+/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 463), // _Bool()(void *)
+/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 522), // void *
 /*  6 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  7 */ _CFFI_OP(_CFFI_OP_FUNCTION, 47), // char const *()(nx_isa)
+/*  7 */ _CFFI_OP(_CFFI_OP_FUNCTION, 64), // char const *()(nx_isa)
 /*  8 */ _CFFI_OP(_CFFI_OP_ENUM, 3), // nx_isa
 /*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION, 47), // char const *()(nx_model const *)
-/* 11 */ _CFFI_OP(_CFFI_OP_POINTER, 413), // nx_model const *
+/* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION, 64), // char const *()(nx_model const *)
+/* 11 */ _CFFI_OP(_CFFI_OP_POINTER, 492), // nx_model const *
 /* 12 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION, 47), // char const *()(nx_status)
+/* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION, 64), // char const *()(nx_status)
 /* 14 */ _CFFI_OP(_CFFI_OP_ENUM, 5), // nx_status
 /* 15 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 47), // char const *()(void)
+/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 64), // char const *()(void)
 /* 17 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION, 299), // int()(nx_isa)
+/* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION, 164), // int()(nx_isa)
 /* 19 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
 /* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 21 */ _CFFI_OP(_CFFI_OP_FUNCTION, 299), // int()(nx_model *, uint64_t)
+/* 21 */ _CFFI_OP(_CFFI_OP_FUNCTION, 164), // int()(nx_model *, uint64_t)
 /* 22 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 23 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
 /* 24 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 25 */ _CFFI_OP(_CFFI_OP_FUNCTION, 299), // int()(nx_model const *, uint32_t)
+/* 25 */ _CFFI_OP(_CFFI_OP_FUNCTION, 164), // int()(nx_model const *, uint32_t)
 /* 26 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
 /* 27 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
 /* 28 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 29 */ _CFFI_OP(_CFFI_OP_FUNCTION, 299), // int()(nx_ternary_type)
+/* 29 */ _CFFI_OP(_CFFI_OP_FUNCTION, 164), // int()(nx_ternary_type)
 /* 30 */ _CFFI_OP(_CFFI_OP_ENUM, 6), // nx_ternary_type
 /* 31 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 32 */ _CFFI_OP(_CFFI_OP_FUNCTION, 299), // int()(void *)
+/* 32 */ _CFFI_OP(_CFFI_OP_FUNCTION, 164), // int()(void *)
 /* 33 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
 /* 34 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 35 */ _CFFI_OP(_CFFI_OP_FUNCTION, 299), // int()(void *, uint64_t, uint64_t)
+/* 35 */ _CFFI_OP(_CFFI_OP_FUNCTION, 164), // int()(void *, nxp_cache_ask const *, int32_t *)
 /* 36 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 37 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 38 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 37 */ _CFFI_OP(_CFFI_OP_POINTER, 501), // nxp_cache_ask const *
+/* 38 */ _CFFI_OP(_CFFI_OP_POINTER, 480), // int32_t *
 /* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION, 299), // int()(void)
-/* 41 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 42 */ _CFFI_OP(_CFFI_OP_FUNCTION, 83), // nx_ans_path()(void)
-/* 43 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 44 */ _CFFI_OP(_CFFI_OP_FUNCTION, 8), // nx_isa()(void)
-/* 45 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 46 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_io_mode, nx_file * *)
-/* 47 */ _CFFI_OP(_CFFI_OP_POINTER, 390), // char const *
-/* 48 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // nx_io_mode
-/* 49 */ _CFFI_OP(_CFFI_OP_POINTER, 285), // nx_file * *
-/* 50 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 51 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_probe_options const *, nx_probe_result *)
-/* 52 */ _CFFI_OP(_CFFI_OP_NOOP, 47),
-/* 53 */ _CFFI_OP(_CFFI_OP_POINTER, 416), // nx_probe_options const *
-/* 54 */ _CFFI_OP(_CFFI_OP_POINTER, 417), // nx_probe_result *
-/* 55 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 56 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, size_t, void const *, size_t, nx_model * *, nx_error *)
-/* 57 */ _CFFI_OP(_CFFI_OP_NOOP, 47),
-/* 58 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
-/* 59 */ _CFFI_OP(_CFFI_OP_POINTER, 427), // void const *
-/* 60 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 61 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // nx_model * *
-/* 62 */ _CFFI_OP(_CFFI_OP_POINTER, 405), // nx_error *
-/* 63 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 64 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(float const *, size_t, uint32_t, uint32_t, uint32_t, uint32_t, uint8_t *, float *)
-/* 65 */ _CFFI_OP(_CFFI_OP_POINTER, 204), // float const *
-/* 66 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 67 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 68 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 69 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 70 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 71 */ _CFFI_OP(_CFFI_OP_POINTER, 424), // uint8_t *
-/* 72 */ _CFFI_OP(_CFFI_OP_POINTER, 204), // float *
-/* 73 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 74 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ans_layout const *, void const *, size_t, void *, size_t, size_t *)
-/* 75 */ _CFFI_OP(_CFFI_OP_POINTER, 403), // nx_ans_layout const *
-/* 76 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
+/* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION, 164), // int()(void *, uint64_t, uint64_t)
+/* 41 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 42 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 43 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 44 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 45 */ _CFFI_OP(_CFFI_OP_FUNCTION, 164), // int()(void *, void const *, size_t, void *, size_t)
+/* 46 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 47 */ _CFFI_OP(_CFFI_OP_POINTER, 522), // void const *
+/* 48 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
+/* 49 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 50 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 51 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 52 */ _CFFI_OP(_CFFI_OP_FUNCTION, 164), // int()(void)
+/* 53 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 54 */ _CFFI_OP(_CFFI_OP_FUNCTION, 480), // int32_t()(void *, nxp_predict_ask const *, int32_t *)
+/* 55 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 56 */ _CFFI_OP(_CFFI_OP_POINTER, 508), // nxp_predict_ask const *
+/* 57 */ _CFFI_OP(_CFFI_OP_NOOP, 38),
+/* 58 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 59 */ _CFFI_OP(_CFFI_OP_FUNCTION, 100), // nx_ans_path()(void)
+/* 60 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 61 */ _CFFI_OP(_CFFI_OP_FUNCTION, 8), // nx_isa()(void)
+/* 62 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 63 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_io_mode, nx_file * *)
+/* 64 */ _CFFI_OP(_CFFI_OP_POINTER, 464), // char const *
+/* 65 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // nx_io_mode
+/* 66 */ _CFFI_OP(_CFFI_OP_POINTER, 344), // nx_file * *
+/* 67 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 68 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_probe_options const *, nx_probe_result *)
+/* 69 */ _CFFI_OP(_CFFI_OP_NOOP, 64),
+/* 70 */ _CFFI_OP(_CFFI_OP_POINTER, 496), // nx_probe_options const *
+/* 71 */ _CFFI_OP(_CFFI_OP_POINTER, 497), // nx_probe_result *
+/* 72 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 73 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, size_t, void const *, size_t, nx_model * *, nx_error *)
+/* 74 */ _CFFI_OP(_CFFI_OP_NOOP, 64),
+/* 75 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 76 */ _CFFI_OP(_CFFI_OP_NOOP, 47),
 /* 77 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 78 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 79 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 80 */ _CFFI_OP(_CFFI_OP_POINTER, 58), // size_t *
-/* 81 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 82 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ans_path, void const *, size_t, void *, size_t)
-/* 83 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // nx_ans_path
-/* 84 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
-/* 85 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 86 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 87 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 89 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix * *)
-/* 90 */ _CFFI_OP(_CFFI_OP_POINTER, 292), // nx_imatrix * *
-/* 91 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 92 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix const *)
-/* 93 */ _CFFI_OP(_CFFI_OP_POINTER, 410), // nx_imatrix const *
-/* 94 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 95 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix const *, size_t, char *, uint32_t *, uint32_t *, double const * *, uint64_t const * *)
-/* 96 */ _CFFI_OP(_CFFI_OP_NOOP, 93),
-/* 97 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 98 */ _CFFI_OP(_CFFI_OP_POINTER, 390), // char *
-/* 99 */ _CFFI_OP(_CFFI_OP_POINTER, 27), // uint32_t *
-/* 100 */ _CFFI_OP(_CFFI_OP_NOOP, 99),
-/* 101 */ _CFFI_OP(_CFFI_OP_POINTER, 399), // double const * *
-/* 102 */ _CFFI_OP(_CFFI_OP_POINTER, 321), // uint64_t const * *
-/* 103 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 104 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_isa)
-/* 105 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
-/* 106 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 107 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_membench_options const *, nx_membench_result *)
-/* 108 */ _CFFI_OP(_CFFI_OP_POINTER, 411), // nx_membench_options const *
-/* 109 */ _CFFI_OP(_CFFI_OP_POINTER, 412), // nx_membench_result *
-/* 110 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 111 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *)
-/* 112 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 113 */ _CFFI_OP(_CFFI_OP_NOOP, 47),
-/* 114 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 115 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, uint32_t)
-/* 116 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 117 */ _CFFI_OP(_CFFI_OP_NOOP, 47),
-/* 118 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 119 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 120 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, void const *, uint64_t, float const *, uint64_t, uint32_t, nx_error *)
-/* 121 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 122 */ _CFFI_OP(_CFFI_OP_NOOP, 47),
-/* 123 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
-/* 124 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 125 */ _CFFI_OP(_CFFI_OP_NOOP, 65),
-/* 126 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 127 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 128 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
-/* 129 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 130 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, int(*)(void *, uint64_t, uint64_t), void *)
-/* 131 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 132 */ _CFFI_OP(_CFFI_OP_POINTER, 35), // int(*)(void *, uint64_t, uint64_t)
-/* 133 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 134 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 135 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nx_fault const *)
-/* 136 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 137 */ _CFFI_OP(_CFFI_OP_POINTER, 407), // nx_fault const *
-/* 138 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 139 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t)
-/* 140 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 141 */ _CFFI_OP(_CFFI_OP_POINTER, 27), // uint32_t const *
-/* 142 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 143 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 144 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, int(*)(void *), void *, uint64_t *)
-/* 145 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 146 */ _CFFI_OP(_CFFI_OP_NOOP, 141),
-/* 147 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 148 */ _CFFI_OP(_CFFI_OP_POINTER, 32), // int(*)(void *)
-/* 149 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 150 */ _CFFI_OP(_CFFI_OP_POINTER, 23), // uint64_t *
+/* 78 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // nx_model * *
+/* 79 */ _CFFI_OP(_CFFI_OP_POINTER, 484), // nx_error *
+/* 80 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 81 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(float const *, size_t, uint32_t, uint32_t, uint32_t, uint32_t, uint8_t *, float *)
+/* 82 */ _CFFI_OP(_CFFI_OP_POINTER, 252), // float const *
+/* 83 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 84 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 85 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 86 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 87 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 88 */ _CFFI_OP(_CFFI_OP_POINTER, 514), // uint8_t *
+/* 89 */ _CFFI_OP(_CFFI_OP_POINTER, 252), // float *
+/* 90 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 91 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ans_layout const *, void const *, size_t, void *, size_t, size_t *)
+/* 92 */ _CFFI_OP(_CFFI_OP_POINTER, 482), // nx_ans_layout const *
+/* 93 */ _CFFI_OP(_CFFI_OP_NOOP, 47),
+/* 94 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 95 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 96 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 97 */ _CFFI_OP(_CFFI_OP_POINTER, 48), // size_t *
+/* 98 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 99 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ans_path, void const *, size_t, void *, size_t)
+/* 100 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // nx_ans_path
+/* 101 */ _CFFI_OP(_CFFI_OP_NOOP, 47),
+/* 102 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 103 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 104 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 105 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 106 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix * *)
+/* 107 */ _CFFI_OP(_CFFI_OP_POINTER, 351), // nx_imatrix * *
+/* 108 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 109 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix const *)
+/* 110 */ _CFFI_OP(_CFFI_OP_POINTER, 489), // nx_imatrix const *
+/* 111 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 112 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix const *, size_t, char *, uint32_t *, uint32_t *, double const * *, uint64_t const * *)
+/* 113 */ _CFFI_OP(_CFFI_OP_NOOP, 110),
+/* 114 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 115 */ _CFFI_OP(_CFFI_OP_POINTER, 464), // char *
+/* 116 */ _CFFI_OP(_CFFI_OP_POINTER, 27), // uint32_t *
+/* 117 */ _CFFI_OP(_CFFI_OP_NOOP, 116),
+/* 118 */ _CFFI_OP(_CFFI_OP_POINTER, 475), // double const * *
+/* 119 */ _CFFI_OP(_CFFI_OP_POINTER, 384), // uint64_t const * *
+/* 120 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 121 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_isa)
+/* 122 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
+/* 123 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 124 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_membench_options const *, nx_membench_result *)
+/* 125 */ _CFFI_OP(_CFFI_OP_POINTER, 490), // nx_membench_options const *
+/* 126 */ _CFFI_OP(_CFFI_OP_POINTER, 491), // nx_membench_result *
+/* 127 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 128 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *)
+/* 129 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 130 */ _CFFI_OP(_CFFI_OP_NOOP, 64),
+/* 131 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 132 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, uint32_t)
+/* 133 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 134 */ _CFFI_OP(_CFFI_OP_NOOP, 64),
+/* 135 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 136 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 137 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, void const *, uint64_t, float const *, uint64_t, uint32_t, nx_error *)
+/* 138 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 139 */ _CFFI_OP(_CFFI_OP_NOOP, 64),
+/* 140 */ _CFFI_OP(_CFFI_OP_NOOP, 47),
+/* 141 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 142 */ _CFFI_OP(_CFFI_OP_NOOP, 82),
+/* 143 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 144 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 145 */ _CFFI_OP(_CFFI_OP_NOOP, 79),
+/* 146 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 147 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, int(*)(void *, uint64_t, uint64_t), void *)
+/* 148 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 149 */ _CFFI_OP(_CFFI_OP_POINTER, 40), // int(*)(void *, uint64_t, uint64_t)
+/* 150 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
 /* 151 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 152 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, uint64_t *)
+/* 152 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nx_fault const *)
 /* 153 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 154 */ _CFFI_OP(_CFFI_OP_NOOP, 141),
-/* 155 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 156 */ _CFFI_OP(_CFFI_OP_NOOP, 150),
-/* 157 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 158 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t, uint32_t)
-/* 159 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 160 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 161 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 162 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 163 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
-/* 164 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 165 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 166 */ _CFFI_OP(_CFFI_OP_POINTER, 409), // nx_file_info *
-/* 167 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 168 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_opencl_matrix const *, void const *, uint32_t, float *, size_t)
-/* 169 */ _CFFI_OP(_CFFI_OP_POINTER, 414), // nx_opencl_matrix const *
-/* 170 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
-/* 171 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 172 */ _CFFI_OP(_CFFI_OP_NOOP, 72),
-/* 173 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 174 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 175 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ternary_type, uint32_t, uint32_t, nx_ternary *)
-/* 176 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
-/* 177 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 178 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 179 */ _CFFI_OP(_CFFI_OP_POINTER, 420), // nx_ternary *
-/* 180 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 181 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ternary_type, void const *, size_t, uint32_t, uint32_t, nx_opencl_matrix * *)
-/* 182 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
-/* 183 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
-/* 184 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 185 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 186 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 187 */ _CFFI_OP(_CFFI_OP_POINTER, 324), // nx_opencl_matrix * *
-/* 188 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 189 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(void const *, size_t, void *, size_t)
-/* 190 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
-/* 191 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 192 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 193 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 194 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 195 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(void)
-/* 196 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 197 */ _CFFI_OP(_CFFI_OP_FUNCTION, 30), // nx_ternary_type()(char const *)
+/* 154 */ _CFFI_OP(_CFFI_OP_POINTER, 486), // nx_fault const *
+/* 155 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 156 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nxp_cache_policy const *, nx_error *)
+/* 157 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 158 */ _CFFI_OP(_CFFI_OP_POINTER, 503), // nxp_cache_policy const *
+/* 159 */ _CFFI_OP(_CFFI_OP_NOOP, 79),
+/* 160 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 161 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nxp_predictor const *, int, nx_error *)
+/* 162 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 163 */ _CFFI_OP(_CFFI_OP_POINTER, 509), // nxp_predictor const *
+/* 164 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
+/* 165 */ _CFFI_OP(_CFFI_OP_NOOP, 79),
+/* 166 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 167 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t)
+/* 168 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 169 */ _CFFI_OP(_CFFI_OP_POINTER, 27), // uint32_t const *
+/* 170 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 171 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 172 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, int(*)(void *), void *, uint64_t *)
+/* 173 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 174 */ _CFFI_OP(_CFFI_OP_NOOP, 169),
+/* 175 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 176 */ _CFFI_OP(_CFFI_OP_POINTER, 32), // int(*)(void *)
+/* 177 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 178 */ _CFFI_OP(_CFFI_OP_POINTER, 23), // uint64_t *
+/* 179 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 180 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, uint64_t *)
+/* 181 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 182 */ _CFFI_OP(_CFFI_OP_NOOP, 169),
+/* 183 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 184 */ _CFFI_OP(_CFFI_OP_NOOP, 178),
+/* 185 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 186 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t, uint32_t)
+/* 187 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 188 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 189 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 190 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 191 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
+/* 192 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 193 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 194 */ _CFFI_OP(_CFFI_OP_POINTER, 488), // nx_file_info *
+/* 195 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 196 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_opencl_matrix const *, void const *, uint32_t, float *, size_t)
+/* 197 */ _CFFI_OP(_CFFI_OP_POINTER, 493), // nx_opencl_matrix const *
 /* 198 */ _CFFI_OP(_CFFI_OP_NOOP, 47),
-/* 199 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 200 */ _CFFI_OP(_CFFI_OP_FUNCTION, 58), // size_t()(float const *, uint32_t, uint32_t, float, float, uint32_t *)
-/* 201 */ _CFFI_OP(_CFFI_OP_NOOP, 65),
-/* 202 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 203 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 204 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13), // float
-/* 205 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13),
-/* 206 */ _CFFI_OP(_CFFI_OP_NOOP, 99),
-/* 207 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 208 */ _CFFI_OP(_CFFI_OP_FUNCTION, 58), // size_t()(float const *, uint32_t, uint32_t, uint32_t *)
-/* 209 */ _CFFI_OP(_CFFI_OP_NOOP, 65),
-/* 210 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 211 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 212 */ _CFFI_OP(_CFFI_OP_NOOP, 99),
-/* 213 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 214 */ _CFFI_OP(_CFFI_OP_FUNCTION, 58), // size_t()(nx_imatrix const *)
-/* 215 */ _CFFI_OP(_CFFI_OP_NOOP, 93),
+/* 199 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 200 */ _CFFI_OP(_CFFI_OP_NOOP, 89),
+/* 201 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 202 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 203 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ternary_type, uint32_t, uint32_t, nx_ternary *)
+/* 204 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
+/* 205 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 206 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 207 */ _CFFI_OP(_CFFI_OP_POINTER, 500), // nx_ternary *
+/* 208 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 209 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ternary_type, void const *, size_t, uint32_t, uint32_t, nx_opencl_matrix * *)
+/* 210 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
+/* 211 */ _CFFI_OP(_CFFI_OP_NOOP, 47),
+/* 212 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 213 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 214 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 215 */ _CFFI_OP(_CFFI_OP_POINTER, 387), // nx_opencl_matrix * *
 /* 216 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 217 */ _CFFI_OP(_CFFI_OP_FUNCTION, 58), // size_t()(nx_model *, int32_t *, size_t)
-/* 218 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 219 */ _CFFI_OP(_CFFI_OP_POINTER, 401), // int32_t *
-/* 220 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 221 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 222 */ _CFFI_OP(_CFFI_OP_FUNCTION, 58), // size_t()(nx_model *, nx_event *, size_t)
-/* 223 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 224 */ _CFFI_OP(_CFFI_OP_POINTER, 406), // nx_event *
-/* 225 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 226 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 227 */ _CFFI_OP(_CFFI_OP_FUNCTION, 58), // size_t()(nx_model *, uint32_t *)
-/* 228 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 229 */ _CFFI_OP(_CFFI_OP_NOOP, 99),
-/* 230 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 231 */ _CFFI_OP(_CFFI_OP_FUNCTION, 58), // size_t()(size_t)
-/* 232 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 217 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nxp_cache_policy const *, uint32_t, uint32_t, uint32_t, int32_t const *, size_t, size_t, uint64_t *, nx_plugin_info *, nx_error *)
+/* 218 */ _CFFI_OP(_CFFI_OP_NOOP, 158),
+/* 219 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 220 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 221 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 222 */ _CFFI_OP(_CFFI_OP_POINTER, 480), // int32_t const *
+/* 223 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 224 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 225 */ _CFFI_OP(_CFFI_OP_NOOP, 178),
+/* 226 */ _CFFI_OP(_CFFI_OP_POINTER, 494), // nx_plugin_info *
+/* 227 */ _CFFI_OP(_CFFI_OP_NOOP, 79),
+/* 228 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 229 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nxp_codec const *, int, nx_error *)
+/* 230 */ _CFFI_OP(_CFFI_OP_POINTER, 505), // nxp_codec const *
+/* 231 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 232 */ _CFFI_OP(_CFFI_OP_NOOP, 79),
 /* 233 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 234 */ _CFFI_OP(_CFFI_OP_FUNCTION, 27), // uint32_t()(nx_model const *)
-/* 235 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 236 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 237 */ _CFFI_OP(_CFFI_OP_FUNCTION, 27), // uint32_t()(nx_model const *, uint32_t, uint32_t *)
-/* 238 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 239 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 240 */ _CFFI_OP(_CFFI_OP_NOOP, 99),
+/* 234 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(void const *, size_t, void *, size_t)
+/* 235 */ _CFFI_OP(_CFFI_OP_NOOP, 47),
+/* 236 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 237 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 238 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 239 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 240 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(void)
 /* 241 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 242 */ _CFFI_OP(_CFFI_OP_FUNCTION, 27), // uint32_t()(nx_ternary_type)
-/* 243 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
+/* 242 */ _CFFI_OP(_CFFI_OP_FUNCTION, 30), // nx_ternary_type()(char const *)
+/* 243 */ _CFFI_OP(_CFFI_OP_NOOP, 64),
 /* 244 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 245 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *)
-/* 246 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 245 */ _CFFI_OP(_CFFI_OP_FUNCTION, 158), // nxp_cache_policy const *()(char const *)
+/* 246 */ _CFFI_OP(_CFFI_OP_NOOP, 64),
 /* 247 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 248 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *, nx_own_kind)
-/* 249 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 250 */ _CFFI_OP(_CFFI_OP_ENUM, 4), // nx_own_kind
-/* 251 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 252 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *, uint32_t)
-/* 253 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 254 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 248 */ _CFFI_OP(_CFFI_OP_FUNCTION, 48), // size_t()(float const *, uint32_t, uint32_t, float, float, uint32_t *)
+/* 249 */ _CFFI_OP(_CFFI_OP_NOOP, 82),
+/* 250 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 251 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 252 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13), // float
+/* 253 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13),
+/* 254 */ _CFFI_OP(_CFFI_OP_NOOP, 116),
 /* 255 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 256 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_opencl_matrix const *)
-/* 257 */ _CFFI_OP(_CFFI_OP_NOOP, 169),
-/* 258 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 259 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_ternary_type, uint32_t)
-/* 260 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
-/* 261 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 262 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 263 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_ternary_type, uint32_t, uint32_t)
-/* 264 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
-/* 265 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 266 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 267 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 268 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(uint32_t)
-/* 269 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 270 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 271 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(void const *, size_t)
-/* 272 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
+/* 256 */ _CFFI_OP(_CFFI_OP_FUNCTION, 48), // size_t()(float const *, uint32_t, uint32_t, uint32_t *)
+/* 257 */ _CFFI_OP(_CFFI_OP_NOOP, 82),
+/* 258 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 259 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 260 */ _CFFI_OP(_CFFI_OP_NOOP, 116),
+/* 261 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 262 */ _CFFI_OP(_CFFI_OP_FUNCTION, 48), // size_t()(nx_imatrix const *)
+/* 263 */ _CFFI_OP(_CFFI_OP_NOOP, 110),
+/* 264 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 265 */ _CFFI_OP(_CFFI_OP_FUNCTION, 48), // size_t()(nx_model *, int32_t *, size_t)
+/* 266 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 267 */ _CFFI_OP(_CFFI_OP_NOOP, 38),
+/* 268 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 269 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 270 */ _CFFI_OP(_CFFI_OP_FUNCTION, 48), // size_t()(nx_model *, nx_event *, size_t)
+/* 271 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 272 */ _CFFI_OP(_CFFI_OP_POINTER, 485), // nx_event *
 /* 273 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 274 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 275 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(FILE *)
-/* 276 */ _CFFI_OP(_CFFI_OP_POINTER, 388), // FILE *
-/* 277 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 278 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(float const *, uint32_t const *, size_t, float *)
-/* 279 */ _CFFI_OP(_CFFI_OP_NOOP, 65),
-/* 280 */ _CFFI_OP(_CFFI_OP_NOOP, 141),
-/* 281 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 282 */ _CFFI_OP(_CFFI_OP_NOOP, 72),
-/* 283 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 284 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_file *)
-/* 285 */ _CFFI_OP(_CFFI_OP_POINTER, 408), // nx_file *
-/* 286 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 287 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_file const *, nx_file_info *)
-/* 288 */ _CFFI_OP(_CFFI_OP_POINTER, 408), // nx_file const *
-/* 289 */ _CFFI_OP(_CFFI_OP_NOOP, 166),
-/* 290 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 291 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_imatrix *)
-/* 292 */ _CFFI_OP(_CFFI_OP_POINTER, 410), // nx_imatrix *
-/* 293 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 294 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_model *)
-/* 295 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 296 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 297 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_model *, int)
-/* 298 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 299 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
-/* 300 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 301 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_model *, nx_error *)
-/* 302 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 303 */ _CFFI_OP(_CFFI_OP_NOOP, 62),
-/* 304 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 305 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_model *, nx_prediction *)
-/* 306 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 307 */ _CFFI_OP(_CFFI_OP_POINTER, 415), // nx_prediction *
-/* 308 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 309 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_model *, nx_stats *)
-/* 310 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 311 */ _CFFI_OP(_CFFI_OP_POINTER, 419), // nx_stats *
-/* 312 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 313 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_model *, uint32_t, uint64_t *)
-/* 314 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 315 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 316 */ _CFFI_OP(_CFFI_OP_NOOP, 150),
-/* 317 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 318 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_model *, uint32_t, uint64_t const *)
-/* 319 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 320 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 321 */ _CFFI_OP(_CFFI_OP_POINTER, 23), // uint64_t const *
+/* 275 */ _CFFI_OP(_CFFI_OP_FUNCTION, 48), // size_t()(nx_model *, uint32_t *)
+/* 276 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 277 */ _CFFI_OP(_CFFI_OP_NOOP, 116),
+/* 278 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 279 */ _CFFI_OP(_CFFI_OP_FUNCTION, 48), // size_t()(size_t)
+/* 280 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 281 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 282 */ _CFFI_OP(_CFFI_OP_FUNCTION, 27), // uint32_t()(nx_model const *)
+/* 283 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 284 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 285 */ _CFFI_OP(_CFFI_OP_FUNCTION, 27), // uint32_t()(nx_model const *, uint32_t, uint32_t *)
+/* 286 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 287 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 288 */ _CFFI_OP(_CFFI_OP_NOOP, 116),
+/* 289 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 290 */ _CFFI_OP(_CFFI_OP_FUNCTION, 27), // uint32_t()(nx_ternary_type)
+/* 291 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
+/* 292 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 293 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *)
+/* 294 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 295 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 296 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *, nx_own_kind)
+/* 297 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 298 */ _CFFI_OP(_CFFI_OP_ENUM, 4), // nx_own_kind
+/* 299 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 300 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_model const *, uint32_t)
+/* 301 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 302 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 303 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 304 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_opencl_matrix const *)
+/* 305 */ _CFFI_OP(_CFFI_OP_NOOP, 197),
+/* 306 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 307 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_ternary_type, uint32_t)
+/* 308 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
+/* 309 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 310 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 311 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(nx_ternary_type, uint32_t, uint32_t)
+/* 312 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
+/* 313 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 314 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 315 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 316 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(uint32_t)
+/* 317 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 318 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 319 */ _CFFI_OP(_CFFI_OP_FUNCTION, 23), // uint64_t()(void const *, size_t)
+/* 320 */ _CFFI_OP(_CFFI_OP_NOOP, 47),
+/* 321 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 322 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 323 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_opencl_matrix *)
-/* 324 */ _CFFI_OP(_CFFI_OP_POINTER, 414), // nx_opencl_matrix *
-/* 325 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 326 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_residual_matrix const *, uint32_t const *, float const *, size_t, uint32_t, uint32_t, float *, float *)
-/* 327 */ _CFFI_OP(_CFFI_OP_POINTER, 418), // nx_residual_matrix const *
-/* 328 */ _CFFI_OP(_CFFI_OP_NOOP, 141),
-/* 329 */ _CFFI_OP(_CFFI_OP_NOOP, 65),
-/* 330 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 331 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 332 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 333 */ _CFFI_OP(_CFFI_OP_NOOP, 72),
-/* 334 */ _CFFI_OP(_CFFI_OP_NOOP, 72),
-/* 335 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 336 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_residual_matrix const *, uint32_t, uint32_t, float *, size_t)
-/* 337 */ _CFFI_OP(_CFFI_OP_NOOP, 327),
-/* 338 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 339 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 340 */ _CFFI_OP(_CFFI_OP_NOOP, 72),
-/* 341 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 323 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // void *()(void *, nxp_cache_layer const *)
+/* 324 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 325 */ _CFFI_OP(_CFFI_OP_POINTER, 502), // nxp_cache_layer const *
+/* 326 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 327 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // void *()(void *, nxp_layers const *)
+/* 328 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 329 */ _CFFI_OP(_CFFI_OP_POINTER, 507), // nxp_layers const *
+/* 330 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 331 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(FILE *)
+/* 332 */ _CFFI_OP(_CFFI_OP_POINTER, 462), // FILE *
+/* 333 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 334 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(float const *, uint32_t const *, size_t, float *)
+/* 335 */ _CFFI_OP(_CFFI_OP_NOOP, 82),
+/* 336 */ _CFFI_OP(_CFFI_OP_NOOP, 169),
+/* 337 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 338 */ _CFFI_OP(_CFFI_OP_NOOP, 89),
+/* 339 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 340 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(int)
+/* 341 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
 /* 342 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 343 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_ternary *)
-/* 344 */ _CFFI_OP(_CFFI_OP_NOOP, 179),
+/* 343 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(nx_file *)
+/* 344 */ _CFFI_OP(_CFFI_OP_POINTER, 487), // nx_file *
 /* 345 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 346 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_ternary *, void const *, size_t, uint32_t, uint32_t)
-/* 347 */ _CFFI_OP(_CFFI_OP_NOOP, 179),
-/* 348 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
-/* 349 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 350 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 351 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 346 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(nx_file const *, nx_file_info *)
+/* 347 */ _CFFI_OP(_CFFI_OP_POINTER, 487), // nx_file const *
+/* 348 */ _CFFI_OP(_CFFI_OP_NOOP, 194),
+/* 349 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 350 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(nx_imatrix *)
+/* 351 */ _CFFI_OP(_CFFI_OP_POINTER, 489), // nx_imatrix *
 /* 352 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 353 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_ternary const *, uint32_t, uint32_t, float *)
-/* 354 */ _CFFI_OP(_CFFI_OP_POINTER, 420), // nx_ternary const *
-/* 355 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 356 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 357 */ _CFFI_OP(_CFFI_OP_NOOP, 72),
-/* 358 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 359 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_ternary const *, void const *, uint32_t, uint32_t, uint32_t, float *, size_t)
-/* 360 */ _CFFI_OP(_CFFI_OP_NOOP, 354),
-/* 361 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
-/* 362 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 363 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 364 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 365 */ _CFFI_OP(_CFFI_OP_NOOP, 72),
-/* 366 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 353 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(nx_model *)
+/* 354 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 355 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 356 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(nx_model *, int)
+/* 357 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 358 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 359 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 360 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(nx_model *, nx_error *)
+/* 361 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 362 */ _CFFI_OP(_CFFI_OP_NOOP, 79),
+/* 363 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 364 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(nx_model *, nx_plugin_info *)
+/* 365 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 366 */ _CFFI_OP(_CFFI_OP_NOOP, 226),
 /* 367 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 368 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_ternary_type, float const *, uint32_t, uint32_t, void *)
-/* 369 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
-/* 370 */ _CFFI_OP(_CFFI_OP_NOOP, 65),
-/* 371 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 372 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 373 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 374 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 375 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(nx_ternary_type, void const *, size_t, uint32_t, void const * const *, uint32_t, uint32_t, uint32_t, float * const *)
-/* 376 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
-/* 377 */ _CFFI_OP(_CFFI_OP_NOOP, 59),
-/* 378 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 379 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 380 */ _CFFI_OP(_CFFI_OP_POINTER, 59), // void const * const *
-/* 381 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 382 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 368 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(nx_model *, nx_prediction *)
+/* 369 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 370 */ _CFFI_OP(_CFFI_OP_POINTER, 495), // nx_prediction *
+/* 371 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 372 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(nx_model *, nx_stats *)
+/* 373 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 374 */ _CFFI_OP(_CFFI_OP_POINTER, 499), // nx_stats *
+/* 375 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 376 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(nx_model *, uint32_t, uint64_t *)
+/* 377 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 378 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 379 */ _CFFI_OP(_CFFI_OP_NOOP, 178),
+/* 380 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 381 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(nx_model *, uint32_t, uint64_t const *)
+/* 382 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 383 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 384 */ _CFFI_OP(_CFFI_OP_POINTER, 72), // float * const *
+/* 384 */ _CFFI_OP(_CFFI_OP_POINTER, 23), // uint64_t const *
 /* 385 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 386 */ _CFFI_OP(_CFFI_OP_FUNCTION, 427), // void()(void)
-/* 387 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 388 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // FILE
-/* 389 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
-/* 390 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
-/* 391 */ _CFFI_OP(_CFFI_OP_ARRAY, 390), // char[128]
-/* 392 */ (_cffi_opcode_t)(128),
-/* 393 */ _CFFI_OP(_CFFI_OP_ARRAY, 390), // char[256]
-/* 394 */ (_cffi_opcode_t)(256),
-/* 395 */ _CFFI_OP(_CFFI_OP_ARRAY, 390), // char[512]
-/* 396 */ (_cffi_opcode_t)(512),
-/* 397 */ _CFFI_OP(_CFFI_OP_ARRAY, 390), // char[96]
-/* 398 */ (_cffi_opcode_t)(96),
-/* 399 */ _CFFI_OP(_CFFI_OP_POINTER, 400), // double const *
-/* 400 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
-/* 401 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
-/* 402 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
-/* 403 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_ans_layout
-/* 404 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_control_state
-/* 405 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_error
-/* 406 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_event
-/* 407 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_fault
-/* 408 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 14), // nx_file
-/* 409 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_file_info
-/* 410 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 15), // nx_imatrix
-/* 411 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_options
-/* 412 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_membench_result
-/* 413 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 16), // nx_model
-/* 414 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 17), // nx_opencl_matrix
-/* 415 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_prediction
-/* 416 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_probe_options
-/* 417 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // nx_probe_result
-/* 418 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_residual_matrix
-/* 419 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // nx_stats
-/* 420 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // nx_ternary
-/* 421 */ _CFFI_OP(_CFFI_OP_POINTER, 422), // uint16_t *
-/* 422 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 20), // uint16_t
-/* 423 */ _CFFI_OP(_CFFI_OP_POINTER, 424), // uint8_t const *
-/* 424 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
-/* 425 */ _CFFI_OP(_CFFI_OP_ARRAY, 424), // uint8_t[16]
-/* 426 */ (_cffi_opcode_t)(16),
-/* 427 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
+/* 386 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(nx_opencl_matrix *)
+/* 387 */ _CFFI_OP(_CFFI_OP_POINTER, 493), // nx_opencl_matrix *
+/* 388 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 389 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(nx_residual_matrix const *, uint32_t const *, float const *, size_t, uint32_t, uint32_t, float *, float *)
+/* 390 */ _CFFI_OP(_CFFI_OP_POINTER, 498), // nx_residual_matrix const *
+/* 391 */ _CFFI_OP(_CFFI_OP_NOOP, 169),
+/* 392 */ _CFFI_OP(_CFFI_OP_NOOP, 82),
+/* 393 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 394 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 395 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 396 */ _CFFI_OP(_CFFI_OP_NOOP, 89),
+/* 397 */ _CFFI_OP(_CFFI_OP_NOOP, 89),
+/* 398 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 399 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(nx_residual_matrix const *, uint32_t, uint32_t, float *, size_t)
+/* 400 */ _CFFI_OP(_CFFI_OP_NOOP, 390),
+/* 401 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 402 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 403 */ _CFFI_OP(_CFFI_OP_NOOP, 89),
+/* 404 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 405 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 406 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(nx_ternary *)
+/* 407 */ _CFFI_OP(_CFFI_OP_NOOP, 207),
+/* 408 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 409 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(nx_ternary *, void const *, size_t, uint32_t, uint32_t)
+/* 410 */ _CFFI_OP(_CFFI_OP_NOOP, 207),
+/* 411 */ _CFFI_OP(_CFFI_OP_NOOP, 47),
+/* 412 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 413 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 414 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 415 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 416 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(nx_ternary const *, uint32_t, uint32_t, float *)
+/* 417 */ _CFFI_OP(_CFFI_OP_POINTER, 500), // nx_ternary const *
+/* 418 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 419 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 420 */ _CFFI_OP(_CFFI_OP_NOOP, 89),
+/* 421 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 422 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(nx_ternary const *, void const *, uint32_t, uint32_t, uint32_t, float *, size_t)
+/* 423 */ _CFFI_OP(_CFFI_OP_NOOP, 417),
+/* 424 */ _CFFI_OP(_CFFI_OP_NOOP, 47),
+/* 425 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 426 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 427 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 428 */ _CFFI_OP(_CFFI_OP_NOOP, 89),
+/* 429 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 430 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 431 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(nx_ternary_type, float const *, uint32_t, uint32_t, void *)
+/* 432 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
+/* 433 */ _CFFI_OP(_CFFI_OP_NOOP, 82),
+/* 434 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 435 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 436 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 437 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 438 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(nx_ternary_type, void const *, size_t, uint32_t, void const * const *, uint32_t, uint32_t, uint32_t, float * const *)
+/* 439 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
+/* 440 */ _CFFI_OP(_CFFI_OP_NOOP, 47),
+/* 441 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 442 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 443 */ _CFFI_OP(_CFFI_OP_POINTER, 47), // void const * const *
+/* 444 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 445 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 446 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 447 */ _CFFI_OP(_CFFI_OP_POINTER, 89), // float * const *
+/* 448 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 449 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(void *)
+/* 450 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 451 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 452 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(void *, nxp_cache_use const *)
+/* 453 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 454 */ _CFFI_OP(_CFFI_OP_POINTER, 504), // nxp_cache_use const *
+/* 455 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 456 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(void *, nxp_routed const *)
+/* 457 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 458 */ _CFFI_OP(_CFFI_OP_POINTER, 510), // nxp_routed const *
+/* 459 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 460 */ _CFFI_OP(_CFFI_OP_FUNCTION, 522), // void()(void)
+/* 461 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 462 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 24), // FILE
+/* 463 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
+/* 464 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/* 465 */ _CFFI_OP(_CFFI_OP_ARRAY, 464), // char[128]
+/* 466 */ (_cffi_opcode_t)(128),
+/* 467 */ _CFFI_OP(_CFFI_OP_ARRAY, 464), // char[256]
+/* 468 */ (_cffi_opcode_t)(256),
+/* 469 */ _CFFI_OP(_CFFI_OP_ARRAY, 464), // char[512]
+/* 470 */ (_cffi_opcode_t)(512),
+/* 471 */ _CFFI_OP(_CFFI_OP_ARRAY, 464), // char[64]
+/* 472 */ (_cffi_opcode_t)(64),
+/* 473 */ _CFFI_OP(_CFFI_OP_ARRAY, 464), // char[96]
+/* 474 */ (_cffi_opcode_t)(96),
+/* 475 */ _CFFI_OP(_CFFI_OP_POINTER, 476), // double const *
+/* 476 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
+/* 477 */ _CFFI_OP(_CFFI_OP_POINTER, 35), // int(*)(void *, nxp_cache_ask const *, int32_t *)
+/* 478 */ _CFFI_OP(_CFFI_OP_POINTER, 45), // int(*)(void *, void const *, size_t, void *, size_t)
+/* 479 */ _CFFI_OP(_CFFI_OP_POINTER, 54), // int32_t(*)(void *, nxp_predict_ask const *, int32_t *)
+/* 480 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
+/* 481 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
+/* 482 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_ans_layout
+/* 483 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_control_state
+/* 484 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_error
+/* 485 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_event
+/* 486 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_fault
+/* 487 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 25), // nx_file
+/* 488 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_file_info
+/* 489 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 26), // nx_imatrix
+/* 490 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_options
+/* 491 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_membench_result
+/* 492 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 27), // nx_model
+/* 493 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 28), // nx_opencl_matrix
+/* 494 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_plugin_info
+/* 495 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_prediction
+/* 496 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // nx_probe_options
+/* 497 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_probe_result
+/* 498 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // nx_residual_matrix
+/* 499 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // nx_stats
+/* 500 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // nx_ternary
+/* 501 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 14), // nxp_cache_ask
+/* 502 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 15), // nxp_cache_layer
+/* 503 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 16), // nxp_cache_policy
+/* 504 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 17), // nxp_cache_use
+/* 505 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 18), // nxp_codec
+/* 506 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 19), // nxp_head
+/* 507 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 20), // nxp_layers
+/* 508 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 21), // nxp_predict_ask
+/* 509 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 22), // nxp_predictor
+/* 510 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 23), // nxp_routed
+/* 511 */ _CFFI_OP(_CFFI_OP_POINTER, 512), // uint16_t *
+/* 512 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 20), // uint16_t
+/* 513 */ _CFFI_OP(_CFFI_OP_POINTER, 514), // uint8_t const *
+/* 514 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
+/* 515 */ _CFFI_OP(_CFFI_OP_ARRAY, 514), // uint8_t[16]
+/* 516 */ (_cffi_opcode_t)(16),
+/* 517 */ _CFFI_OP(_CFFI_OP_POINTER, 323), // void *(*)(void *, nxp_cache_layer const *)
+/* 518 */ _CFFI_OP(_CFFI_OP_POINTER, 327), // void *(*)(void *, nxp_layers const *)
+/* 519 */ _CFFI_OP(_CFFI_OP_POINTER, 449), // void(*)(void *)
+/* 520 */ _CFFI_OP(_CFFI_OP_POINTER, 452), // void(*)(void *, nxp_cache_use const *)
+/* 521 */ _CFFI_OP(_CFFI_OP_POINTER, 456), // void(*)(void *, nxp_routed const *)
+/* 522 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
 
 _CFFI_UNUSED_FN
@@ -1279,6 +1375,19 @@ static int _cffi_const_NX_OWN_KINDS(unsigned long long *o)
 }
 
 _CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_nx_plugin_info(nx_plugin_info *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  { char(*tmp)[64] = &p->name; (void)tmp; }
+  (void)((p->disabled) | 0);  /* check that 'nx_plugin_info.disabled' is an integer */
+  { char(*tmp)[256] = &p->why; (void)tmp; }
+  (void)((p->calls) | 0);  /* check that 'nx_plugin_info.calls' is an integer */
+  (void)((p->ns) | 0);  /* check that 'nx_plugin_info.ns' is an integer */
+}
+struct _cffi_align_typedef_nx_plugin_info { char x; nx_plugin_info y; };
+
+_CFFI_UNUSED_FN
 static void _cffi_checkfld_typedef_nx_prediction(nx_prediction *p)
 {
   /* only to generate compile-time warnings or errors */
@@ -1513,6 +1622,204 @@ static int _cffi_const_NX_TERNARY_TYPES(unsigned long long *o)
   return n;
 }
 
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_nxp_cache_ask(nxp_cache_ask *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->reason) | 0);  /* check that 'nxp_cache_ask.reason' is an integer */
+  (void)((p->n_wanted) | 0);  /* check that 'nxp_cache_ask.n_wanted' is an integer */
+  (void)((p->n_candidates) | 0);  /* check that 'nxp_cache_ask.n_candidates' is an integer */
+  (void)((p->clock) | 0);  /* check that 'nxp_cache_ask.clock' is an integer */
+  { int32_t const * *tmp = &p->experts; (void)tmp; }
+  { uint64_t const * *tmp = &p->ages; (void)tmp; }
+  { float const * *tmp = &p->frequencies; (void)tmp; }
+  { int32_t const * *tmp = &p->incoming; (void)tmp; }
+}
+struct _cffi_align_typedef_nxp_cache_ask { char x; nxp_cache_ask y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_nxp_cache_layer(nxp_cache_layer *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->layer) | 0);  /* check that 'nxp_cache_layer.layer' is an integer */
+  (void)((p->n_layers) | 0);  /* check that 'nxp_cache_layer.n_layers' is an integer */
+  (void)((p->n_experts) | 0);  /* check that 'nxp_cache_layer.n_experts' is an integer */
+  (void)((p->n_slots) | 0);  /* check that 'nxp_cache_layer.n_slots' is an integer */
+  (void)((p->record_bytes) | 0);  /* check that 'nxp_cache_layer.record_bytes' is an integer */
+}
+struct _cffi_align_typedef_nxp_cache_layer { char x; nxp_cache_layer y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_nxp_cache_policy(nxp_cache_policy *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  { nxp_head *tmp = &p->head; (void)tmp; }
+  { void * *tmp = &p->user; (void)tmp; }
+  { void *(* *tmp)(void *, nxp_cache_layer const *) = &p->create; (void)tmp; }
+  { void(* *tmp)(void *) = &p->destroy; (void)tmp; }
+  { void(* *tmp)(void *, nxp_cache_use const *) = &p->used; (void)tmp; }
+  { int(* *tmp)(void *, nxp_cache_ask const *, int32_t *) = &p->victims; (void)tmp; }
+}
+struct _cffi_align_typedef_nxp_cache_policy { char x; nxp_cache_policy y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_nxp_cache_use(nxp_cache_use *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->n_experts) | 0);  /* check that 'nxp_cache_use.n_experts' is an integer */
+  (void)((p->clock) | 0);  /* check that 'nxp_cache_use.clock' is an integer */
+  { int32_t const * *tmp = &p->experts; (void)tmp; }
+  { uint8_t const * *tmp = &p->hit; (void)tmp; }
+}
+struct _cffi_align_typedef_nxp_cache_use { char x; nxp_cache_use y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_nxp_codec(nxp_codec *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  { nxp_head *tmp = &p->head; (void)tmp; }
+  { void * *tmp = &p->user; (void)tmp; }
+  { int(* *tmp)(void *, void const *, size_t, void *, size_t) = &p->decode; (void)tmp; }
+}
+struct _cffi_align_typedef_nxp_codec { char x; nxp_codec y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_nxp_head(nxp_head *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->struct_size) | 0);  /* check that 'nxp_head.struct_size' is an integer */
+  (void)((p->api_version) | 0);  /* check that 'nxp_head.api_version' is an integer */
+  (void)((p->kind) | 0);  /* check that 'nxp_head.kind' is an integer */
+  (void)((p->flags) | 0);  /* check that 'nxp_head.flags' is an integer */
+  { char const * *tmp = &p->name; (void)tmp; }
+}
+struct _cffi_align_typedef_nxp_head { char x; nxp_head y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_nxp_layers(nxp_layers *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->n_layers) | 0);  /* check that 'nxp_layers.n_layers' is an integer */
+  { uint32_t const * *tmp = &p->n_experts; (void)tmp; }
+  { uint32_t const * *tmp = &p->n_slots; (void)tmp; }
+}
+struct _cffi_align_typedef_nxp_layers { char x; nxp_layers y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_nxp_predict_ask(nxp_predict_ask *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->layer) | 0);  /* check that 'nxp_predict_ask.layer' is an integer */
+  (void)((p->n_tokens) | 0);  /* check that 'nxp_predict_ask.n_tokens' is an integer */
+  (void)((p->n_used) | 0);  /* check that 'nxp_predict_ask.n_used' is an integer */
+  (void)((p->capacity) | 0);  /* check that 'nxp_predict_ask.capacity' is an integer */
+  (void)((p->limit) | 0);  /* check that 'nxp_predict_ask.limit' is an integer */
+}
+struct _cffi_align_typedef_nxp_predict_ask { char x; nxp_predict_ask y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_nxp_predictor(nxp_predictor *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  { nxp_head *tmp = &p->head; (void)tmp; }
+  { void * *tmp = &p->user; (void)tmp; }
+  { void *(* *tmp)(void *, nxp_layers const *) = &p->create; (void)tmp; }
+  { void(* *tmp)(void *) = &p->destroy; (void)tmp; }
+  { void(* *tmp)(void *, nxp_routed const *) = &p->routed; (void)tmp; }
+  { int32_t(* *tmp)(void *, nxp_predict_ask const *, int32_t *) = &p->predict; (void)tmp; }
+}
+struct _cffi_align_typedef_nxp_predictor { char x; nxp_predictor y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_nxp_routed(nxp_routed *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->layer) | 0);  /* check that 'nxp_routed.layer' is an integer */
+  (void)((p->n_tokens) | 0);  /* check that 'nxp_routed.n_tokens' is an integer */
+  (void)((p->n_used) | 0);  /* check that 'nxp_routed.n_used' is an integer */
+  { int32_t const * *tmp = &p->experts; (void)tmp; }
+}
+struct _cffi_align_typedef_nxp_routed { char x; nxp_routed y; };
+
+static struct _cffi_externpy_s _cffi_externpy__nx_python_cache_create =
+  { "nexus_ext._native.nx_python_cache_create", (int)sizeof(void *), 0, 0 };
+
+static void * nx_python_cache_create(void * a0, nxp_cache_layer const * a1)
+{
+  char a[16];
+  char *p = a;
+  *(void * *)(p + 0) = a0;
+  *(nxp_cache_layer const * *)(p + 8) = a1;
+  _cffi_call_python(&_cffi_externpy__nx_python_cache_create, p);
+  return *(void * *)p;
+}
+
+static struct _cffi_externpy_s _cffi_externpy__nx_python_cache_used =
+  { "nexus_ext._native.nx_python_cache_used", 0, 0, 0 };
+
+static void nx_python_cache_used(void * a0, nxp_cache_use const * a1)
+{
+  char a[16];
+  char *p = a;
+  *(void * *)(p + 0) = a0;
+  *(nxp_cache_use const * *)(p + 8) = a1;
+  _cffi_call_python(&_cffi_externpy__nx_python_cache_used, p);
+}
+
+static struct _cffi_externpy_s _cffi_externpy__nx_python_cache_victims =
+  { "nexus_ext._native.nx_python_cache_victims", (int)sizeof(int), 0, 0 };
+
+static int nx_python_cache_victims(void * a0, nxp_cache_ask const * a1, int32_t * a2)
+{
+  char a[24];
+  char *p = a;
+  *(void * *)(p + 0) = a0;
+  *(nxp_cache_ask const * *)(p + 8) = a1;
+  *(int32_t * *)(p + 16) = a2;
+  _cffi_call_python(&_cffi_externpy__nx_python_cache_victims, p);
+  return *(int *)p;
+}
+
+static struct _cffi_externpy_s _cffi_externpy__nx_python_decode =
+  { "nexus_ext._native.nx_python_decode", (int)sizeof(int), 0, 0 };
+
+static int nx_python_decode(void * a0, void const * a1, size_t a2, void * a3, size_t a4)
+{
+  char a[40];
+  char *p = a;
+  *(void * *)(p + 0) = a0;
+  *(void const * *)(p + 8) = a1;
+  *(size_t *)(p + 16) = a2;
+  *(void * *)(p + 24) = a3;
+  *(size_t *)(p + 32) = a4;
+  _cffi_call_python(&_cffi_externpy__nx_python_decode, p);
+  return *(int *)p;
+}
+
+static struct _cffi_externpy_s _cffi_externpy__nx_python_predict =
+  { "nexus_ext._native.nx_python_predict", (int)sizeof(int32_t), 0, 0 };
+
+static int32_t nx_python_predict(void * a0, nxp_predict_ask const * a1, int32_t * a2)
+{
+  char a[24];
+  char *p = a;
+  *(void * *)(p + 0) = a0;
+  *(nxp_predict_ask const * *)(p + 8) = a1;
+  *(int32_t * *)(p + 16) = a2;
+  _cffi_call_python(&_cffi_externpy__nx_python_predict, p);
+  return *(int32_t *)p;
+}
+
 static struct _cffi_externpy_s _cffi_externpy__nx_python_progress =
   { "nexus_ext._native.nx_python_progress", (int)sizeof(int), 0, 0 };
 
@@ -1525,6 +1832,18 @@ static int nx_python_progress(void * a0, uint64_t a1, uint64_t a2)
   *(uint64_t *)(p + 16) = a2;
   _cffi_call_python(&_cffi_externpy__nx_python_progress, p);
   return *(int *)p;
+}
+
+static struct _cffi_externpy_s _cffi_externpy__nx_python_routed =
+  { "nexus_ext._native.nx_python_routed", 0, 0, 0 };
+
+static void nx_python_routed(void * a0, nxp_routed const * a1)
+{
+  char a[16];
+  char *p = a;
+  *(void * *)(p + 0) = a0;
+  *(nxp_routed const * *)(p + 8) = a1;
+  _cffi_call_python(&_cffi_externpy__nx_python_routed, p);
 }
 
 static nx_ans_path _cffi_d_nx_ans_best(void)
@@ -1546,7 +1865,7 @@ _cffi_f_nx_ans_best(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(83));
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(100));
   return pyresult;
 }
 #else
@@ -1608,10 +1927,10 @@ _cffi_f_nx_ans_decode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(59), arg0, (char **)&x0);
+      _cffi_type(47), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(59), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(47), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1674,14 +1993,14 @@ _cffi_f_nx_ans_decode_by(PyObject *self, PyObject *args)
   if (!PyArg_UnpackTuple(args, "nx_ans_decode_by", 5, 5, &arg0, &arg1, &arg2, &arg3, &arg4))
     return NULL;
 
-  if (_cffi_to_c((char *)&x0, _cffi_type(83), arg0) < 0)
+  if (_cffi_to_c((char *)&x0, _cffi_type(100), arg0) < 0)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(59), arg1, (char **)&x1);
+      _cffi_type(47), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(59), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(47), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1747,19 +2066,19 @@ _cffi_f_nx_ans_encode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(75), arg0, (char **)&x0);
+      _cffi_type(92), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ans_layout const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(75), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(92), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(59), arg1, (char **)&x1);
+      _cffi_type(47), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(59), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(47), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1782,10 +2101,10 @@ _cffi_f_nx_ans_encode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(80), arg5, (char **)&x5);
+      _cffi_type(97), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (size_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(80), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(97), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1803,6 +2122,95 @@ _cffi_f_nx_ans_encode(PyObject *self, PyObject *args)
 }
 #else
 #  define _cffi_f_nx_ans_encode _cffi_d_nx_ans_encode
+#endif
+
+static nxp_cache_policy const * _cffi_d_nx_cache_builtin(char const * x0)
+{
+  return nx_cache_builtin(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_cache_builtin(PyObject *self, PyObject *arg0)
+{
+  char const * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nxp_cache_policy const * result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(64), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(64), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_cache_builtin(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(158));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_cache_builtin _cffi_d_nx_cache_builtin
+#endif
+
+static void _cffi_d_nx_cache_policy_get(nx_model * x0, nx_plugin_info * x1)
+{
+  nx_cache_policy_get(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_cache_policy_get(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  nx_plugin_info * x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "nx_cache_policy_get", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(226), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (nx_plugin_info *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(226), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_cache_policy_get(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_cache_policy_get _cffi_d_nx_cache_policy_get
 #endif
 
 static int _cffi_d_nx_cache_preload(nx_model * x0, uint64_t x1)
@@ -1853,6 +2261,122 @@ _cffi_f_nx_cache_preload(PyObject *self, PyObject *args)
 #  define _cffi_f_nx_cache_preload _cffi_d_nx_cache_preload
 #endif
 
+static nx_status _cffi_d_nx_cache_replay(nxp_cache_policy const * x0, uint32_t x1, uint32_t x2, uint32_t x3, int32_t const * x4, size_t x5, size_t x6, uint64_t * x7, nx_plugin_info * x8, nx_error * x9)
+{
+  return nx_cache_replay(x0, x1, x2, x3, x4, x5, x6, x7, x8, x9);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_cache_replay(PyObject *self, PyObject *args)
+{
+  nxp_cache_policy const * x0;
+  uint32_t x1;
+  uint32_t x2;
+  uint32_t x3;
+  int32_t const * x4;
+  size_t x5;
+  size_t x6;
+  uint64_t * x7;
+  nx_plugin_info * x8;
+  nx_error * x9;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+  PyObject *arg4;
+  PyObject *arg5;
+  PyObject *arg6;
+  PyObject *arg7;
+  PyObject *arg8;
+  PyObject *arg9;
+
+  if (!PyArg_UnpackTuple(args, "nx_cache_replay", 10, 10, &arg0, &arg1, &arg2, &arg3, &arg4, &arg5, &arg6, &arg7, &arg8, &arg9))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(158), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nxp_cache_policy const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(158), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, uint32_t);
+  if (x1 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x2 = _cffi_to_c_int(arg2, uint32_t);
+  if (x2 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x3 = _cffi_to_c_int(arg3, uint32_t);
+  if (x3 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(222), arg4, (char **)&x4);
+  if (datasize != 0) {
+    x4 = ((size_t)datasize) <= 640 ? (int32_t const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(222), arg4, (char **)&x4,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x5 = _cffi_to_c_int(arg5, size_t);
+  if (x5 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x6 = _cffi_to_c_int(arg6, size_t);
+  if (x6 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(178), arg7, (char **)&x7);
+  if (datasize != 0) {
+    x7 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(178), arg7, (char **)&x7,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(226), arg8, (char **)&x8);
+  if (datasize != 0) {
+    x8 = ((size_t)datasize) <= 640 ? (nx_plugin_info *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(226), arg8, (char **)&x8,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(79), arg9, (char **)&x9);
+  if (datasize != 0) {
+    x9 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(79), arg9, (char **)&x9,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_cache_replay(x0, x1, x2, x3, x4, x5, x6, x7, x8, x9); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_cache_replay _cffi_d_nx_cache_replay
+#endif
+
 static nx_status _cffi_d_nx_cache_set_policy(nx_model * x0, char const * x1)
 {
   return nx_cache_set_policy(x0, x1);
@@ -1883,10 +2407,10 @@ _cffi_f_nx_cache_set_policy(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(47), arg1, (char **)&x1);
+      _cffi_type(64), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(47), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(64), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1904,6 +2428,157 @@ _cffi_f_nx_cache_set_policy(PyObject *self, PyObject *args)
 }
 #else
 #  define _cffi_f_nx_cache_set_policy _cffi_d_nx_cache_set_policy
+#endif
+
+static nx_status _cffi_d_nx_cache_use_policy(nx_model * x0, nxp_cache_policy const * x1, nx_error * x2)
+{
+  return nx_cache_use_policy(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_cache_use_policy(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  nxp_cache_policy const * x1;
+  nx_error * x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "nx_cache_use_policy", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(158), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (nxp_cache_policy const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(158), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(79), arg2, (char **)&x2);
+  if (datasize != 0) {
+    x2 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(79), arg2, (char **)&x2,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_cache_use_policy(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_cache_use_policy _cffi_d_nx_cache_use_policy
+#endif
+
+static void _cffi_d_nx_codec_gate(int x0)
+{
+  nx_codec_gate(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_codec_gate(PyObject *self, PyObject *arg0)
+{
+  int x0;
+
+  x0 = _cffi_to_c_int(arg0, int);
+  if (x0 == (int)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_codec_gate(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_codec_gate _cffi_d_nx_codec_gate
+#endif
+
+static nx_status _cffi_d_nx_codec_register(nxp_codec const * x0, int x1, nx_error * x2)
+{
+  return nx_codec_register(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_codec_register(PyObject *self, PyObject *args)
+{
+  nxp_codec const * x0;
+  int x1;
+  nx_error * x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "nx_codec_register", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(230), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nxp_codec const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(230), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, int);
+  if (x1 == (int)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(79), arg2, (char **)&x2);
+  if (datasize != 0) {
+    x2 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(79), arg2, (char **)&x2,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_codec_register(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_codec_register _cffi_d_nx_codec_register
 #endif
 
 static nx_status _cffi_d_nx_demote(nx_model * x0, uint32_t const * x1, size_t x2, uint64_t * x3)
@@ -1940,10 +2615,10 @@ _cffi_f_nx_demote(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(141), arg1, (char **)&x1);
+      _cffi_type(169), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(141), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(169), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1953,10 +2628,10 @@ _cffi_f_nx_demote(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(150), arg3, (char **)&x3);
+      _cffi_type(178), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(150), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(178), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2085,10 +2760,10 @@ _cffi_f_nx_file_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(285), arg0, (char **)&x0);
+      _cffi_type(344), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(285), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(344), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2127,19 +2802,19 @@ _cffi_f_nx_file_get_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(288), arg0, (char **)&x0);
+      _cffi_type(347), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(288), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(347), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(166), arg1, (char **)&x1);
+      _cffi_type(194), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_file_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(166), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(194), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2182,22 +2857,22 @@ _cffi_f_nx_file_open(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(47), arg0, (char **)&x0);
+      _cffi_type(64), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(47), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(64), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
-  if (_cffi_to_c((char *)&x1, _cffi_type(48), arg1) < 0)
+  if (_cffi_to_c((char *)&x1, _cffi_type(65), arg1) < 0)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(49), arg2, (char **)&x2);
+      _cffi_type(66), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_file * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(49), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(66), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2329,10 +3004,10 @@ _cffi_f_nx_group_experts(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(99), arg2, (char **)&x2);
+      _cffi_type(116), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(99), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(116), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2485,10 +3160,10 @@ _cffi_f_nx_imatrix_at(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(93), arg0, (char **)&x0);
+      _cffi_type(110), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(93), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(110), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2498,46 +3173,46 @@ _cffi_f_nx_imatrix_at(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(98), arg2, (char **)&x2);
+      _cffi_type(115), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(98), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(115), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(99), arg3, (char **)&x3);
+      _cffi_type(116), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(99), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(116), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(99), arg4, (char **)&x4);
+      _cffi_type(116), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(99), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(116), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(101), arg5, (char **)&x5);
+      _cffi_type(118), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (double const * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(101), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(118), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(102), arg6, (char **)&x6);
+      _cffi_type(119), arg6, (char **)&x6);
   if (datasize != 0) {
     x6 = ((size_t)datasize) <= 640 ? (uint64_t const * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(102), arg6, (char **)&x6,
+    if (_cffi_convert_array_argument(_cffi_type(119), arg6, (char **)&x6,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2572,10 +3247,10 @@ _cffi_f_nx_imatrix_count(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(93), arg0, (char **)&x0);
+      _cffi_type(110), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(93), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(110), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2610,10 +3285,10 @@ _cffi_f_nx_imatrix_create(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(90), arg0, (char **)&x0);
+      _cffi_type(107), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(90), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(107), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2646,10 +3321,10 @@ _cffi_f_nx_imatrix_free(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(292), arg0, (char **)&x0);
+      _cffi_type(351), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(292), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(351), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2684,10 +3359,10 @@ _cffi_f_nx_imatrix_status(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(93), arg0, (char **)&x0);
+      _cffi_type(110), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(93), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(110), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2866,28 +3541,28 @@ _cffi_f_nx_io_probe(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(47), arg0, (char **)&x0);
+      _cffi_type(64), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(47), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(64), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(53), arg1, (char **)&x1);
+      _cffi_type(70), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_probe_options const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(53), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(70), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(54), arg2, (char **)&x2);
+      _cffi_type(71), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_probe_result *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(54), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(71), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2955,7 +3630,7 @@ _cffi_f_nx_kernels_isa_name(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(47));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(64));
   return pyresult;
 }
 #else
@@ -3039,7 +3714,7 @@ _cffi_f_nx_kernels_why(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(47));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(64));
   return pyresult;
 }
 #else
@@ -3103,19 +3778,19 @@ _cffi_f_nx_membench_read(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(108), arg0, (char **)&x0);
+      _cffi_type(125), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_membench_options const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(108), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(125), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(109), arg1, (char **)&x1);
+      _cffi_type(126), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_membench_result *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(109), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(126), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3177,19 +3852,19 @@ _cffi_f_nx_model_attach_residual(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(47), arg1, (char **)&x1);
+      _cffi_type(64), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(47), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(64), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(59), arg2, (char **)&x2);
+      _cffi_type(47), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(59), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(47), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3199,10 +3874,10 @@ _cffi_f_nx_model_attach_residual(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(65), arg4, (char **)&x4);
+      _cffi_type(82), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(65), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(82), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3216,10 +3891,10 @@ _cffi_f_nx_model_attach_residual(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(62), arg7, (char **)&x7);
+      _cffi_type(79), arg7, (char **)&x7);
   if (datasize != 0) {
     x7 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(62), arg7, (char **)&x7,
+    if (_cffi_convert_array_argument(_cffi_type(79), arg7, (char **)&x7,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3415,10 +4090,10 @@ _cffi_f_nx_model_cores(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(99), arg1, (char **)&x1);
+      _cffi_type(116), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(99), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(116), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3467,10 +4142,10 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(47), arg0, (char **)&x0);
+      _cffi_type(64), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(47), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(64), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3480,10 +4155,10 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(59), arg2, (char **)&x2);
+      _cffi_type(47), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(59), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(47), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3493,19 +4168,19 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(61), arg4, (char **)&x4);
+      _cffi_type(78), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (nx_model * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(61), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(78), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(62), arg5, (char **)&x5);
+      _cffi_type(79), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(62), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(79), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3557,10 +4232,10 @@ _cffi_f_nx_model_events(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(224), arg1, (char **)&x1);
+      _cffi_type(272), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_event *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(224), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(272), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3620,10 +4295,10 @@ _cffi_f_nx_model_file_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(166), arg2, (char **)&x2);
+      _cffi_type(194), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_file_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(166), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(194), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3674,7 +4349,7 @@ _cffi_f_nx_model_finish_load(PyObject *self, PyObject *args)
       return NULL;
   }
 
-  x1 = (int(*)(void *, uint64_t, uint64_t))_cffi_to_c_pointer(arg1, _cffi_type(132));
+  x1 = (int(*)(void *, uint64_t, uint64_t))_cffi_to_c_pointer(arg1, _cffi_type(149));
   if (x1 == (int(*)(void *, uint64_t, uint64_t))NULL && PyErr_Occurred())
     return NULL;
 
@@ -3730,10 +4405,10 @@ _cffi_f_nx_model_get_stats(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(311), arg1, (char **)&x1);
+      _cffi_type(374), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_stats *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(311), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(374), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3783,10 +4458,10 @@ _cffi_f_nx_model_inject(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(137), arg1, (char **)&x1);
+      _cffi_type(154), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_fault const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(137), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(154), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3836,7 +4511,7 @@ _cffi_f_nx_model_io_engine(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(47));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(64));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -3872,10 +4547,10 @@ _cffi_f_nx_model_last_error(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(62), arg1, (char **)&x1);
+      _cffi_type(79), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(62), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(79), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3962,7 +4637,7 @@ _cffi_f_nx_model_n_own(PyObject *self, PyObject *args)
       return NULL;
   }
 
-  if (_cffi_to_c((char *)&x1, _cffi_type(250), arg1) < 0)
+  if (_cffi_to_c((char *)&x1, _cffi_type(298), arg1) < 0)
     return NULL;
 
   Py_BEGIN_ALLOW_THREADS
@@ -4168,10 +4843,10 @@ _cffi_f_nx_model_set_cores(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(141), arg1, (char **)&x1);
+      _cffi_type(169), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(141), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(169), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4227,10 +4902,10 @@ _cffi_f_nx_model_set_residual_k(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(47), arg1, (char **)&x1);
+      _cffi_type(64), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(47), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(64), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4299,7 +4974,7 @@ _cffi_f_nx_model_stream(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(276));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(332));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -4320,10 +4995,10 @@ _cffi_f_nx_model_stream_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(276), arg0, (char **)&x0);
+      _cffi_type(332), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (FILE *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(276), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(332), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4408,7 +5083,7 @@ _cffi_f_nx_opencl_error(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(47));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(64));
   return pyresult;
 }
 #else
@@ -4430,10 +5105,10 @@ _cffi_f_nx_opencl_matrix_bytes(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(169), arg0, (char **)&x0);
+      _cffi_type(197), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_opencl_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(169), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(197), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4485,10 +5160,10 @@ _cffi_f_nx_opencl_matrix_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(59), arg1, (char **)&x1);
+      _cffi_type(47), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(59), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(47), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4506,10 +5181,10 @@ _cffi_f_nx_opencl_matrix_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(187), arg5, (char **)&x5);
+      _cffi_type(215), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (nx_opencl_matrix * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(187), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(215), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4542,10 +5217,10 @@ _cffi_f_nx_opencl_matrix_free(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(324), arg0, (char **)&x0);
+      _cffi_type(387), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_opencl_matrix *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(324), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(387), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4592,19 +5267,19 @@ _cffi_f_nx_opencl_multiply(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(169), arg0, (char **)&x0);
+      _cffi_type(197), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_opencl_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(169), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(197), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(59), arg1, (char **)&x1);
+      _cffi_type(47), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(59), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(47), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4614,10 +5289,10 @@ _cffi_f_nx_opencl_multiply(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(72), arg3, (char **)&x3);
+      _cffi_type(89), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(72), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(89), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4686,7 +5361,7 @@ _cffi_f_nx_opencl_why(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(47));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(64));
   return pyresult;
 }
 #else
@@ -4727,10 +5402,10 @@ _cffi_f_nx_popularity_get(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(150), arg2, (char **)&x2);
+      _cffi_type(178), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(150), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(178), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4784,10 +5459,10 @@ _cffi_f_nx_popularity_set(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(321), arg2, (char **)&x2);
+      _cffi_type(384), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (uint64_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(321), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(384), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4835,10 +5510,10 @@ _cffi_f_nx_predict_get(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(307), arg1, (char **)&x1);
+      _cffi_type(370), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_prediction *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(307), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(370), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4856,6 +5531,57 @@ _cffi_f_nx_predict_get(PyObject *self, PyObject *args)
 }
 #else
 #  define _cffi_f_nx_predict_get _cffi_d_nx_predict_get
+#endif
+
+static void _cffi_d_nx_predict_plugin_get(nx_model * x0, nx_plugin_info * x1)
+{
+  nx_predict_plugin_get(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_predict_plugin_get(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  nx_plugin_info * x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "nx_predict_plugin_get", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(226), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (nx_plugin_info *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(226), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_predict_plugin_get(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_predict_plugin_get _cffi_d_nx_predict_plugin_get
 #endif
 
 static nx_status _cffi_d_nx_predict_set(nx_model * x0, char const * x1)
@@ -4888,10 +5614,10 @@ _cffi_f_nx_predict_set(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(47), arg1, (char **)&x1);
+      _cffi_type(64), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(47), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(64), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4909,6 +5635,76 @@ _cffi_f_nx_predict_set(PyObject *self, PyObject *args)
 }
 #else
 #  define _cffi_f_nx_predict_set _cffi_d_nx_predict_set
+#endif
+
+static nx_status _cffi_d_nx_predict_use(nx_model * x0, nxp_predictor const * x1, int x2, nx_error * x3)
+{
+  return nx_predict_use(x0, x1, x2, x3);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_predict_use(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  nxp_predictor const * x1;
+  int x2;
+  nx_error * x3;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+
+  if (!PyArg_UnpackTuple(args, "nx_predict_use", 4, 4, &arg0, &arg1, &arg2, &arg3))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(163), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (nxp_predictor const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(163), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, int);
+  if (x2 == (int)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(79), arg3, (char **)&x3);
+  if (datasize != 0) {
+    x3 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(79), arg3, (char **)&x3,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_predict_use(x0, x1, x2, x3); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_predict_use _cffi_d_nx_predict_use
 #endif
 
 static nx_status _cffi_d_nx_promote(nx_model * x0, uint32_t const * x1, size_t x2, int(* x3)(void *), void * x4, uint64_t * x5)
@@ -4949,10 +5745,10 @@ _cffi_f_nx_promote(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(141), arg1, (char **)&x1);
+      _cffi_type(169), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(141), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(169), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4961,7 +5757,7 @@ _cffi_f_nx_promote(PyObject *self, PyObject *args)
   if (x2 == (size_t)-1 && PyErr_Occurred())
     return NULL;
 
-  x3 = (int(*)(void *))_cffi_to_c_pointer(arg3, _cffi_type(148));
+  x3 = (int(*)(void *))_cffi_to_c_pointer(arg3, _cffi_type(176));
   if (x3 == (int(*)(void *))NULL && PyErr_Occurred())
     return NULL;
 
@@ -4975,10 +5771,10 @@ _cffi_f_nx_promote(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(150), arg5, (char **)&x5);
+      _cffi_type(178), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(150), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(178), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5067,28 +5863,28 @@ _cffi_f_nx_residual_add(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(327), arg0, (char **)&x0);
+      _cffi_type(390), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_residual_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(327), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(390), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(141), arg1, (char **)&x1);
+      _cffi_type(169), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(141), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(169), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(65), arg2, (char **)&x2);
+      _cffi_type(82), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(65), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(82), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5106,19 +5902,19 @@ _cffi_f_nx_residual_add(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(72), arg6, (char **)&x6);
+      _cffi_type(89), arg6, (char **)&x6);
   if (datasize != 0) {
     x6 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(72), arg6, (char **)&x6,
+    if (_cffi_convert_array_argument(_cffi_type(89), arg6, (char **)&x6,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(72), arg7, (char **)&x7);
+      _cffi_type(89), arg7, (char **)&x7);
   if (datasize != 0) {
     x7 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(72), arg7, (char **)&x7,
+    if (_cffi_convert_array_argument(_cffi_type(89), arg7, (char **)&x7,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5163,10 +5959,10 @@ _cffi_f_nx_residual_decode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(327), arg0, (char **)&x0);
+      _cffi_type(390), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_residual_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(327), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(390), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5180,10 +5976,10 @@ _cffi_f_nx_residual_decode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(72), arg3, (char **)&x3);
+      _cffi_type(89), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(72), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(89), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5240,10 +6036,10 @@ _cffi_f_nx_residual_encode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(65), arg0, (char **)&x0);
+      _cffi_type(82), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(65), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(82), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5269,19 +6065,19 @@ _cffi_f_nx_residual_encode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(71), arg6, (char **)&x6);
+      _cffi_type(88), arg6, (char **)&x6);
   if (datasize != 0) {
     x6 = ((size_t)datasize) <= 640 ? (uint8_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(71), arg6, (char **)&x6,
+    if (_cffi_convert_array_argument(_cffi_type(88), arg6, (char **)&x6,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(72), arg7, (char **)&x7);
+      _cffi_type(89), arg7, (char **)&x7);
   if (datasize != 0) {
     x7 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(72), arg7, (char **)&x7,
+    if (_cffi_convert_array_argument(_cffi_type(89), arg7, (char **)&x7,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5324,19 +6120,19 @@ _cffi_f_nx_residual_products(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(65), arg0, (char **)&x0);
+      _cffi_type(82), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(65), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(82), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(141), arg1, (char **)&x1);
+      _cffi_type(169), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(141), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(169), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5346,10 +6142,10 @@ _cffi_f_nx_residual_products(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(72), arg3, (char **)&x3);
+      _cffi_type(89), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(72), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(89), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5424,10 +6220,10 @@ _cffi_f_nx_residual_select(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(65), arg0, (char **)&x0);
+      _cffi_type(82), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(65), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(82), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5441,10 +6237,10 @@ _cffi_f_nx_residual_select(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(99), arg3, (char **)&x3);
+      _cffi_type(116), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(99), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(116), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5493,10 +6289,10 @@ _cffi_f_nx_residual_select_buckets(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(65), arg0, (char **)&x0);
+      _cffi_type(82), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(65), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(82), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5518,10 +6314,10 @@ _cffi_f_nx_residual_select_buckets(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(99), arg5, (char **)&x5);
+      _cffi_type(116), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(99), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(116), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5657,10 +6453,10 @@ _cffi_f_nx_routing_take(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(219), arg1, (char **)&x1);
+      _cffi_type(38), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (int32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(219), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(38), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5706,7 +6502,7 @@ _cffi_f_nx_status_text(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(47));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(64));
   return pyresult;
 }
 #else
@@ -5741,10 +6537,10 @@ _cffi_f_nx_ternary_activate(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(65), arg1, (char **)&x1);
+      _cffi_type(82), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(65), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(82), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5914,10 +6710,10 @@ _cffi_f_nx_ternary_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(179), arg3, (char **)&x3);
+      _cffi_type(207), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (nx_ternary *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(179), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(207), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5950,10 +6746,10 @@ _cffi_f_nx_ternary_finish(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(179), arg0, (char **)&x0);
+      _cffi_type(207), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(179), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(207), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5986,10 +6782,10 @@ _cffi_f_nx_ternary_free(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(179), arg0, (char **)&x0);
+      _cffi_type(207), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(179), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(207), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6038,19 +6834,19 @@ _cffi_f_nx_ternary_multiply(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(354), arg0, (char **)&x0);
+      _cffi_type(417), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(354), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(417), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(59), arg1, (char **)&x1);
+      _cffi_type(47), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(59), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(47), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6068,10 +6864,10 @@ _cffi_f_nx_ternary_multiply(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(72), arg5, (char **)&x5);
+      _cffi_type(89), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(72), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(89), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6131,10 +6927,10 @@ _cffi_f_nx_ternary_multiply_stored(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(59), arg1, (char **)&x1);
+      _cffi_type(47), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(59), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(47), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6148,10 +6944,10 @@ _cffi_f_nx_ternary_multiply_stored(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(380), arg4, (char **)&x4);
+      _cffi_type(443), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (void const * const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(380), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(443), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6169,10 +6965,10 @@ _cffi_f_nx_ternary_multiply_stored(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(384), arg8, (char **)&x8);
+      _cffi_type(447), arg8, (char **)&x8);
   if (datasize != 0) {
     x8 = ((size_t)datasize) <= 640 ? (float * const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(384), arg8, (char **)&x8,
+    if (_cffi_convert_array_argument(_cffi_type(447), arg8, (char **)&x8,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6217,19 +7013,19 @@ _cffi_f_nx_ternary_pack(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(179), arg0, (char **)&x0);
+      _cffi_type(207), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(179), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(207), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(59), arg1, (char **)&x1);
+      _cffi_type(47), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(59), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(47), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6379,10 +7175,10 @@ _cffi_f_nx_ternary_type_of(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(47), arg0, (char **)&x0);
+      _cffi_type(64), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(47), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(64), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6425,10 +7221,10 @@ _cffi_f_nx_ternary_unpack(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(354), arg0, (char **)&x0);
+      _cffi_type(417), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(354), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(417), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6442,10 +7238,10 @@ _cffi_f_nx_ternary_unpack(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(72), arg3, (char **)&x3);
+      _cffi_type(89), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(72), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(89), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6484,7 +7280,7 @@ _cffi_f_nx_version(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(47));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(64));
   return pyresult;
 }
 #else
@@ -6512,10 +7308,10 @@ _cffi_f_nx_xxh3_64(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(59), arg0, (char **)&x0);
+      _cffi_type(47), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(59), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(47), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6538,6 +7334,34 @@ _cffi_f_nx_xxh3_64(PyObject *self, PyObject *args)
 #else
 #  define _cffi_f_nx_xxh3_64 _cffi_d_nx_xxh3_64
 #endif
+
+static int _cffi_const_NXP_API_VERSION(unsigned long long *o)
+{
+  int n = (NXP_API_VERSION) <= 0;
+  *o = (unsigned long long)((NXP_API_VERSION) | 0);  /* check that NXP_API_VERSION is an integer */
+  return n;
+}
+
+static int _cffi_const_NXP_CACHE_POLICY(unsigned long long *o)
+{
+  int n = (NXP_CACHE_POLICY) <= 0;
+  *o = (unsigned long long)((NXP_CACHE_POLICY) | 0);  /* check that NXP_CACHE_POLICY is an integer */
+  return n;
+}
+
+static int _cffi_const_NXP_CODEC(unsigned long long *o)
+{
+  int n = (NXP_CODEC) <= 0;
+  *o = (unsigned long long)((NXP_CODEC) | 0);  /* check that NXP_CODEC is an integer */
+  return n;
+}
+
+static int _cffi_const_NXP_PREDICTOR(unsigned long long *o)
+{
+  int n = (NXP_PREDICTOR) <= 0;
+  *o = (unsigned long long)((NXP_PREDICTOR) | 0);  /* check that NXP_PREDICTOR is an integer */
+  return n;
+}
 
 static int _cffi_const_NX_EVENT_COMPUTE(unsigned long long *o)
 {
@@ -6652,6 +7476,10 @@ static int _cffi_const_NX_RESIDUAL_LINE(unsigned long long *o)
 }
 
 static const struct _cffi_global_s _cffi_globals[] = {
+  { "NXP_API_VERSION", (void *)_cffi_const_NXP_API_VERSION, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "NXP_CACHE_POLICY", (void *)_cffi_const_NXP_CACHE_POLICY, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "NXP_CODEC", (void *)_cffi_const_NXP_CODEC, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "NXP_PREDICTOR", (void *)_cffi_const_NXP_PREDICTOR, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "NX_ANS_AVX2", (void *)_cffi_const_NX_ANS_AVX2, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_ANS_AVX512", (void *)_cffi_const_NX_ANS_AVX512, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_ANS_PATHS", (void *)_cffi_const_NX_ANS_PATHS, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
@@ -6707,133 +7535,147 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "NX_TERNARY_TYPES", (void *)_cffi_const_NX_TERNARY_TYPES, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_TQ1_0", (void *)_cffi_const_NX_TQ1_0, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_TQ2_0", (void *)_cffi_const_NX_TQ2_0, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
-  { "nx_ans_best", (void *)_cffi_f_nx_ans_best, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 42), (void *)_cffi_d_nx_ans_best },
-  { "nx_ans_bound", (void *)_cffi_f_nx_ans_bound, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 231), (void *)_cffi_d_nx_ans_bound },
-  { "nx_ans_decode", (void *)_cffi_f_nx_ans_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 189), (void *)_cffi_d_nx_ans_decode },
-  { "nx_ans_decode_by", (void *)_cffi_f_nx_ans_decode_by, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 82), (void *)_cffi_d_nx_ans_decode_by },
-  { "nx_ans_encode", (void *)_cffi_f_nx_ans_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 74), (void *)_cffi_d_nx_ans_encode },
+  { "nx_ans_best", (void *)_cffi_f_nx_ans_best, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 59), (void *)_cffi_d_nx_ans_best },
+  { "nx_ans_bound", (void *)_cffi_f_nx_ans_bound, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 279), (void *)_cffi_d_nx_ans_bound },
+  { "nx_ans_decode", (void *)_cffi_f_nx_ans_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 234), (void *)_cffi_d_nx_ans_decode },
+  { "nx_ans_decode_by", (void *)_cffi_f_nx_ans_decode_by, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 99), (void *)_cffi_d_nx_ans_decode_by },
+  { "nx_ans_encode", (void *)_cffi_f_nx_ans_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 91), (void *)_cffi_d_nx_ans_encode },
+  { "nx_cache_builtin", (void *)_cffi_f_nx_cache_builtin, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 245), (void *)_cffi_d_nx_cache_builtin },
+  { "nx_cache_policy_get", (void *)_cffi_f_nx_cache_policy_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 364), (void *)_cffi_d_nx_cache_policy_get },
   { "nx_cache_preload", (void *)_cffi_f_nx_cache_preload, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 21), (void *)_cffi_d_nx_cache_preload },
-  { "nx_cache_set_policy", (void *)_cffi_f_nx_cache_set_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 111), (void *)_cffi_d_nx_cache_set_policy },
-  { "nx_demote", (void *)_cffi_f_nx_demote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 152), (void *)_cffi_d_nx_demote },
+  { "nx_cache_replay", (void *)_cffi_f_nx_cache_replay, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 217), (void *)_cffi_d_nx_cache_replay },
+  { "nx_cache_set_policy", (void *)_cffi_f_nx_cache_set_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 128), (void *)_cffi_d_nx_cache_set_policy },
+  { "nx_cache_use_policy", (void *)_cffi_f_nx_cache_use_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 156), (void *)_cffi_d_nx_cache_use_policy },
+  { "nx_codec_gate", (void *)_cffi_f_nx_codec_gate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 340), (void *)_cffi_d_nx_codec_gate },
+  { "nx_codec_register", (void *)_cffi_f_nx_codec_register, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 229), (void *)_cffi_d_nx_codec_register },
+  { "nx_demote", (void *)_cffi_f_nx_demote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 180), (void *)_cffi_d_nx_demote },
   { "nx_extent_is_resident", (void *)_cffi_f_nx_extent_is_resident, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 25), (void *)_cffi_d_nx_extent_is_resident },
-  { "nx_extent_span", (void *)_cffi_f_nx_extent_span, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 252), (void *)_cffi_d_nx_extent_span },
-  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 284), (void *)_cffi_d_nx_file_close },
-  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 287), (void *)_cffi_d_nx_file_get_info },
-  { "nx_file_open", (void *)_cffi_f_nx_file_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 46), (void *)_cffi_d_nx_file_open },
+  { "nx_extent_span", (void *)_cffi_f_nx_extent_span, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 300), (void *)_cffi_d_nx_extent_span },
+  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 343), (void *)_cffi_d_nx_file_close },
+  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 346), (void *)_cffi_d_nx_file_get_info },
+  { "nx_file_open", (void *)_cffi_f_nx_file_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 63), (void *)_cffi_d_nx_file_open },
   { "nx_flag_callback", (void *)_cffi_f_nx_flag_callback, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 4), (void *)_cffi_d_nx_flag_callback },
   { "nx_flag_stop", (void *)_cffi_f_nx_flag_stop, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 32), (void *)_cffi_d_nx_flag_stop },
-  { "nx_group_experts", (void *)_cffi_f_nx_group_experts, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 237), (void *)_cffi_d_nx_group_experts },
-  { "nx_group_resize", (void *)_cffi_f_nx_group_resize, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 158), (void *)_cffi_d_nx_group_resize },
-  { "nx_group_slot_bytes", (void *)_cffi_f_nx_group_slot_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 252), (void *)_cffi_d_nx_group_slot_bytes },
-  { "nx_imatrix_at", (void *)_cffi_f_nx_imatrix_at, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 95), (void *)_cffi_d_nx_imatrix_at },
-  { "nx_imatrix_count", (void *)_cffi_f_nx_imatrix_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 214), (void *)_cffi_d_nx_imatrix_count },
-  { "nx_imatrix_create", (void *)_cffi_f_nx_imatrix_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 89), (void *)_cffi_d_nx_imatrix_create },
-  { "nx_imatrix_free", (void *)_cffi_f_nx_imatrix_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 291), (void *)_cffi_d_nx_imatrix_free },
-  { "nx_imatrix_status", (void *)_cffi_f_nx_imatrix_status, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 92), (void *)_cffi_d_nx_imatrix_status },
-  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 386), (void *)_cffi_d_nx_interrupt_arm },
-  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 386), (void *)_cffi_d_nx_interrupt_disarm },
-  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 386), (void *)_cffi_d_nx_interrupt_request },
-  { "nx_interrupted", (void *)_cffi_f_nx_interrupted, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 40), (void *)_cffi_d_nx_interrupted },
+  { "nx_group_experts", (void *)_cffi_f_nx_group_experts, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 285), (void *)_cffi_d_nx_group_experts },
+  { "nx_group_resize", (void *)_cffi_f_nx_group_resize, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 186), (void *)_cffi_d_nx_group_resize },
+  { "nx_group_slot_bytes", (void *)_cffi_f_nx_group_slot_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 300), (void *)_cffi_d_nx_group_slot_bytes },
+  { "nx_imatrix_at", (void *)_cffi_f_nx_imatrix_at, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 112), (void *)_cffi_d_nx_imatrix_at },
+  { "nx_imatrix_count", (void *)_cffi_f_nx_imatrix_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 262), (void *)_cffi_d_nx_imatrix_count },
+  { "nx_imatrix_create", (void *)_cffi_f_nx_imatrix_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 106), (void *)_cffi_d_nx_imatrix_create },
+  { "nx_imatrix_free", (void *)_cffi_f_nx_imatrix_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 350), (void *)_cffi_d_nx_imatrix_free },
+  { "nx_imatrix_status", (void *)_cffi_f_nx_imatrix_status, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 109), (void *)_cffi_d_nx_imatrix_status },
+  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 460), (void *)_cffi_d_nx_interrupt_arm },
+  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 460), (void *)_cffi_d_nx_interrupt_disarm },
+  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 460), (void *)_cffi_d_nx_interrupt_request },
+  { "nx_interrupted", (void *)_cffi_f_nx_interrupted, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 52), (void *)_cffi_d_nx_interrupted },
   { "nx_interrupted_callback", (void *)_cffi_f_nx_interrupted_callback, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 4), (void *)_cffi_d_nx_interrupted_callback },
-  { "nx_io_probe", (void *)_cffi_f_nx_io_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 51), (void *)_cffi_d_nx_io_probe },
-  { "nx_kernels_isa", (void *)_cffi_f_nx_kernels_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 44), (void *)_cffi_d_nx_kernels_isa },
+  { "nx_io_probe", (void *)_cffi_f_nx_io_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 68), (void *)_cffi_d_nx_io_probe },
+  { "nx_kernels_isa", (void *)_cffi_f_nx_kernels_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 61), (void *)_cffi_d_nx_kernels_isa },
   { "nx_kernels_isa_name", (void *)_cffi_f_nx_kernels_isa_name, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 7), (void *)_cffi_d_nx_kernels_isa_name },
   { "nx_kernels_isa_usable", (void *)_cffi_f_nx_kernels_isa_usable, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 18), (void *)_cffi_d_nx_kernels_isa_usable },
-  { "nx_kernels_use_isa", (void *)_cffi_f_nx_kernels_use_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 104), (void *)_cffi_d_nx_kernels_use_isa },
+  { "nx_kernels_use_isa", (void *)_cffi_f_nx_kernels_use_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 121), (void *)_cffi_d_nx_kernels_use_isa },
   { "nx_kernels_why", (void *)_cffi_f_nx_kernels_why, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_kernels_why },
-  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 294), (void *)_cffi_d_nx_loading_set },
-  { "nx_membench_read", (void *)_cffi_f_nx_membench_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 107), (void *)_cffi_d_nx_membench_read },
-  { "nx_model_attach_residual", (void *)_cffi_f_nx_model_attach_residual, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 120), (void *)_cffi_d_nx_model_attach_residual },
-  { "nx_model_attached_bytes", (void *)_cffi_f_nx_model_attached_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 245), (void *)_cffi_d_nx_model_attached_bytes },
-  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 294), (void *)_cffi_d_nx_model_clear_error },
-  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 294), (void *)_cffi_d_nx_model_clear_faults },
-  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 294), (void *)_cffi_d_nx_model_close },
-  { "nx_model_cores", (void *)_cffi_f_nx_model_cores, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 227), (void *)_cffi_d_nx_model_cores },
-  { "nx_model_create", (void *)_cffi_f_nx_model_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 56), (void *)_cffi_d_nx_model_create },
-  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 222), (void *)_cffi_d_nx_model_events },
-  { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 163), (void *)_cffi_d_nx_model_file_info },
-  { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 130), (void *)_cffi_d_nx_model_finish_load },
-  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 309), (void *)_cffi_d_nx_model_get_stats },
-  { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 135), (void *)_cffi_d_nx_model_inject },
+  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 353), (void *)_cffi_d_nx_loading_set },
+  { "nx_membench_read", (void *)_cffi_f_nx_membench_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 124), (void *)_cffi_d_nx_membench_read },
+  { "nx_model_attach_residual", (void *)_cffi_f_nx_model_attach_residual, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 137), (void *)_cffi_d_nx_model_attach_residual },
+  { "nx_model_attached_bytes", (void *)_cffi_f_nx_model_attached_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 293), (void *)_cffi_d_nx_model_attached_bytes },
+  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 353), (void *)_cffi_d_nx_model_clear_error },
+  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 353), (void *)_cffi_d_nx_model_clear_faults },
+  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 353), (void *)_cffi_d_nx_model_close },
+  { "nx_model_cores", (void *)_cffi_f_nx_model_cores, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 275), (void *)_cffi_d_nx_model_cores },
+  { "nx_model_create", (void *)_cffi_f_nx_model_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 73), (void *)_cffi_d_nx_model_create },
+  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 270), (void *)_cffi_d_nx_model_events },
+  { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 191), (void *)_cffi_d_nx_model_file_info },
+  { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 147), (void *)_cffi_d_nx_model_finish_load },
+  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 372), (void *)_cffi_d_nx_model_get_stats },
+  { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 152), (void *)_cffi_d_nx_model_inject },
   { "nx_model_io_engine", (void *)_cffi_f_nx_model_io_engine, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 10), (void *)_cffi_d_nx_model_io_engine },
-  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 301), (void *)_cffi_d_nx_model_last_error },
-  { "nx_model_n_groups", (void *)_cffi_f_nx_model_n_groups, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 234), (void *)_cffi_d_nx_model_n_groups },
-  { "nx_model_n_own", (void *)_cffi_f_nx_model_n_own, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 248), (void *)_cffi_d_nx_model_n_own },
-  { "nx_model_n_packed", (void *)_cffi_f_nx_model_n_packed, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 234), (void *)_cffi_d_nx_model_n_packed },
-  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 294), (void *)_cffi_d_nx_model_release },
-  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 294), (void *)_cffi_d_nx_model_reset_stats },
-  { "nx_model_set_columns", (void *)_cffi_f_nx_model_set_columns, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 297), (void *)_cffi_d_nx_model_set_columns },
-  { "nx_model_set_cores", (void *)_cffi_f_nx_model_set_cores, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 139), (void *)_cffi_d_nx_model_set_cores },
-  { "nx_model_set_residual_k", (void *)_cffi_f_nx_model_set_residual_k, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 115), (void *)_cffi_d_nx_model_set_residual_k },
+  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 360), (void *)_cffi_d_nx_model_last_error },
+  { "nx_model_n_groups", (void *)_cffi_f_nx_model_n_groups, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 282), (void *)_cffi_d_nx_model_n_groups },
+  { "nx_model_n_own", (void *)_cffi_f_nx_model_n_own, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 296), (void *)_cffi_d_nx_model_n_own },
+  { "nx_model_n_packed", (void *)_cffi_f_nx_model_n_packed, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 282), (void *)_cffi_d_nx_model_n_packed },
+  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 353), (void *)_cffi_d_nx_model_release },
+  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 353), (void *)_cffi_d_nx_model_reset_stats },
+  { "nx_model_set_columns", (void *)_cffi_f_nx_model_set_columns, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 356), (void *)_cffi_d_nx_model_set_columns },
+  { "nx_model_set_cores", (void *)_cffi_f_nx_model_set_cores, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 167), (void *)_cffi_d_nx_model_set_cores },
+  { "nx_model_set_residual_k", (void *)_cffi_f_nx_model_set_residual_k, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 132), (void *)_cffi_d_nx_model_set_residual_k },
   { "nx_model_stream", (void *)_cffi_f_nx_model_stream, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 0), (void *)_cffi_d_nx_model_stream },
-  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 275), (void *)_cffi_d_nx_model_stream_close },
-  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 297), (void *)_cffi_d_nx_model_trace },
+  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 331), (void *)_cffi_d_nx_model_stream_close },
+  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 356), (void *)_cffi_d_nx_model_trace },
   { "nx_opencl_error", (void *)_cffi_f_nx_opencl_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_opencl_error },
-  { "nx_opencl_matrix_bytes", (void *)_cffi_f_nx_opencl_matrix_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 256), (void *)_cffi_d_nx_opencl_matrix_bytes },
-  { "nx_opencl_matrix_create", (void *)_cffi_f_nx_opencl_matrix_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 181), (void *)_cffi_d_nx_opencl_matrix_create },
-  { "nx_opencl_matrix_free", (void *)_cffi_f_nx_opencl_matrix_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 323), (void *)_cffi_d_nx_opencl_matrix_free },
-  { "nx_opencl_multiply", (void *)_cffi_f_nx_opencl_multiply, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 168), (void *)_cffi_d_nx_opencl_multiply },
-  { "nx_opencl_open", (void *)_cffi_f_nx_opencl_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 195), (void *)_cffi_d_nx_opencl_open },
+  { "nx_opencl_matrix_bytes", (void *)_cffi_f_nx_opencl_matrix_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 304), (void *)_cffi_d_nx_opencl_matrix_bytes },
+  { "nx_opencl_matrix_create", (void *)_cffi_f_nx_opencl_matrix_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 209), (void *)_cffi_d_nx_opencl_matrix_create },
+  { "nx_opencl_matrix_free", (void *)_cffi_f_nx_opencl_matrix_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 386), (void *)_cffi_d_nx_opencl_matrix_free },
+  { "nx_opencl_multiply", (void *)_cffi_f_nx_opencl_multiply, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 196), (void *)_cffi_d_nx_opencl_multiply },
+  { "nx_opencl_open", (void *)_cffi_f_nx_opencl_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 240), (void *)_cffi_d_nx_opencl_open },
   { "nx_opencl_why", (void *)_cffi_f_nx_opencl_why, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_opencl_why },
-  { "nx_popularity_get", (void *)_cffi_f_nx_popularity_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 313), (void *)_cffi_d_nx_popularity_get },
-  { "nx_popularity_set", (void *)_cffi_f_nx_popularity_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 318), (void *)_cffi_d_nx_popularity_set },
-  { "nx_predict_get", (void *)_cffi_f_nx_predict_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 305), (void *)_cffi_d_nx_predict_get },
-  { "nx_predict_set", (void *)_cffi_f_nx_predict_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 111), (void *)_cffi_d_nx_predict_set },
-  { "nx_promote", (void *)_cffi_f_nx_promote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 144), (void *)_cffi_d_nx_promote },
-  { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 132), (void *)nx_python_progress },
-  { "nx_resident_bytes", (void *)_cffi_f_nx_resident_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 245), (void *)_cffi_d_nx_resident_bytes },
-  { "nx_residual_add", (void *)_cffi_f_nx_residual_add, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 326), (void *)_cffi_d_nx_residual_add },
-  { "nx_residual_decode", (void *)_cffi_f_nx_residual_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 336), (void *)_cffi_d_nx_residual_decode },
-  { "nx_residual_encode", (void *)_cffi_f_nx_residual_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 64), (void *)_cffi_d_nx_residual_encode },
-  { "nx_residual_products", (void *)_cffi_f_nx_residual_products, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 278), (void *)_cffi_d_nx_residual_products },
-  { "nx_residual_row_bytes", (void *)_cffi_f_nx_residual_row_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 268), (void *)_cffi_d_nx_residual_row_bytes },
-  { "nx_residual_select", (void *)_cffi_f_nx_residual_select, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 208), (void *)_cffi_d_nx_residual_select },
-  { "nx_residual_select_buckets", (void *)_cffi_f_nx_residual_select_buckets, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 200), (void *)_cffi_d_nx_residual_select_buckets },
-  { "nx_routing_lost", (void *)_cffi_f_nx_routing_lost, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 245), (void *)_cffi_d_nx_routing_lost },
-  { "nx_routing_record", (void *)_cffi_f_nx_routing_record, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 297), (void *)_cffi_d_nx_routing_record },
-  { "nx_routing_take", (void *)_cffi_f_nx_routing_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 217), (void *)_cffi_d_nx_routing_take },
+  { "nx_popularity_get", (void *)_cffi_f_nx_popularity_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 376), (void *)_cffi_d_nx_popularity_get },
+  { "nx_popularity_set", (void *)_cffi_f_nx_popularity_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 381), (void *)_cffi_d_nx_popularity_set },
+  { "nx_predict_get", (void *)_cffi_f_nx_predict_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 368), (void *)_cffi_d_nx_predict_get },
+  { "nx_predict_plugin_get", (void *)_cffi_f_nx_predict_plugin_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 364), (void *)_cffi_d_nx_predict_plugin_get },
+  { "nx_predict_set", (void *)_cffi_f_nx_predict_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 128), (void *)_cffi_d_nx_predict_set },
+  { "nx_predict_use", (void *)_cffi_f_nx_predict_use, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 161), (void *)_cffi_d_nx_predict_use },
+  { "nx_promote", (void *)_cffi_f_nx_promote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 172), (void *)_cffi_d_nx_promote },
+  { "nx_python_cache_create", (void *)&_cffi_externpy__nx_python_cache_create, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 517), (void *)nx_python_cache_create },
+  { "nx_python_cache_used", (void *)&_cffi_externpy__nx_python_cache_used, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 520), (void *)nx_python_cache_used },
+  { "nx_python_cache_victims", (void *)&_cffi_externpy__nx_python_cache_victims, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 477), (void *)nx_python_cache_victims },
+  { "nx_python_decode", (void *)&_cffi_externpy__nx_python_decode, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 478), (void *)nx_python_decode },
+  { "nx_python_predict", (void *)&_cffi_externpy__nx_python_predict, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 479), (void *)nx_python_predict },
+  { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 149), (void *)nx_python_progress },
+  { "nx_python_routed", (void *)&_cffi_externpy__nx_python_routed, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 521), (void *)nx_python_routed },
+  { "nx_resident_bytes", (void *)_cffi_f_nx_resident_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 293), (void *)_cffi_d_nx_resident_bytes },
+  { "nx_residual_add", (void *)_cffi_f_nx_residual_add, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 389), (void *)_cffi_d_nx_residual_add },
+  { "nx_residual_decode", (void *)_cffi_f_nx_residual_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 399), (void *)_cffi_d_nx_residual_decode },
+  { "nx_residual_encode", (void *)_cffi_f_nx_residual_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 81), (void *)_cffi_d_nx_residual_encode },
+  { "nx_residual_products", (void *)_cffi_f_nx_residual_products, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 334), (void *)_cffi_d_nx_residual_products },
+  { "nx_residual_row_bytes", (void *)_cffi_f_nx_residual_row_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 316), (void *)_cffi_d_nx_residual_row_bytes },
+  { "nx_residual_select", (void *)_cffi_f_nx_residual_select, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 256), (void *)_cffi_d_nx_residual_select },
+  { "nx_residual_select_buckets", (void *)_cffi_f_nx_residual_select_buckets, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 248), (void *)_cffi_d_nx_residual_select_buckets },
+  { "nx_routing_lost", (void *)_cffi_f_nx_routing_lost, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 293), (void *)_cffi_d_nx_routing_lost },
+  { "nx_routing_record", (void *)_cffi_f_nx_routing_record, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 356), (void *)_cffi_d_nx_routing_record },
+  { "nx_routing_take", (void *)_cffi_f_nx_routing_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 265), (void *)_cffi_d_nx_routing_take },
   { "nx_status_text", (void *)_cffi_f_nx_status_text, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 13), (void *)_cffi_d_nx_status_text },
-  { "nx_ternary_activate", (void *)_cffi_f_nx_ternary_activate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 368), (void *)_cffi_d_nx_ternary_activate },
-  { "nx_ternary_activation_bytes", (void *)_cffi_f_nx_ternary_activation_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 259), (void *)_cffi_d_nx_ternary_activation_bytes },
-  { "nx_ternary_block", (void *)_cffi_f_nx_ternary_block, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 242), (void *)_cffi_d_nx_ternary_block },
-  { "nx_ternary_block_bytes", (void *)_cffi_f_nx_ternary_block_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 242), (void *)_cffi_d_nx_ternary_block_bytes },
-  { "nx_ternary_create", (void *)_cffi_f_nx_ternary_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 175), (void *)_cffi_d_nx_ternary_create },
-  { "nx_ternary_finish", (void *)_cffi_f_nx_ternary_finish, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 343), (void *)_cffi_d_nx_ternary_finish },
-  { "nx_ternary_free", (void *)_cffi_f_nx_ternary_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 343), (void *)_cffi_d_nx_ternary_free },
-  { "nx_ternary_multiply", (void *)_cffi_f_nx_ternary_multiply, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 359), (void *)_cffi_d_nx_ternary_multiply },
-  { "nx_ternary_multiply_stored", (void *)_cffi_f_nx_ternary_multiply_stored, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 375), (void *)_cffi_d_nx_ternary_multiply_stored },
-  { "nx_ternary_pack", (void *)_cffi_f_nx_ternary_pack, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 346), (void *)_cffi_d_nx_ternary_pack },
-  { "nx_ternary_packed_bytes", (void *)_cffi_f_nx_ternary_packed_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 263), (void *)_cffi_d_nx_ternary_packed_bytes },
-  { "nx_ternary_row_unit", (void *)_cffi_f_nx_ternary_row_unit, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 242), (void *)_cffi_d_nx_ternary_row_unit },
+  { "nx_ternary_activate", (void *)_cffi_f_nx_ternary_activate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 431), (void *)_cffi_d_nx_ternary_activate },
+  { "nx_ternary_activation_bytes", (void *)_cffi_f_nx_ternary_activation_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 307), (void *)_cffi_d_nx_ternary_activation_bytes },
+  { "nx_ternary_block", (void *)_cffi_f_nx_ternary_block, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 290), (void *)_cffi_d_nx_ternary_block },
+  { "nx_ternary_block_bytes", (void *)_cffi_f_nx_ternary_block_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 290), (void *)_cffi_d_nx_ternary_block_bytes },
+  { "nx_ternary_create", (void *)_cffi_f_nx_ternary_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 203), (void *)_cffi_d_nx_ternary_create },
+  { "nx_ternary_finish", (void *)_cffi_f_nx_ternary_finish, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 406), (void *)_cffi_d_nx_ternary_finish },
+  { "nx_ternary_free", (void *)_cffi_f_nx_ternary_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 406), (void *)_cffi_d_nx_ternary_free },
+  { "nx_ternary_multiply", (void *)_cffi_f_nx_ternary_multiply, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 422), (void *)_cffi_d_nx_ternary_multiply },
+  { "nx_ternary_multiply_stored", (void *)_cffi_f_nx_ternary_multiply_stored, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 438), (void *)_cffi_d_nx_ternary_multiply_stored },
+  { "nx_ternary_pack", (void *)_cffi_f_nx_ternary_pack, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 409), (void *)_cffi_d_nx_ternary_pack },
+  { "nx_ternary_packed_bytes", (void *)_cffi_f_nx_ternary_packed_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 311), (void *)_cffi_d_nx_ternary_packed_bytes },
+  { "nx_ternary_row_unit", (void *)_cffi_f_nx_ternary_row_unit, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 290), (void *)_cffi_d_nx_ternary_row_unit },
   { "nx_ternary_stored_usable", (void *)_cffi_f_nx_ternary_stored_usable, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 29), (void *)_cffi_d_nx_ternary_stored_usable },
-  { "nx_ternary_type_of", (void *)_cffi_f_nx_ternary_type_of, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 197), (void *)_cffi_d_nx_ternary_type_of },
-  { "nx_ternary_unpack", (void *)_cffi_f_nx_ternary_unpack, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 353), (void *)_cffi_d_nx_ternary_unpack },
+  { "nx_ternary_type_of", (void *)_cffi_f_nx_ternary_type_of, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 242), (void *)_cffi_d_nx_ternary_type_of },
+  { "nx_ternary_unpack", (void *)_cffi_f_nx_ternary_unpack, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 416), (void *)_cffi_d_nx_ternary_unpack },
   { "nx_version", (void *)_cffi_f_nx_version, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_version },
-  { "nx_xxh3_64", (void *)_cffi_f_nx_xxh3_64, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 271), (void *)_cffi_d_nx_xxh3_64 },
+  { "nx_xxh3_64", (void *)_cffi_f_nx_xxh3_64, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 319), (void *)_cffi_d_nx_xxh3_64 },
 };
 
 static const struct _cffi_field_s _cffi_fields[] = {
   { "rotate", offsetof(nx_ans_layout, rotate),
               sizeof(((nx_ans_layout *)0)->rotate),
-              _CFFI_OP(_CFFI_OP_NOOP, 424) },
+              _CFFI_OP(_CFFI_OP_NOOP, 514) },
   { "block", offsetof(nx_ans_layout, block),
              sizeof(((nx_ans_layout *)0)->block),
-             _CFFI_OP(_CFFI_OP_NOOP, 424) },
+             _CFFI_OP(_CFFI_OP_NOOP, 514) },
   { "n_planes", offsetof(nx_ans_layout, n_planes),
                 sizeof(((nx_ans_layout *)0)->n_planes),
-                _CFFI_OP(_CFFI_OP_NOOP, 424) },
+                _CFFI_OP(_CFFI_OP_NOOP, 514) },
   { "offset", offsetof(nx_ans_layout, offset),
               sizeof(((nx_ans_layout *)0)->offset),
-              _CFFI_OP(_CFFI_OP_NOOP, 425) },
+              _CFFI_OP(_CFFI_OP_NOOP, 515) },
   { "width", offsetof(nx_ans_layout, width),
              sizeof(((nx_ans_layout *)0)->width),
-             _CFFI_OP(_CFFI_OP_NOOP, 425) },
+             _CFFI_OP(_CFFI_OP_NOOP, 515) },
   { "status", offsetof(nx_error, status),
               sizeof(((nx_error *)0)->status),
               _CFFI_OP(_CFFI_OP_NOOP, 14) },
   { "sys_errno", offsetof(nx_error, sys_errno),
                  sizeof(((nx_error *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 299) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 164) },
   { "offset", offsetof(nx_error, offset),
               sizeof(((nx_error *)0)->offset),
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -6842,13 +7684,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "path", offsetof(nx_error, path),
             sizeof(((nx_error *)0)->path),
-            _CFFI_OP(_CFFI_OP_NOOP, 395) },
+            _CFFI_OP(_CFFI_OP_NOOP, 469) },
   { "tensor", offsetof(nx_error, tensor),
               sizeof(((nx_error *)0)->tensor),
-              _CFFI_OP(_CFFI_OP_NOOP, 391) },
+              _CFFI_OP(_CFFI_OP_NOOP, 465) },
   { "text", offsetof(nx_error, text),
             sizeof(((nx_error *)0)->text),
-            _CFFI_OP(_CFFI_OP_NOOP, 393) },
+            _CFFI_OP(_CFFI_OP_NOOP, 467) },
   { "t_ns", offsetof(nx_event, t_ns),
             sizeof(((nx_event *)0)->t_ns),
             _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -6869,10 +7711,10 @@ static const struct _cffi_field_s _cffi_fields[] = {
                   _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "kind", offsetof(nx_fault, kind),
             sizeof(((nx_fault *)0)->kind),
-            _CFFI_OP(_CFFI_OP_NOOP, 299) },
+            _CFFI_OP(_CFFI_OP_NOOP, 164) },
   { "count", offsetof(nx_fault, count),
              sizeof(((nx_fault *)0)->count),
-             _CFFI_OP(_CFFI_OP_NOOP, 401) },
+             _CFFI_OP(_CFFI_OP_NOOP, 480) },
   { "nbytes", offsetof(nx_file_info, nbytes),
               sizeof(((nx_file_info *)0)->nbytes),
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -6884,7 +7726,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "mtime_ns", offsetof(nx_file_info, mtime_ns),
                 sizeof(((nx_file_info *)0)->mtime_ns),
-                _CFFI_OP(_CFFI_OP_NOOP, 402) },
+                _CFFI_OP(_CFFI_OP_NOOP, 481) },
   { "offset_align", offsetof(nx_file_info, offset_align),
                     sizeof(((nx_file_info *)0)->offset_align),
                     _CFFI_OP(_CFFI_OP_NOOP, 27) },
@@ -6893,13 +7735,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
                  _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "direct", offsetof(nx_file_info, direct),
               sizeof(((nx_file_info *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 299) },
+              _CFFI_OP(_CFFI_OP_NOOP, 164) },
   { "reason", offsetof(nx_file_info, reason),
               sizeof(((nx_file_info *)0)->reason),
-              _CFFI_OP(_CFFI_OP_NOOP, 397) },
+              _CFFI_OP(_CFFI_OP_NOOP, 473) },
   { "sys_errno", offsetof(nx_file_info, sys_errno),
                  sizeof(((nx_file_info *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 299) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 164) },
   { "n_threads", offsetof(nx_membench_options, n_threads),
                  sizeof(((nx_membench_options *)0)->n_threads),
                  _CFFI_OP(_CFFI_OP_NOOP, 27) },
@@ -6911,7 +7753,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "bytes_s", offsetof(nx_membench_result, bytes_s),
                sizeof(((nx_membench_result *)0)->bytes_s),
-               _CFFI_OP(_CFFI_OP_NOOP, 400) },
+               _CFFI_OP(_CFFI_OP_NOOP, 476) },
   { "bytes", offsetof(nx_membench_result, bytes),
              sizeof(((nx_membench_result *)0)->bytes),
              _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -6930,12 +7772,27 @@ static const struct _cffi_field_s _cffi_fields[] = {
   { "checksum", offsetof(nx_membench_result, checksum),
                 sizeof(((nx_membench_result *)0)->checksum),
                 _CFFI_OP(_CFFI_OP_NOOP, 23) },
+  { "name", offsetof(nx_plugin_info, name),
+            sizeof(((nx_plugin_info *)0)->name),
+            _CFFI_OP(_CFFI_OP_NOOP, 471) },
+  { "disabled", offsetof(nx_plugin_info, disabled),
+                sizeof(((nx_plugin_info *)0)->disabled),
+                _CFFI_OP(_CFFI_OP_NOOP, 164) },
+  { "why", offsetof(nx_plugin_info, why),
+           sizeof(((nx_plugin_info *)0)->why),
+           _CFFI_OP(_CFFI_OP_NOOP, 467) },
+  { "calls", offsetof(nx_plugin_info, calls),
+             sizeof(((nx_plugin_info *)0)->calls),
+             _CFFI_OP(_CFFI_OP_NOOP, 23) },
+  { "ns", offsetof(nx_plugin_info, ns),
+          sizeof(((nx_plugin_info *)0)->ns),
+          _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "state", offsetof(nx_prediction, state),
              sizeof(((nx_prediction *)0)->state),
-             _CFFI_OP(_CFFI_OP_NOOP, 404) },
+             _CFFI_OP(_CFFI_OP_NOOP, 483) },
   { "on", offsetof(nx_prediction, on),
           sizeof(((nx_prediction *)0)->on),
-          _CFFI_OP(_CFFI_OP_NOOP, 299) },
+          _CFFI_OP(_CFFI_OP_NOOP, 164) },
   { "trials", offsetof(nx_prediction, trials),
               sizeof(((nx_prediction *)0)->trials),
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -6944,16 +7801,16 @@ static const struct _cffi_field_s _cffi_fields[] = {
                 _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "idle", offsetof(nx_prediction, idle),
             sizeof(((nx_prediction *)0)->idle),
-            _CFFI_OP(_CFFI_OP_NOOP, 400) },
+            _CFFI_OP(_CFFI_OP_NOOP, 476) },
   { "stall", offsetof(nx_prediction, stall),
              sizeof(((nx_prediction *)0)->stall),
-             _CFFI_OP(_CFFI_OP_NOOP, 400) },
+             _CFFI_OP(_CFFI_OP_NOOP, 476) },
   { "on_ns", offsetof(nx_prediction, on_ns),
              sizeof(((nx_prediction *)0)->on_ns),
-             _CFFI_OP(_CFFI_OP_NOOP, 400) },
+             _CFFI_OP(_CFFI_OP_NOOP, 476) },
   { "off_ns", offsetof(nx_prediction, off_ns),
               sizeof(((nx_prediction *)0)->off_ns),
-              _CFFI_OP(_CFFI_OP_NOOP, 400) },
+              _CFFI_OP(_CFFI_OP_NOOP, 476) },
   { "block_bytes", offsetof(nx_probe_options, block_bytes),
                    sizeof(((nx_probe_options *)0)->block_bytes),
                    _CFFI_OP(_CFFI_OP_NOOP, 27) },
@@ -6962,7 +7819,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "random", offsetof(nx_probe_options, random),
               sizeof(((nx_probe_options *)0)->random),
-              _CFFI_OP(_CFFI_OP_NOOP, 299) },
+              _CFFI_OP(_CFFI_OP_NOOP, 164) },
   { "max_bytes", offsetof(nx_probe_options, max_bytes),
                  sizeof(((nx_probe_options *)0)->max_bytes),
                  _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -6971,7 +7828,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "engine", offsetof(nx_probe_options, engine),
               sizeof(((nx_probe_options *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 299) },
+              _CFFI_OP(_CFFI_OP_NOOP, 164) },
   { "seed", offsetof(nx_probe_options, seed),
             sizeof(((nx_probe_options *)0)->seed),
             _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -6983,16 +7840,16 @@ static const struct _cffi_field_s _cffi_fields[] = {
           _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "direct", offsetof(nx_probe_result, direct),
               sizeof(((nx_probe_result *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 299) },
+              _CFFI_OP(_CFFI_OP_NOOP, 164) },
   { "engine", offsetof(nx_probe_result, engine),
               sizeof(((nx_probe_result *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 299) },
+              _CFFI_OP(_CFFI_OP_NOOP, 164) },
   { "how_cold", offsetof(nx_probe_result, how_cold),
                 sizeof(((nx_probe_result *)0)->how_cold),
-                _CFFI_OP(_CFFI_OP_NOOP, 397) },
+                _CFFI_OP(_CFFI_OP_NOOP, 473) },
   { "sys_errno", offsetof(nx_probe_result, sys_errno),
                  sizeof(((nx_probe_result *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 299) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 164) },
   { "n_in", offsetof(nx_residual_matrix, n_in),
             sizeof(((nx_residual_matrix *)0)->n_in),
             _CFFI_OP(_CFFI_OP_NOOP, 27) },
@@ -7001,10 +7858,10 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "codes", offsetof(nx_residual_matrix, codes),
              sizeof(((nx_residual_matrix *)0)->codes),
-             _CFFI_OP(_CFFI_OP_NOOP, 423) },
+             _CFFI_OP(_CFFI_OP_NOOP, 513) },
   { "scales", offsetof(nx_residual_matrix, scales),
               sizeof(((nx_residual_matrix *)0)->scales),
-              _CFFI_OP(_CFFI_OP_NOOP, 65) },
+              _CFFI_OP(_CFFI_OP_NOOP, 82) },
   { "passes", offsetof(nx_stats, passes),
               sizeof(((nx_stats *)0)->passes),
               _CFFI_OP(_CFFI_OP_NOOP, 23) },
@@ -7121,71 +7978,240 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 27) },
   { "codes", offsetof(nx_ternary, codes),
              sizeof(((nx_ternary *)0)->codes),
-             _CFFI_OP(_CFFI_OP_NOOP, 71) },
+             _CFFI_OP(_CFFI_OP_NOOP, 88) },
   { "scales", offsetof(nx_ternary, scales),
               sizeof(((nx_ternary *)0)->scales),
-              _CFFI_OP(_CFFI_OP_NOOP, 421) },
+              _CFFI_OP(_CFFI_OP_NOOP, 511) },
   { "scale", offsetof(nx_ternary, scale),
              sizeof(((nx_ternary *)0)->scale),
-             _CFFI_OP(_CFFI_OP_NOOP, 204) },
+             _CFFI_OP(_CFFI_OP_NOOP, 252) },
   { "codes_bytes", offsetof(nx_ternary, codes_bytes),
                    sizeof(((nx_ternary *)0)->codes_bytes),
                    _CFFI_OP(_CFFI_OP_NOOP, 23) },
   { "scales_bytes", offsetof(nx_ternary, scales_bytes),
                     sizeof(((nx_ternary *)0)->scales_bytes),
                     _CFFI_OP(_CFFI_OP_NOOP, 23) },
+  { "reason", offsetof(nxp_cache_ask, reason),
+              sizeof(((nxp_cache_ask *)0)->reason),
+              _CFFI_OP(_CFFI_OP_NOOP, 27) },
+  { "n_wanted", offsetof(nxp_cache_ask, n_wanted),
+                sizeof(((nxp_cache_ask *)0)->n_wanted),
+                _CFFI_OP(_CFFI_OP_NOOP, 27) },
+  { "n_candidates", offsetof(nxp_cache_ask, n_candidates),
+                    sizeof(((nxp_cache_ask *)0)->n_candidates),
+                    _CFFI_OP(_CFFI_OP_NOOP, 27) },
+  { "clock", offsetof(nxp_cache_ask, clock),
+             sizeof(((nxp_cache_ask *)0)->clock),
+             _CFFI_OP(_CFFI_OP_NOOP, 23) },
+  { "experts", offsetof(nxp_cache_ask, experts),
+               sizeof(((nxp_cache_ask *)0)->experts),
+               _CFFI_OP(_CFFI_OP_NOOP, 222) },
+  { "ages", offsetof(nxp_cache_ask, ages),
+            sizeof(((nxp_cache_ask *)0)->ages),
+            _CFFI_OP(_CFFI_OP_NOOP, 384) },
+  { "frequencies", offsetof(nxp_cache_ask, frequencies),
+                   sizeof(((nxp_cache_ask *)0)->frequencies),
+                   _CFFI_OP(_CFFI_OP_NOOP, 82) },
+  { "incoming", offsetof(nxp_cache_ask, incoming),
+                sizeof(((nxp_cache_ask *)0)->incoming),
+                _CFFI_OP(_CFFI_OP_NOOP, 222) },
+  { "layer", offsetof(nxp_cache_layer, layer),
+             sizeof(((nxp_cache_layer *)0)->layer),
+             _CFFI_OP(_CFFI_OP_NOOP, 27) },
+  { "n_layers", offsetof(nxp_cache_layer, n_layers),
+                sizeof(((nxp_cache_layer *)0)->n_layers),
+                _CFFI_OP(_CFFI_OP_NOOP, 27) },
+  { "n_experts", offsetof(nxp_cache_layer, n_experts),
+                 sizeof(((nxp_cache_layer *)0)->n_experts),
+                 _CFFI_OP(_CFFI_OP_NOOP, 27) },
+  { "n_slots", offsetof(nxp_cache_layer, n_slots),
+               sizeof(((nxp_cache_layer *)0)->n_slots),
+               _CFFI_OP(_CFFI_OP_NOOP, 27) },
+  { "record_bytes", offsetof(nxp_cache_layer, record_bytes),
+                    sizeof(((nxp_cache_layer *)0)->record_bytes),
+                    _CFFI_OP(_CFFI_OP_NOOP, 23) },
+  { "head", offsetof(nxp_cache_policy, head),
+            sizeof(((nxp_cache_policy *)0)->head),
+            _CFFI_OP(_CFFI_OP_NOOP, 506) },
+  { "user", offsetof(nxp_cache_policy, user),
+            sizeof(((nxp_cache_policy *)0)->user),
+            _CFFI_OP(_CFFI_OP_NOOP, 5) },
+  { "create", offsetof(nxp_cache_policy, create),
+              sizeof(((nxp_cache_policy *)0)->create),
+              _CFFI_OP(_CFFI_OP_NOOP, 517) },
+  { "destroy", offsetof(nxp_cache_policy, destroy),
+               sizeof(((nxp_cache_policy *)0)->destroy),
+               _CFFI_OP(_CFFI_OP_NOOP, 519) },
+  { "used", offsetof(nxp_cache_policy, used),
+            sizeof(((nxp_cache_policy *)0)->used),
+            _CFFI_OP(_CFFI_OP_NOOP, 520) },
+  { "victims", offsetof(nxp_cache_policy, victims),
+               sizeof(((nxp_cache_policy *)0)->victims),
+               _CFFI_OP(_CFFI_OP_NOOP, 477) },
+  { "n_experts", offsetof(nxp_cache_use, n_experts),
+                 sizeof(((nxp_cache_use *)0)->n_experts),
+                 _CFFI_OP(_CFFI_OP_NOOP, 27) },
+  { "clock", offsetof(nxp_cache_use, clock),
+             sizeof(((nxp_cache_use *)0)->clock),
+             _CFFI_OP(_CFFI_OP_NOOP, 23) },
+  { "experts", offsetof(nxp_cache_use, experts),
+               sizeof(((nxp_cache_use *)0)->experts),
+               _CFFI_OP(_CFFI_OP_NOOP, 222) },
+  { "hit", offsetof(nxp_cache_use, hit),
+           sizeof(((nxp_cache_use *)0)->hit),
+           _CFFI_OP(_CFFI_OP_NOOP, 513) },
+  { "head", offsetof(nxp_codec, head),
+            sizeof(((nxp_codec *)0)->head),
+            _CFFI_OP(_CFFI_OP_NOOP, 506) },
+  { "user", offsetof(nxp_codec, user),
+            sizeof(((nxp_codec *)0)->user),
+            _CFFI_OP(_CFFI_OP_NOOP, 5) },
+  { "decode", offsetof(nxp_codec, decode),
+              sizeof(((nxp_codec *)0)->decode),
+              _CFFI_OP(_CFFI_OP_NOOP, 478) },
+  { "struct_size", offsetof(nxp_head, struct_size),
+                   sizeof(((nxp_head *)0)->struct_size),
+                   _CFFI_OP(_CFFI_OP_NOOP, 27) },
+  { "api_version", offsetof(nxp_head, api_version),
+                   sizeof(((nxp_head *)0)->api_version),
+                   _CFFI_OP(_CFFI_OP_NOOP, 27) },
+  { "kind", offsetof(nxp_head, kind),
+            sizeof(((nxp_head *)0)->kind),
+            _CFFI_OP(_CFFI_OP_NOOP, 27) },
+  { "flags", offsetof(nxp_head, flags),
+             sizeof(((nxp_head *)0)->flags),
+             _CFFI_OP(_CFFI_OP_NOOP, 27) },
+  { "name", offsetof(nxp_head, name),
+            sizeof(((nxp_head *)0)->name),
+            _CFFI_OP(_CFFI_OP_NOOP, 64) },
+  { "n_layers", offsetof(nxp_layers, n_layers),
+                sizeof(((nxp_layers *)0)->n_layers),
+                _CFFI_OP(_CFFI_OP_NOOP, 27) },
+  { "n_experts", offsetof(nxp_layers, n_experts),
+                 sizeof(((nxp_layers *)0)->n_experts),
+                 _CFFI_OP(_CFFI_OP_NOOP, 169) },
+  { "n_slots", offsetof(nxp_layers, n_slots),
+               sizeof(((nxp_layers *)0)->n_slots),
+               _CFFI_OP(_CFFI_OP_NOOP, 169) },
+  { "layer", offsetof(nxp_predict_ask, layer),
+             sizeof(((nxp_predict_ask *)0)->layer),
+             _CFFI_OP(_CFFI_OP_NOOP, 27) },
+  { "n_tokens", offsetof(nxp_predict_ask, n_tokens),
+                sizeof(((nxp_predict_ask *)0)->n_tokens),
+                _CFFI_OP(_CFFI_OP_NOOP, 27) },
+  { "n_used", offsetof(nxp_predict_ask, n_used),
+              sizeof(((nxp_predict_ask *)0)->n_used),
+              _CFFI_OP(_CFFI_OP_NOOP, 27) },
+  { "capacity", offsetof(nxp_predict_ask, capacity),
+                sizeof(((nxp_predict_ask *)0)->capacity),
+                _CFFI_OP(_CFFI_OP_NOOP, 27) },
+  { "limit", offsetof(nxp_predict_ask, limit),
+             sizeof(((nxp_predict_ask *)0)->limit),
+             _CFFI_OP(_CFFI_OP_NOOP, 27) },
+  { "head", offsetof(nxp_predictor, head),
+            sizeof(((nxp_predictor *)0)->head),
+            _CFFI_OP(_CFFI_OP_NOOP, 506) },
+  { "user", offsetof(nxp_predictor, user),
+            sizeof(((nxp_predictor *)0)->user),
+            _CFFI_OP(_CFFI_OP_NOOP, 5) },
+  { "create", offsetof(nxp_predictor, create),
+              sizeof(((nxp_predictor *)0)->create),
+              _CFFI_OP(_CFFI_OP_NOOP, 518) },
+  { "destroy", offsetof(nxp_predictor, destroy),
+               sizeof(((nxp_predictor *)0)->destroy),
+               _CFFI_OP(_CFFI_OP_NOOP, 519) },
+  { "routed", offsetof(nxp_predictor, routed),
+              sizeof(((nxp_predictor *)0)->routed),
+              _CFFI_OP(_CFFI_OP_NOOP, 521) },
+  { "predict", offsetof(nxp_predictor, predict),
+               sizeof(((nxp_predictor *)0)->predict),
+               _CFFI_OP(_CFFI_OP_NOOP, 479) },
+  { "layer", offsetof(nxp_routed, layer),
+             sizeof(((nxp_routed *)0)->layer),
+             _CFFI_OP(_CFFI_OP_NOOP, 27) },
+  { "n_tokens", offsetof(nxp_routed, n_tokens),
+                sizeof(((nxp_routed *)0)->n_tokens),
+                _CFFI_OP(_CFFI_OP_NOOP, 27) },
+  { "n_used", offsetof(nxp_routed, n_used),
+              sizeof(((nxp_routed *)0)->n_used),
+              _CFFI_OP(_CFFI_OP_NOOP, 27) },
+  { "experts", offsetof(nxp_routed, experts),
+               sizeof(((nxp_routed *)0)->experts),
+               _CFFI_OP(_CFFI_OP_NOOP, 222) },
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "$nx_ans_layout", 403, _CFFI_F_CHECK_FIELDS,
+  { "$nx_ans_layout", 482, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_ans_layout), offsetof(struct _cffi_align_typedef_nx_ans_layout, y), 0, 5 },
-  { "$nx_error", 405, _CFFI_F_CHECK_FIELDS,
+  { "$nx_error", 484, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_error), offsetof(struct _cffi_align_typedef_nx_error, y), 5, 7 },
-  { "$nx_event", 406, _CFFI_F_CHECK_FIELDS,
+  { "$nx_event", 485, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_event), offsetof(struct _cffi_align_typedef_nx_event, y), 12, 4 },
-  { "$nx_fault", 407, _CFFI_F_CHECK_FIELDS,
+  { "$nx_fault", 486, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_fault), offsetof(struct _cffi_align_typedef_nx_fault, y), 16, 4 },
-  { "$nx_file_info", 409, _CFFI_F_CHECK_FIELDS,
+  { "$nx_file_info", 488, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_file_info), offsetof(struct _cffi_align_typedef_nx_file_info, y), 20, 9 },
-  { "$nx_membench_options", 411, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_options", 490, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_options), offsetof(struct _cffi_align_typedef_nx_membench_options, y), 29, 3 },
-  { "$nx_membench_result", 412, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_result", 491, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_result), offsetof(struct _cffi_align_typedef_nx_membench_result, y), 32, 7 },
-  { "$nx_prediction", 415, _CFFI_F_CHECK_FIELDS,
-    sizeof(nx_prediction), offsetof(struct _cffi_align_typedef_nx_prediction, y), 39, 8 },
-  { "$nx_probe_options", 416, _CFFI_F_CHECK_FIELDS,
-    sizeof(nx_probe_options), offsetof(struct _cffi_align_typedef_nx_probe_options, y), 47, 7 },
-  { "$nx_probe_result", 417, _CFFI_F_CHECK_FIELDS,
-    sizeof(nx_probe_result), offsetof(struct _cffi_align_typedef_nx_probe_result, y), 54, 6 },
-  { "$nx_residual_matrix", 418, _CFFI_F_CHECK_FIELDS,
-    sizeof(nx_residual_matrix), offsetof(struct _cffi_align_typedef_nx_residual_matrix, y), 60, 4 },
-  { "$nx_stats", 419, _CFFI_F_CHECK_FIELDS,
-    sizeof(nx_stats), offsetof(struct _cffi_align_typedef_nx_stats, y), 64, 35 },
-  { "$nx_ternary", 420, _CFFI_F_CHECK_FIELDS,
-    sizeof(nx_ternary), offsetof(struct _cffi_align_typedef_nx_ternary, y), 99, 8 },
-  { "_IO_FILE", 388, _CFFI_F_OPAQUE,
+  { "$nx_plugin_info", 494, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_plugin_info), offsetof(struct _cffi_align_typedef_nx_plugin_info, y), 39, 5 },
+  { "$nx_prediction", 495, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_prediction), offsetof(struct _cffi_align_typedef_nx_prediction, y), 44, 8 },
+  { "$nx_probe_options", 496, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_probe_options), offsetof(struct _cffi_align_typedef_nx_probe_options, y), 52, 7 },
+  { "$nx_probe_result", 497, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_probe_result), offsetof(struct _cffi_align_typedef_nx_probe_result, y), 59, 6 },
+  { "$nx_residual_matrix", 498, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_residual_matrix), offsetof(struct _cffi_align_typedef_nx_residual_matrix, y), 65, 4 },
+  { "$nx_stats", 499, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_stats), offsetof(struct _cffi_align_typedef_nx_stats, y), 69, 35 },
+  { "$nx_ternary", 500, _CFFI_F_CHECK_FIELDS,
+    sizeof(nx_ternary), offsetof(struct _cffi_align_typedef_nx_ternary, y), 104, 8 },
+  { "$nxp_cache_ask", 501, 0,
+    sizeof(nxp_cache_ask), offsetof(struct _cffi_align_typedef_nxp_cache_ask, y), 112, 8 },
+  { "$nxp_cache_layer", 502, 0,
+    sizeof(nxp_cache_layer), offsetof(struct _cffi_align_typedef_nxp_cache_layer, y), 120, 5 },
+  { "$nxp_cache_policy", 503, _CFFI_F_CHECK_FIELDS,
+    sizeof(nxp_cache_policy), offsetof(struct _cffi_align_typedef_nxp_cache_policy, y), 125, 6 },
+  { "$nxp_cache_use", 504, 0,
+    sizeof(nxp_cache_use), offsetof(struct _cffi_align_typedef_nxp_cache_use, y), 131, 4 },
+  { "$nxp_codec", 505, _CFFI_F_CHECK_FIELDS,
+    sizeof(nxp_codec), offsetof(struct _cffi_align_typedef_nxp_codec, y), 135, 3 },
+  { "$nxp_head", 506, _CFFI_F_CHECK_FIELDS,
+    sizeof(nxp_head), offsetof(struct _cffi_align_typedef_nxp_head, y), 138, 5 },
+  { "$nxp_layers", 507, 0,
+    sizeof(nxp_layers), offsetof(struct _cffi_align_typedef_nxp_layers, y), 143, 3 },
+  { "$nxp_predict_ask", 508, 0,
+    sizeof(nxp_predict_ask), offsetof(struct _cffi_align_typedef_nxp_predict_ask, y), 146, 5 },
+  { "$nxp_predictor", 509, _CFFI_F_CHECK_FIELDS,
+    sizeof(nxp_predictor), offsetof(struct _cffi_align_typedef_nxp_predictor, y), 151, 6 },
+  { "$nxp_routed", 510, 0,
+    sizeof(nxp_routed), offsetof(struct _cffi_align_typedef_nxp_routed, y), 157, 4 },
+  { "_IO_FILE", 462, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_file", 408, _CFFI_F_OPAQUE,
+  { "nx_file", 487, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_imatrix", 410, _CFFI_F_OPAQUE,
+  { "nx_imatrix", 489, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_model", 413, _CFFI_F_OPAQUE,
+  { "nx_model", 492, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_opencl_matrix", 414, _CFFI_F_OPAQUE,
+  { "nx_opencl_matrix", 493, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
 };
 
 static const struct _cffi_enum_s _cffi_enums[] = {
-  { "$nx_ans_path", 83, _cffi_prim_int(sizeof(nx_ans_path), ((nx_ans_path)-1) <= 0),
+  { "$nx_ans_path", 100, _cffi_prim_int(sizeof(nx_ans_path), ((nx_ans_path)-1) <= 0),
     "NX_ANS_PORTABLE,NX_ANS_AVX2,NX_ANS_AVX512,NX_ANS_PATHS" },
-  { "$nx_control_state", 404, _cffi_prim_int(sizeof(nx_control_state), ((nx_control_state)-1) <= 0),
+  { "$nx_control_state", 483, _cffi_prim_int(sizeof(nx_control_state), ((nx_control_state)-1) <= 0),
     "NX_CONTROL_FIXED,NX_CONTROL_WATCHING,NX_CONTROL_NO_STALL,NX_CONTROL_NO_IDLE,NX_CONTROL_TRYING,NX_CONTROL_SLOWER,"
     "NX_CONTROL_FASTER" },
-  { "$nx_io_mode", 48, _cffi_prim_int(sizeof(nx_io_mode), ((nx_io_mode)-1) <= 0),
+  { "$nx_io_mode", 65, _cffi_prim_int(sizeof(nx_io_mode), ((nx_io_mode)-1) <= 0),
     "NX_IO_DIRECT,NX_IO_BUFFERED" },
   { "$nx_isa", 8, _cffi_prim_int(sizeof(nx_isa), ((nx_isa)-1) <= 0),
     "NX_ISA_REF,NX_ISA_AVX2,NX_ISA_AVX512,NX_ISA_NEON,NX_ISA_COUNT" },
-  { "$nx_own_kind", 250, _cffi_prim_int(sizeof(nx_own_kind), ((nx_own_kind)-1) <= 0),
+  { "$nx_own_kind", 298, _cffi_prim_int(sizeof(nx_own_kind), ((nx_own_kind)-1) <= 0),
     "NX_OWN_PACKED,NX_OWN_STORED,NX_OWN_OPENCL,NX_OWN_KINDS" },
   { "$nx_status", 14, _cffi_prim_int(sizeof(nx_status), ((nx_status)-1) <= 0),
     "NX_OK,NX_E_NOMEM,NX_E_IO,NX_E_TRUNCATED,NX_E_CHANGED,NX_E_INVALID,NX_E_ABORTED,NX_E_UNSUPPORTED,NX_E_ABI,"
@@ -7195,31 +8221,42 @@ static const struct _cffi_enum_s _cffi_enums[] = {
 };
 
 static const struct _cffi_typename_s _cffi_typenames[] = {
-  { "FILE", 388 },
-  { "nx_ans_layout", 403 },
-  { "nx_ans_path", 83 },
-  { "nx_control_state", 404 },
-  { "nx_error", 405 },
-  { "nx_event", 406 },
-  { "nx_fault", 407 },
-  { "nx_file", 408 },
-  { "nx_file_info", 409 },
-  { "nx_imatrix", 410 },
-  { "nx_io_mode", 48 },
+  { "FILE", 462 },
+  { "nx_ans_layout", 482 },
+  { "nx_ans_path", 100 },
+  { "nx_control_state", 483 },
+  { "nx_error", 484 },
+  { "nx_event", 485 },
+  { "nx_fault", 486 },
+  { "nx_file", 487 },
+  { "nx_file_info", 488 },
+  { "nx_imatrix", 489 },
+  { "nx_io_mode", 65 },
   { "nx_isa", 8 },
-  { "nx_membench_options", 411 },
-  { "nx_membench_result", 412 },
-  { "nx_model", 413 },
-  { "nx_opencl_matrix", 414 },
-  { "nx_own_kind", 250 },
-  { "nx_prediction", 415 },
-  { "nx_probe_options", 416 },
-  { "nx_probe_result", 417 },
-  { "nx_residual_matrix", 418 },
-  { "nx_stats", 419 },
+  { "nx_membench_options", 490 },
+  { "nx_membench_result", 491 },
+  { "nx_model", 492 },
+  { "nx_opencl_matrix", 493 },
+  { "nx_own_kind", 298 },
+  { "nx_plugin_info", 494 },
+  { "nx_prediction", 495 },
+  { "nx_probe_options", 496 },
+  { "nx_probe_result", 497 },
+  { "nx_residual_matrix", 498 },
+  { "nx_stats", 499 },
   { "nx_status", 14 },
-  { "nx_ternary", 420 },
+  { "nx_ternary", 500 },
   { "nx_ternary_type", 30 },
+  { "nxp_cache_ask", 501 },
+  { "nxp_cache_layer", 502 },
+  { "nxp_cache_policy", 503 },
+  { "nxp_cache_use", 504 },
+  { "nxp_codec", 505 },
+  { "nxp_head", 506 },
+  { "nxp_layers", 507 },
+  { "nxp_predict_ask", 508 },
+  { "nxp_predictor", 509 },
+  { "nxp_routed", 510 },
 };
 
 static const struct _cffi_type_context_s _cffi_type_context = {
@@ -7229,12 +8266,12 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   _cffi_enums,
   _cffi_typenames,
-  158,  /* num_globals */
-  18,  /* num_struct_unions */
+  176,  /* num_globals */
+  29,  /* num_struct_unions */
   7,  /* num_enums */
-  25,  /* num_typenames */
+  36,  /* num_typenames */
   NULL,  /* no includes */
-  428,  /* num_types */
+  523,  /* num_types */
   1,  /* flags */
 };
 

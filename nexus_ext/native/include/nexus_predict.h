@@ -14,7 +14,7 @@ extern "C" {
 
 /* -- reading ahead ------------------------------------------------------------------------------- */
 
-/* Start to read the records of these experts, the likeliest first, at most `limit` of those that are not
+/* Start to read the records of these experts, each named once, the likeliest first, at most `limit` of those that are not
  * there. The reads are spare ones (nexus_io.h). A slot is taken from what the policy would evict next,
  * never from a record that is in use or one of `experts`; when there is none, fewer are read. What the
  * group's next acquisition does not ask for is stale: no more of it is read then. */
@@ -35,7 +35,8 @@ NX_API void nx_note_predict(nx_model *, uint64_t ns);
  * help. NX_E_INVALID for other names. */
 NX_API nx_status nx_predict_set(nx_model *, const char *predictor);
 
-typedef enum { NX_PREDICT_NONE, NX_PREDICT_GATE, NX_PREDICT_PREVIOUS, NX_PREDICT_POPULAR } nx_predictor;
+typedef enum { NX_PREDICT_NONE, NX_PREDICT_GATE, NX_PREDICT_PREVIOUS, NX_PREDICT_POPULAR,
+               NX_PREDICT_PLUGIN } nx_predictor;
 
 /* What predicts in this pass, for routers that decide about one token, or about a batch: nearly all that is
  * predicted for a batch is used, so that it is a matter of order alone. */
@@ -62,6 +63,14 @@ typedef struct nx_prediction {
 NX_API void nx_predict_get(nx_model *, nx_prediction *out);
 /* A pass of one token has ended. */
 NX_API void nx_predict_pass(nx_model *, uint64_t pass_ns);
+
+/* -- a predictor of a plugin (nexus_policy.h) ------------------------------------------------------- */
+
+/* Whether it wants to be told what routers decide. */
+NX_API int nx_predict_listens(const nx_model *);
+NX_API void nx_predict_routed(nx_group *, const int32_t *experts, uint32_t n_tokens, uint32_t n_used);
+/* The experts that this group's router will ask for, by the plugin: *out, each once; returns how many. */
+NX_API size_t nx_predict_ask(nx_group *, uint32_t n_tokens, uint32_t n_used, size_t limit, int32_t **out);
 
 /* -- popularity ---------------------------------------------------------------------------------- */
 
