@@ -66,7 +66,7 @@ class Settings:
     n_ubatch: int = 512
     n_threads: int = 0  # 0: as ggml chooses
     kv_type: str = "f16"
-    kernels: str = "ggml"  # or "auto", "nexus": see `own_kernels.MODES`
+    kernels: str = "auto"  # or "ggml", "nexus": see `own_kernels.MODES`
     policy: str = "auto"  # how weights are read: "auto", "direct" or "buffered"
     warm_start: bool | None = None  # None: unless NEXUS_WARM_START is 0
     max_queue: int = 64  # requests that wait; one more is refused

@@ -38,7 +38,7 @@ RESIDUAL_SHARE = 0.03  # of the input channels, unless something else is asked f
 class Options:
     """How a model is opened. The defaults are those of `runtime.Llama`."""
 
-    kernels: str = "ggml"  # see `own_kernels.MODES`
+    kernels: str = "auto"  # see `own_kernels.MODES`
     policy: str = "auto"  # how weights are read: "auto", "direct" or "buffered"
     residual: str | None = None  # a file that `nexus quantize --residual` made: changes answers
     residual_share: float = RESIDUAL_SHARE  # of the input channels that it corrects
@@ -141,7 +141,7 @@ def blueprint(
     cached = {t.name for parts in caches for t in parts}
     elastic = [t for t in here if t.role in PAGED and t.nbytes and t.name not in cached]
     table = read_residuals(options.residual) if options.residual is not None else None
-    own = own_types(elastic, options.kernels)
+    own = own_types((t for t in here if t.role in PAGED and t.nbytes), options.kernels)
     units = (*_dense_units(catalog, elastic, own), *_slot_units(caches))
     return Blueprint(
         path=os.fspath(path),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from nexus_ext import core
+from nexus_ext import core, kernels
 from nexus_ext.formats.residuals import ResidualTable
 from nexus_ext.plugins import CACHE_HOOK, PREDICTOR_HOOK, plugins
 from nexus_ext.policies import CacheInfo
@@ -83,6 +83,8 @@ class PagedModel:
             prediction=model.prediction(),
             cache_policy=model.cache_policy(),
             predictor=model.predictor_plugin(),
+            kernels=kernels.current_isa() if self.own_kernels else "ggml",
+            products=model.own_products(),
         )
 
     def tell_failures(self) -> None:

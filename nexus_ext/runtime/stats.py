@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nexus_ext.core import ModelStats, PluginUse, Prediction
@@ -50,6 +51,10 @@ class RunStats:
     io_engine: str
     io_mode: str
     direct_reason: str
+    kernels: str  # our implementation that computes ternary products: "avx2", ...; "ggml": none
+    packed_products: int  # computed by our kernels since the model was opened: resident weights,
+    stored_products: int  # streamed ones and experts, as they are stored,
+    device_products: int  # and those on the OpenCL device
 
 
 def run_stats(
@@ -62,6 +67,8 @@ def run_stats(
     prediction: Prediction,
     cache_policy: PluginUse,
     predictor: PluginUse,
+    kernels: str,
+    products: Mapping[str, int],
 ) -> RunStats:
     """Derive the accounting from the core's counters and the disk's measured bandwidth."""
     read = max(stats.bytes_read - stats.bytes_loaded, 0)
@@ -107,4 +114,8 @@ def run_stats(
         io_engine=io_engine,
         io_mode=io_mode,
         direct_reason=direct_reason,
+        kernels=kernels,
+        packed_products=products["packed"],
+        stored_products=products["stored"],
+        device_products=products["opencl"],
     )

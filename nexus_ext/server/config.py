@@ -86,7 +86,7 @@ class EngineConfig(_Section):
     n_batch: int = Field(default=512, ge=4)
     n_threads: int = Field(default=0, ge=0)
     kv_type: Literal["f16", "f32", "bf16", "q8_0"] = "f16"
-    kernels: Literal["ggml", "auto", "nexus"] = "ggml"
+    kernels: Literal["ggml", "auto", "nexus"] = "auto"
     policy: Literal["auto", "direct", "buffered"] = "auto"
     warm_start: bool | None = None
     max_queue: int = Field(default=64, ge=1)

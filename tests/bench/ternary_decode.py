@@ -1,10 +1,11 @@
 """A ternary model of two billion weights end to end: our kernels beside stock llama.cpp.
 
-    python -m tests.bench.ternary_decode [--quant tq2_0] [--folder DIR] [--rounds 5]
+    python -m tests.bench.ternary_decode [--quant tq2_0] [--weights 400M] [--pin-cores]
 
 Writes a synthetic model with the shapes of BitNet-b1.58-2B-4T (0.9 GB, output Q6_K), loads it twice
-in one process and lets both decode in turn. Prints tokens a second of prefill and decode, their
-medians and ratios, and whether the logits are the same bits.
+in one process and lets both decode in turn. With --weights both stream what that leaves out, one
+with ggml's kernels and one with ours. Prints tokens a second of prefill and decode, their medians
+and ratios, and whether the logits are the same bits.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=24, help="tokens to decode")
     parser.add_argument("-p", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("-t", type=int, default=2, help="threads")
+    parser.add_argument("--weights", help="resident weights and pools; the rest is streamed")
+    parser.add_argument(
+        "--pin-cores", action="store_true", help="our threads on cores of their own"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         path = (args.folder or Path(temporary)) / f"bitnet-2b-{args.quant}.gguf"
@@ -62,14 +67,22 @@ def main() -> None:
             "flash_attn": True,
             "verbose": False,
         }
-        ours = Llama(path, kernels="nexus", **common)
-        stock = stock_llama(str(path), **common)
+        ours = Llama(
+            path, kernels="nexus", weights=args.weights, pin_cores=args.pin_cores, **common
+        )
+        if args.weights:
+            stock: Any = Llama(path, kernels="ggml", weights=args.weights, **common)
+        else:
+            stock = stock_llama(str(path), **common)
         model = ours.nexus.model
         assert model is not None
         print(f"{model.n_packed()} weights packed, {model.attached_bytes() / 1e6:.0f} MB")
+        streamed = ours.nexus.plan.streamed_bytes_per_token
+        print(f"{streamed / 1e6:.0f} MB streamed for each token; processors {model.cores()}")
         prompt = [1, *(int(t) for t in np.random.default_rng(0).integers(3, 30000, args.p - 1))]
         pairs = []
-        print(f"{'':>8} {'stock':>8} {'ours':>8} {'ratio':>6}   tok/s")
+        other = "ggml's" if args.weights else "stock"
+        print(f"{'':>8} {other:>8} {'ours':>8} {'ratio':>6}   tok/s")
         for _ in range(args.rounds):
             a, b = run(stock, prompt, args.n), run(ours, prompt, args.n)
             pairs.append((a, b))
@@ -78,9 +91,11 @@ def main() -> None:
         for i, what in enumerate(("prefill", "decode")):
             a_median, b_median = (statistics.median(p[k][i] for p in pairs) for k in (0, 1))
             ratio = statistics.median(p[1][i] / p[0][i] for p in pairs)
-            print(f"median {what}: stock {a_median:.2f}, ours {b_median:.2f}, ratio {ratio:.2f}")
+            print(f"median {what}: {other} {a_median:.2f}, ours {b_median:.2f}, ratio {ratio:.2f}")
         same = all(np.array_equal(a[2], b[2]) for a, b in pairs)
-        print(f"logits: {'the same bits' if same else 'differ'}")
+        print(
+            f"logits: {'the same bits' if same else 'differ'}; our products: {model.own_products()}"
+        )
         ours.close()
         stock.close()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,14 @@ import pytest
 
 from nexus_ext import Llama, kernels
 from nexus_ext.errors import NexusError
+from nexus_ext.runtime.batch import BatchContext, Row, Shape
+from nexus_ext.runtime.blueprint import Options, blueprint
+from nexus_ext.runtime.elastic import ElasticModel
 from nexus_ext.runtime.own_kernels import same_bits
+from tests.integration.alone import Alone
 from tests.integration.streaming import SMALL, logits, paged, prompt, stock
 from tests.models_folder import find_model
-from tests.synth.models import MoeDims, write_moe
+from tests.synth import MoeDims, write_llama, write_moe
 
 TOKENS = prompt(40, 300)
 MODELS = ["bitllama-3M-tq2_0.gguf", "bitllama-3M-tq1_0.gguf"]
@@ -58,16 +62,14 @@ def test_streamed_matrices_give_the_bits_of_stock(name: str, n_threads: int) -> 
         wanted = logits(llm, TOKENS)
     with paged(path, "1M", **arguments) as llm:
         seen = logits(llm, TOKENS)
-        assert llm.nexus.stats().bytes_read > 0
-        assert llm.nexus.model is not None
-        assert llm.nexus.model.own_products()["stored"] > 0
+        stats = llm.nexus.stats()
+        assert stats.bytes_read > 0 and stats.stored_products > 0 and stats.device_products == 0
+        assert stats.kernels == kernels.current_isa()
     assert np.array_equal(seen, wanted)
 
 
 def test_matrices_in_slabs_give_the_bits_of_stock(tmp_path: Path) -> None:
     """Matrices that do not fit into a slab are products of several parts."""
-    from tests.synth.models import write_llama
-
     needs("tq2_0")
     path = tmp_path / "wide.gguf"
     write_llama(
@@ -107,11 +109,37 @@ def test_every_instruction_set_gives_the_same_bits(mixture: Path, isa: str) -> N
             assert np.array_equal(logits(llm, TOKENS, n_decode=2), wanted)
 
 
+def test_a_model_of_the_multiplexer_gives_the_same_bits(mixture: Path) -> None:
+    """Its dense weights come and go, its experts lie in caches: stored both, or packed."""
+    needs(type_of(mixture))
+    shape = Shape(n_seq=2, n_ctx=256, n_ubatch=64, n_threads=2)
+    alone = Alone(mixture, shape.n_ctx, shape.n_ubatch)
+    tokens = TOKENS[:30]
+    (expected,) = alone.greedy(tokens, 1)
+    alone.close()
+    plan = blueprint(mixture, shape, Options())
+    assert plan.own_kernels == (type_of(mixture),)
+    with ExitStack() as stack:
+        model = ElasticModel(plan)
+        stack.callback(model.close)
+        context = BatchContext(model.pointer, model.core, shape)
+        stack.callback(context.close)
+        for n_resident in (0, len(plan.units), 2):
+            model.set_resident(n_resident)
+            before = model.core.own_products()["stored"]
+            context.keep(0, 0)
+            last = len(tokens) - 1
+            context.compute([Row(t, i, 0, i == last) for i, t in enumerate(tokens)])
+            assert np.array_equal(context.logits(last), expected), n_resident
+            assert model.core.own_products()["stored"] >= before + 3 * DIMS.n_layers
+
+
 def test_ggml_alone_when_it_is_asked_for(mixture: Path) -> None:
     with paged(mixture, "900K", kernels="ggml", n_ctx=512) as llm:
         logits(llm, TOKENS, n_decode=1)
         assert llm.nexus.model is not None
         assert set(llm.nexus.model.own_products().values()) == {0}
+        assert llm.nexus.stats().kernels == "ggml"
 
 
 def test_a_read_that_fails_is_named_and_the_next_token_works(mixture: Path) -> None:

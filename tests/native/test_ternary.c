@@ -141,7 +141,7 @@ static void check_stored(world *w, size_t shift, const char *what) {
     float *wanted = result(w, 1);
     for (int isa = 0; isa < NX_ISA_COUNT; isa++) {
         if (nx_kernels_use_isa((nx_isa)isa) != NX_OK) continue;
-        for (uint32_t threads = 1; threads <= 3; threads++) {
+        for (uint32_t threads = 1; threads <= 3; threads += 2) {
             nx_test_about("stored, %s: %s, type %d, %u to %u, %u columns, %u threads", what,
                           nx_kernels_isa_name((nx_isa)isa), w->m.type, w->m.n_in, w->m.n_out, w->n_columns, threads);
             float *seen = stored_result(w, shift, threads);
@@ -153,17 +153,18 @@ static void check_stored(world *w, size_t shift, const char *what) {
 }
 
 static void rows_as_they_are_stored_give_the_same(void) {
-    static const uint32_t outs[] = {1, 7, 8, 17}, blocks[] = {1, 2, 5};
+    static const uint32_t outs[] = {1, 7, 8, 17}, blocks[] = {1, 2, 5}, columns[] = {1, 2, 3, 4, 5, 35};
     for (size_t t = 0; t < N_TESTED; t++)
         for (size_t a = 0; a < sizeof outs / sizeof *outs; a++)
             for (size_t b = 0; b < sizeof blocks / sizeof *blocks; b++)
-                for (uint32_t n = 1; n <= 35; n += n < 6 ? 1 : 29)
-                    for (size_t shift = 0; shift < 4; shift += 3) {
-                        world w = make(tested[t], blocks[b] * nx_ternary_block(tested[t]), outs[a], n, (a + b + n) % 2,
-                                       shift, a * 100 + b * 10 + n);
-                        check_stored(&w, shift, "shapes");
-                        drop(&w);
-                    }
+                for (size_t n = 0; n < sizeof columns / sizeof *columns; n++) {
+                    if (columns[n] == 35 && (a + b) % 3) continue; /* the reference is slow under sanitizers */
+                    const size_t shift = (a + n) % 2 * 3;
+                    world w = make(tested[t], blocks[b] * nx_ternary_block(tested[t]), outs[a], columns[n],
+                                   (a + b + n) % 2, shift, a * 100 + b * 10 + n);
+                    check_stored(&w, shift, "shapes");
+                    drop(&w);
+                }
 }
 
 static void the_reference_has_all_types(void) {

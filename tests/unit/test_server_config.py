@@ -21,7 +21,7 @@ def test_the_example_says_the_defaults_and_every_key(tmp_path: Path) -> None:
         n_ctx=16384,
         n_parallel=2,
         kv_type="q8_0",
-        kernels="auto",
+        kernels="ggml",
         keep_alive_s=-1,
         gpu=0,
         share=1 << 30,
