@@ -164,7 +164,7 @@ def use_predictor(model: Any, predictor: NativePolicy | LayerPredictor) -> objec
     if isinstance(predictor, NativePolicy):
         struct, keep = ffi.cast("const nxp_predictor *", predictor.address), predictor.keepalive
     else:
-        struct, keep = _python_predictor(predictor)
+        struct, keep = python_predictor(predictor)
     error = ffi.new("nx_error *")
     _check(lib.nx_predict_use(model, struct, automatic, error), predictor.name, error)
     return keep
@@ -211,7 +211,7 @@ def _python_cache(policy: LayerCachePolicy) -> tuple[Any, _Adapter]:
     return adapter.struct, adapter
 
 
-def _python_predictor(predictor: LayerPredictor) -> tuple[Any, _Adapter]:
+def python_predictor(predictor: LayerPredictor) -> tuple[Any, _Adapter]:
     adapter = _Adapter(predictor, "nxp_predictor", lib.NXP_PREDICTOR)
     adapter.struct.routed = lib.nx_python_routed
     adapter.struct.predict = lib.nx_python_predict

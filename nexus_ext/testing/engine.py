@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from nexus_ext.errors import UsageError
 from nexus_ext.formats import open_model
 from nexus_ext.hardware import HardwareProfile
 from nexus_ext.native_plugins import replay_trace
+from nexus_ext.native_predictions import predict_trace
 from nexus_ext.placement import Plan, PlanRequest
 from nexus_ext.plugins import Plugins
 from nexus_ext.policies import (
@@ -31,7 +32,7 @@ from nexus_ext.policies import (
     RequestInfo,
 )
 from nexus_ext.routing import Replay, RoutingTrace, replay
-from nexus_ext.routing.prediction import POPULAR, PREVIOUS, Accuracy, accuracies
+from nexus_ext.routing.prediction import POPULAR, PREVIOUS, Accuracy, accuracy, popular, previous
 from nexus_ext.testing.hardware import machine
 from nexus_ext.testing.loading import load_plugins, use_plugins
 
@@ -193,18 +194,30 @@ class FakeEngine:
         return CacheRun(chosen, expected, belady)
 
     def predictor(self, trace: RoutingTrace, *, share: float = 0.5) -> PredictorRun:
-        """Ask which predictor to use, and see how it does where a trace can tell."""
+        """Ask which predictor to use, and compare what it says with what the routers decided.
+
+        Tokens of the trace come one by one. As in the runtime, a plugin is asked for each layer but
+        the first. PluginError when it fails.
+        """
+        info = cache_info(trace, share)
         with self._watched():
-            chosen = self.plugins.choose_predictor(cache_info(trace, share))
-        if chosen not in (PREVIOUS, POPULAR):
-            return PredictorRun(name_of(chosen), ())
-        layers = [
-            one
-            for layer in trace.layers
-            for one in accuracies(layer.layer, layer.n_experts, layer.numbers().tolist(), {})
-            if one.predictor == chosen
-        ]
-        return PredictorRun(name_of(chosen), tuple(layers))
+            chosen = self.plugins.choose_predictor(info)
+        name = name_of(chosen)
+        if isinstance(chosen, str) and chosen not in (PREVIOUS, POPULAR):
+            return PredictorRun(name, ())
+        said = None if isinstance(chosen, str) else predict_trace(trace, chosen, info.slots)
+        layers = []
+        for i, layer in enumerate(trace.layers):
+            decided = layer.numbers().tolist()
+            predicted: Sequence[Sequence[int]]
+            if said is not None:
+                predicted = said[i]
+            elif chosen == PREVIOUS:
+                predicted = previous(decided)
+            else:
+                predicted = popular(decided, layer.n_experts)
+            layers.append(accuracy(name, layer.layer, predicted, decided))
+        return PredictorRun(name, tuple(one for one in layers if one is not None))
 
     @contextmanager
     def model(

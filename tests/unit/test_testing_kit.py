@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -35,6 +36,7 @@ from nexus_ext.testing import (
     write_llama,
     write_moe,
 )
+from tests.native_plugin import LRU, compiled, native
 
 GIB = 1 << 30
 
@@ -166,8 +168,6 @@ class Forgetful:
         return self
 
     def solve(self, catalog: object, hardware: object, request: object) -> object:
-        from dataclasses import replace
-
         from nexus_ext.placement import solve
 
         plan = solve(catalog, hardware, request)  # type: ignore[arg-type]
@@ -204,6 +204,93 @@ def test_a_predictor_is_measured_where_a_trace_can_tell() -> None:
     assert run.predictor == "previous" and len(run.layers) == 3
     assert run.slots is not None and abs(run.slots - repeats(trace)) < 0.01
     assert FakeEngine().predictor(trace).slots is None
+
+
+class LikeBefore:
+    """A predictor in Python: what the layer used for the token before."""
+
+    name = "like-before"
+
+    def __init__(self, mistake: str = "") -> None:
+        self.mistake, self.used = mistake, {}  # type: ignore[var-annotated]
+
+    def routed(self, layer: int, tokens: list[list[int]]) -> None:
+        self.used[layer] = tokens[-1]
+
+    def predict(self, layer: int, n_tokens: int, n_used: int, limit: int) -> list[int]:
+        if self.mistake == "raises":
+            raise RuntimeError("no idea")
+        if self.mistake == "no such expert":
+            return [99]
+        return list(self.used.get(layer, ()))
+
+
+def test_a_predictor_in_python_is_asked_for_each_layer_and_token() -> None:
+    trace = synthetic_trace(100, 32, 4, reuse=0.5)
+    engine = FakeEngine(load_plugins(Chooser("nexus_expert_predictor", LikeBefore())))
+    run = engine.predictor(trace)
+    builtin = FakeEngine(load_plugins(Chooser("nexus_expert_predictor", "previous")))
+    assert run.predictor == "like-before"
+    assert [x.layer for x in run.layers] == [1, 2]  # nothing is known before the first
+    assert list(run.layers) == [
+        replace(x, predictor="like-before") for x in builtin.predictor(trace).layers[1:]
+    ]
+
+
+@pytest.mark.parametrize("mistake", ["raises", "no such expert"])
+def test_a_predictor_in_python_that_fails_is_named(mistake: str) -> None:
+    plugin = Chooser("nexus_expert_predictor", LikeBefore(mistake))
+    with pytest.raises(PluginError, match="plugin 'like-before': `predict`"):
+        FakeEngine(load_plugins(plugin)).predictor(synthetic_trace(9, 32, 4))
+
+
+IN_C = """
+#include <stdlib.h>
+static void *create(void *user, const nxp_layers *layers) {
+    (void)user;
+    return layers->n_experts[1] == 32 && layers->n_slots[0] == 16 ? calloc(2, sizeof(int)) : NULL;
+}
+static void routed(void *state, const nxp_routed *routed) {
+    ((int *)state)[0] = routed->experts[0];
+    ((int *)state)[1]++;
+}
+static int32_t predict(void *state, const nxp_predict_ask *ask, int32_t *out) {
+    if (ask->struct_size < sizeof *ask || ((int *)state)[1] == 0) return -1;
+    out[0] = ((int *)state)[0];
+    return 1;
+}
+nxp_predictor policy = {
+    .head = NXP_HEAD(nxp_predictor, NXP_PREDICTOR, "same-as-below"),
+    .create = create, .destroy = free, .routed = routed, .predict = predict,
+};
+nxp_cache_policy other = {.head = NXP_HEAD(nxp_cache_policy, NXP_CACHE_POLICY, "other")};
+"""
+
+
+def test_a_predictor_in_c_is_asked_through_its_struct(tmp_path: Path) -> None:
+    library = compiled(tmp_path, IN_C)
+    trace = synthetic_trace(50, 32, 4, zipf=0.5)
+    engine = FakeEngine(load_plugins(Chooser("nexus_expert_predictor", native(library))))
+    run = engine.predictor(trace)
+    below, above = (layer.numbers().tolist() for layer in trace.layers[:2])
+    hits = sum(a[0] in b for a, b in zip(below, above, strict=True))
+    assert run.layers[0].slots == hits / (50 * 4)
+    with pytest.raises(PluginError, match="`create` has failed"):
+        engine.predictor(trace, share=0.25)
+    wrong = Chooser("nexus_expert_predictor", native(library, "other"))
+    with pytest.raises(PluginError, match="no predictor of version 1"):
+        FakeEngine(load_plugins(wrong)).predictor(trace)
+
+
+def test_a_cache_policy_in_c_is_replayed_by_the_code_of_the_cache(tmp_path: Path) -> None:
+    trace = synthetic_trace(200, 32, 4, zipf=1.0)
+    mine = Chooser("nexus_cache_policy", native(compiled(tmp_path, LRU)))
+    run = FakeEngine(load_plugins(mine)).cache(trace, share=0.25)
+    builtin = FakeEngine(load_plugins(Chooser("nexus_cache_policy", "lru"))).cache(
+        trace, share=0.25
+    )
+    assert run.policy == "policy"
+    assert run.chosen.misses == builtin.chosen.misses
 
 
 @pytest.mark.parametrize("answer", [RuntimeError("no"), "magic", None])
