@@ -18,7 +18,7 @@ from pathlib import Path
 from nexus_ext.native_plugins import CachePolicyLike, replay
 from nexus_ext.policies import EvictionAsk
 from nexus_ext.routing.replay import decisions
-from tests.bench.cache_policies import synthetic
+from nexus_ext.testing import synthetic_trace
 from tests.native_plugin import LRU, compiled, native
 
 LAYERS = 48
@@ -50,7 +50,7 @@ def main() -> None:
             ("in Python", Oldest()),
         )
         for n_experts, n_used, slots in SIZES:
-            trace = synthetic(n_tokens, n_experts, n_used, zipf=0.8, reuse=0.3, n_layers=1)
+            trace = synthetic_trace(n_tokens, n_experts, n_used, zipf=0.8, reuse=0.3, n_layers=1)
             used = [[e for e in row if e >= 0] for row in decisions(trace)[:, 0].tolist()]
             for name, policy in policies:
                 misses, use = replay(policy, used, n_experts, slots)
