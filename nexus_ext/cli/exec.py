@@ -38,6 +38,9 @@ def exec_(
 
     While weights are paged llama.cpp turns "flash attention: auto" into off: say -fa on or -fa off.
 
+    An NXF works as a GGUF does: where the program is given its path, it gets that of a small file
+    instead, which has the header, and whose weights the backend reads from the NXF.
+
     \b
     Examples:
       nexus exec --ram 6G -- llama-server -m model.gguf -c 8192 -fa off
@@ -51,7 +54,7 @@ def exec_(
             f"the model that {command[0]} will load is not known", hint="name it with --model FILE"
         )
     planned = _plan(path, _as_command(planning, command), plan_file)
-    if planned.plan.everything_fits:
+    if planned.plan.everything_fits and planned.catalog.chunks is None:
         output.note("nexus: everything fits; the program runs as it is")
         return foreign.run_plain(command)
     streamed = planned.plan.streamed_bytes_per_token
@@ -93,13 +96,6 @@ def _plan(path: str, planning: PlanOptions, plan_file: str | None) -> Planned:
     from nexus_ext.runtime import plan_model
 
     catalog = open_model(path)
-    if catalog.chunks is not None:
-        # It opens the file itself. A file in memory with the header alone would do, but for mmap:
-        # populating its holes takes as much memory as the weights have bytes.
-        raise UsageError(
-            f"{path} is an NXF, and another program can open a GGUF only",
-            hint="nexus convert model.nxf model.gguf; nexus run and serve take the NXF itself",
-        )
     request = planning.request(catalog)
     try:
         return plan_model(path, request, hardware=planning.hardware(path), plan=plan_file)

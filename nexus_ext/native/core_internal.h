@@ -103,6 +103,9 @@ struct nx_model {
     size_t header_bytes;
     uint64_t virtual_bytes;
     bool overlaid; /* load: see nx_model_overlay */
+    char *view;    /* see nexus_view.h; NULL: none */
+    uint8_t *view_expected; /* by extent */
+    bool view_settled, view_checked;
 
     uint8_t *pinned;
     uint64_t pinned_bytes, host_bytes;

@@ -3,6 +3,7 @@
  *   nexus-manifest 1
  *   ring BYTES | slab BYTES | scratch BYTES | virtual BYTES
  *   io direct|buffered
+ *   view PATH                     (the file that the runtime opens instead: nexus_view.h)
  *   file BYTES PATH
  *   tensor TIER FILE OFFSET BYTES VIRTUAL_OFFSET NE0 NE1 NE2 NE3 TYPE NAME
  *   chunks MATRICES BYTES         (the tensor before is stored in chunks of so many bytes: chunks.h)
@@ -82,6 +83,13 @@ static bool parse_file(nx_model *m, cursor *c) {
     m->files = files;
     files[m->n_files] = (nx_model_file){.path = strdup(path), .nbytes = nbytes, .fd = -1};
     return files[m->n_files++].path != NULL;
+}
+
+static bool parse_view(nx_model *m, cursor *c) {
+    char path[4096];
+    if (m->view || !take_rest(c, path, sizeof path)) return false;
+    m->view = strdup(path);
+    return m->view != NULL;
 }
 
 /* The tensor of this line is stored in chunks. */
@@ -226,6 +234,7 @@ static bool parse_line(nx_model *m, cursor *c, const char *key, uint32_t capacit
         m->io_mode = strcmp(word, "buffered") == 0 ? NX_IO_BUFFERED : NX_IO_DIRECT;
         return one && (m->io_mode == NX_IO_BUFFERED || strcmp(word, "direct") == 0);
     }
+    if (strcmp(key, "view") == 0) return parse_view(m, c);
     if (strcmp(key, "file") == 0) return parse_file(m, c);
     if (strcmp(key, "verify") == 0) return at_end(c) && !m->n_extents && (m->verify = true);
     if (strcmp(key, "decoders") == 0) {

@@ -234,6 +234,8 @@ static void model_free(nx_model *m) {
     free(m->index);
     free(m->piece_extent);
     free(m->header);
+    free(m->view);
+    free(m->view_expected);
     free(m->load_reads);
     free(m->load_state);
     free(m->events);

@@ -184,7 +184,8 @@ nx_status nx_model_overlay(nx_model *m, void *data, const nx_extent *at) {
     nx_extent **list = malloc((m->n_extents ? m->n_extents : 1) * sizeof *list), *failed = NULL;
     size_t n = 0;
     for (uint32_t i = 0; list && i < m->n_extents; i++)
-        if (m->extents[i].nbytes && !is_claimed(&m->extents[i])) list[n++] = &m->extents[i];
+        if (m->extents[i].nbytes && !is_claimed(&m->extents[i]) && !(m->view_expected && m->view_expected[i]))
+            list[n++] = &m->extents[i];
     if (n) qsort(list, n, sizeof *list, by_virtual_offset);
     uint64_t made = 0;
     for (size_t i = 0; i < n && !failed; i++)

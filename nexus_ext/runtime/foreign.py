@@ -6,6 +6,8 @@ file that NEXUS_REPORT names (native/backend/foreign.c has the lines). This modu
 program, passes signals on, reads that report, and judges it: a program that quietly ran without the
 backend has not done what the user asked for.
 
+A program can open a GGUF only; of an NXF it is given a view (view.py).
+
 What the program itself allocates (KV cache, compute buffers) is its own business; the plan counts
 it from the arguments that llama.cpp's programs share, as far as they are given.
 """
@@ -29,6 +31,7 @@ from nexus_ext.errors import UsageError
 from nexus_ext.runtime import user_environ
 from nexus_ext.runtime.manifest import manifest
 from nexus_ext.runtime.planning import Planned
+from nexus_ext.runtime.view import view_of, with_view
 
 _log = logging.getLogger("nexus_ext.foreign")
 
@@ -157,8 +160,10 @@ def run_foreign(
 ) -> ForeignRun:
     """Run `command` with the backend and the plan in its environment, to its end.
 
-    `tell` gets a sentence at once when the backend refuses or a read fails: a server may run for
-    days. Raises UsageError when the program cannot be started, or when GGML_BACKEND_PATH is taken.
+    Where the model is an NXF, arguments that name it name a view of it instead. `tell` gets a
+    sentence at once when the backend refuses or a read fails: a server may run for days. Raises
+    UsageError when the program cannot be started, when GGML_BACKEND_PATH is taken, or when no
+    argument is the NXF.
     """
     environ = dict(os.environ if environ is None else environ)
     taken = environ.get(PATH_VARIABLE)
@@ -167,10 +172,15 @@ def run_foreign(
             f"{PATH_VARIABLE} already names {taken}, and ggml takes one library from it",
             hint=f"unset {PATH_VARIABLE}",
         )
-    with tempfile.TemporaryDirectory(prefix="nexus-exec-") as directory:
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="nexus-exec-"))
         plan_file, report_file = Path(directory, "manifest"), Path(directory, "report")
+        view = ""
+        if planned.catalog.chunks is not None:
+            path = stack.enter_context(view_of(planned.catalog))
+            command, view = with_view(command, planned.catalog.files[0].path, path), str(path)
         plan_file.write_text(
-            manifest(planned.catalog, planned.plan, planned.io_mode),
+            manifest(planned.catalog, planned.plan, planned.io_mode, view=view),
             encoding="utf-8",
             errors="surrogateescape",
         )

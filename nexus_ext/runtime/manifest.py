@@ -27,13 +27,15 @@ def manifest(
     own_kernels: tuple[str, ...] = (),
     *,
     opencl: bool = False,
+    view: str = "",
 ) -> str:
     """Return the manifest of `catalog` placed by `plan`, read in `io_mode`.
 
     `own_kernels`: types of weights that our kernels compute with; packing resident ones may add as
-    much memory as the plan leaves free. `opencl`: resident ones go to the OpenCL device. Tensors on
-    a GPU are llama.cpp's business, as host tensors are. Raises UsageError when the plan was made
-    for another model.
+    much memory as the plan leaves free. `opencl`: resident ones go to the OpenCL device. `view`:
+    the file that the runtime opens in place of those of the model
+    (native/include/nexus_view.h). Tensors on a GPU are llama.cpp's business, as host tensors are.
+    Raises UsageError when the plan was made for another model.
     """
     if plan.fingerprint != catalog.fingerprint:
         raise UsageError(
@@ -41,11 +43,19 @@ def manifest(
             hint="make a plan of this model with `nexus plan`",
         )
     tiers = {name: _CORE_TIERS[tier] for name, tier in plan.tiers.items()}
-    kernels = ""
+    more = []
     if own_kernels:
-        kernels = f"kernels {plan.breakdown.get('free', 0)} {' '.join(own_kernels)}"
-        kernels += "\nopencl" if opencl else ""
-    return manifest_text(catalog, tiers, plan, io_mode, plan.expert_caches, kernels)
+        more.append(f"kernels {plan.breakdown.get('free', 0)} {' '.join(own_kernels)}")
+        more += ["opencl"] if opencl else []
+    if view:
+        more.append(f"view {_one_line(view)}")
+    return manifest_text(catalog, tiers, plan, io_mode, plan.expert_caches, "\n".join(more))
+
+
+def _one_line(path: str) -> str:
+    if "\n" in path:
+        raise UsageError(f"the path {path!r} has a line break", hint="rename the file")
+    return path
 
 
 class Geometry(Protocol):
@@ -65,11 +75,11 @@ def manifest_text(
     geometry: Geometry,
     io_mode: str,
     caches: Iterable[ExpertCache],
-    kernels: str = "",
+    more: str = "",
 ) -> str:
     """Return the manifest of `catalog`; `tiers` are the core's: host, ram, nvme or elastic.
 
-    `kernels`: the lines that ask for kernels of our own, if they are wanted.
+    `more`: lines at its end: what asks for kernels of our own, and names a view.
     """
     lines = [
         "nexus-manifest 1",
@@ -84,9 +94,7 @@ def manifest_text(
         lines.append(f"decoders {chunk_threads(catalog)}")
         lines += ["verify"] if verify else []
     for file in catalog.files:
-        if "\n" in file.path:
-            raise UsageError(f"the path {file.path!r} has a line break", hint="rename the file")
-        lines.append(f"file {file.nbytes} {file.path}")
+        lines.append(f"file {file.nbytes} {_one_line(file.path)}")
     known = set(_CORE_CODECS)
     for tensor, virtual_offset in zip(catalog.tensors, catalog.virtual_offsets, strict=True):
         shape = (*tensor.shape, 1, 1, 1, 1)[:4]
@@ -101,8 +109,8 @@ def manifest_text(
     for cache in caches:
         members = " ".join(str(number[name]) for name in cache.tensors)
         lines.append(f"experts {cache.slots} {members}")
-    if kernels:
-        lines.append(kernels)
+    if more:
+        lines.append(more)
     lines.append(f"end {len(catalog.tensors)}")
     return "\n".join(lines) + "\n"
 

@@ -23,6 +23,7 @@ static void parsed_free(nx_model *m) {
     for (uint32_t i = 0; i < m->n_files; i++) free(m->files[i].path);
     free(m->files);
     free(m->extents);
+    free(m->view);
 }
 
 static void refused(const char *text, const char *in_message) {
@@ -144,6 +145,9 @@ static void each_malformed_line_is_refused_by_its_number(void) {
     refused(HEAD FILE_LINE TENSOR "end 0\n", "line 4 ");
     refused(HEAD FILE_LINE TENSOR "end 1\nring 5\n", "line 5 ");
     refused(HEAD "end 0\nend 0\n", "line 3 ");
+    accepted(HEAD "view /a b/v.gguf\nend 0\n");
+    refused(HEAD "view\nend 0\n", "line 2 ");
+    refused(HEAD "view /v\nview /v\nend 0\n", "line 3 ");
 }
 
 static void names_and_paths_have_a_limit(void) {

@@ -54,7 +54,11 @@ nx_model *nxb_foreign_available(void);
 void nxb_foreign_taken(bool taken);
 /* One line for the parent process, see foreign.c. */
 void nxb_foreign_report(const char *event, const char *detail);
-/* Does `data`, which the runtime read for this tensor, begin like the extent? */
-bool nxb_foreign_same(nx_extent *, const void *data, size_t nbytes);
+/* The foreign runtime is told that we take this one. */
+void nxb_foreign_offer(nx_extent *);
+/* The foreign runtime sets a tensor of ours to `data`, which must be of the file that was planned for. */
+void nxb_foreign_set(nx_extent *, const void *data, size_t nbytes);
+/* A context is about to be made; false: it would compute with what is not there. */
+bool nxb_foreign_context(void);
 
 #endif

@@ -129,13 +129,7 @@ static void buffer_set(gx_buffer *b, gx_tensor *t, const void *data, size_t offs
     /* The loader hands over what it read, or did not read at all (stream.c): we read it ourselves. */
     if (((buffer *)b->context)->computing) refuse_write(e);
     else if (e->model == nx_loading_get()) (void)nx_model_overlay(e->model, (void *)(uintptr_t)data, e);
-    else if (e->model == nxb_foreign_model() && offset == 0 && !nxb_foreign_same(e, data, size)) {
-        nx_error error;
-        nx_error_set(&error, NX_E_INVALID, 0, "the plan is for another file: tensor %s begins with other bytes",
-                     e->name);
-        nx_model_fail(e->model, &error);
-        nxb_foreign_report("refused", error.text);
-    }
+    else if (e->model == nxb_foreign_model() && offset == 0) nxb_foreign_set(e, data, size);
 }
 
 static void buffer_get(gx_buffer *b, const gx_tensor *t, void *data, size_t offset, size_t size) {
@@ -235,8 +229,11 @@ static bool registered_supports_op(gx_device *d, const gx_tensor *op) {
     (void)d;
     for (int s = 0; s < GX_MAX_SRC && op->src[s]; s++) {
         const gx_tensor *w = op->src[s];
-        if (w->buffer && w->buffer->buft == &paged)
-            return planned(model_being_loaded(), w) && gx.backend_dev_supports_op(nxb_delegate.device, op);
+        if (!w->buffer || w->buffer->buft != &paged) continue;
+        nx_extent *e = planned(model_being_loaded(), w);
+        if (!e || !gx.backend_dev_supports_op(nxb_delegate.device, op)) return false;
+        nxb_foreign_offer(e);
+        return true;
     }
     return false;
 }
@@ -309,6 +306,7 @@ static bool should_abort(void *ctx) {
 
 static gx_backend *device_init(gx_device *d, const char *params) {
     (void)params;
+    if (!nxb_foreign_context()) return NULL;
     nxb_backend *own = calloc(1, sizeof *own);
     if (!own) return NULL;
     own->base = (gx_backend){.guid = guid, .iface = backend_iface, .device = &own->twin, .context = own};
@@ -436,5 +434,6 @@ NX_API gx_reg *ggml_backend_init(void) {
                           .device = &device};
     }
     nxb_foreign_report("registered", gx.version());
+    (void)nxb_foreign_model(); /* before the runtime opens the file */
     return &registry;
 }

@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "backend.h"
+#include "nexus_view.h"
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static nx_model *model;
@@ -71,7 +72,12 @@ static void open_model(void) {
         return;
     }
     nx_error error;
-    if (nx_model_create(text, nbytes, "", 0, &model, &error) != NX_OK) nxb_foreign_report("refused", error.text);
+    nx_status status = nx_model_create(text, nbytes, "", 0, &model, &error);
+    if (status == NX_OK && nx_model_has_view(model) && (status = nx_view_show(model, &error)) != NX_OK) {
+        nx_model_release(model);
+        model = NULL;
+    }
+    if (status != NX_OK) nxb_foreign_report("refused", error.text);
     else atexit(report_stats);
     free(text);
 }
@@ -83,13 +89,48 @@ nx_model *nxb_foreign_model(void) {
 
 nx_model *nxb_foreign_available(void) { return taken ? NULL : nxb_foreign_model(); }
 
+/* Report what the model has failed with, or `text`. */
+static void refuse(nx_model *m, const char *text) {
+    nx_error error;
+    nx_model_last_error(m, &error);
+    nxb_foreign_report("refused", error.status != NX_OK ? error.text : text);
+}
+
 void nxb_foreign_taken(bool now) {
     taken = now;
     nxb_foreign_report(now ? "allocated" : "freed", "");
+    nx_error error;
+    if (now && nx_model_has_view(model) && nx_view_settle(model) != NX_OK) refuse(model, "the program cannot read the model");
+    if (!now && nx_model_has_view(model) && nx_view_show(model, &error) != NX_OK) /* it may be loaded again */
+        nxb_foreign_report("refused", error.text);
 }
 
-bool nxb_foreign_same(nx_extent *e, const void *data, size_t nbytes) {
+void nxb_foreign_offer(nx_extent *e) {
+    if (e->model == model && nx_model_has_view(model)) nx_view_expect(model, e);
+}
+
+void nxb_foreign_set(nx_extent *e, const void *data, size_t nbytes) {
+    nx_model *m = e->model;
+    if (nx_model_has_view(m)) {
+        if (nx_view_check(m, data, nbytes, e) != NX_OK) refuse(m, "the program cannot read the model");
+        return;
+    }
     char ours[64];
     if (nbytes > sizeof ours) nbytes = sizeof ours;
-    return nx_model_read(e->model, e, 0, ours, nbytes) == NX_OK && memcmp(ours, data, nbytes) == 0;
+    if (nx_model_read(m, e, 0, ours, nbytes) == NX_OK && memcmp(ours, data, nbytes) == 0) return;
+    nx_error error;
+    nx_error_set(&error, NX_E_INVALID, 0, "the plan is for another file: tensor %s begins with other bytes", e->name);
+    nx_model_fail(m, &error);
+    nxb_foreign_report("refused", error.text);
+}
+
+bool nxb_foreign_context(void) {
+    if (!model || !nx_model_has_view(model)) return true;
+    if (taken) {
+        nx_view_hide(model); /* all of it is loaded */
+        return true;
+    }
+    if (!nx_view_is_mapped(model)) return true;
+    nxb_foreign_report("refused", "the program keeps all weights from the backend, and cannot read them itself");
+    return false;
 }
