@@ -170,6 +170,23 @@ static void touch(nx_group *g, nx_record *r) {
     r->in_use++;
 }
 
+/* All parts of a record that came in one read. */
+static nx_status check_record(nx_read *read) {
+    const nx_group *g = read->check_ctx;
+    const uint64_t start = nx_io_now_ns();
+    uint64_t checked = 0;
+    nx_status status = NX_OK;
+    for (uint32_t p = 0; p < g->n_parts && status == NX_OK; p++) {
+        const nx_chunks *c = g->part[p]->chunks;
+        const uint8_t *data = (const uint8_t *)read->dst + (g->part_at[p] - g->part_at[g->first_part]);
+        status = nx_chunks_check(c, read->check_item * g->record_bytes[p], g->record_bytes[p], data, &read->error_chunk,
+                                 &checked);
+        if (status != NX_OK) read->error_offset = c->chunk[read->error_chunk].offset;
+    }
+    nx_pool_count(g->model->pool, checked, nx_io_now_ns() - start);
+    return status;
+}
+
 static void fill(nx_group *g, nx_record *r, int32_t slot, int32_t expert) {
     r->expert = expert;
     r->state = NX_RECORD_LOADING;
@@ -180,7 +197,11 @@ static void fill(nx_group *g, nx_record *r, int32_t slot, int32_t expert) {
         const uint32_t part = g->joined_bytes ? g->first_part : p;
         r->reads[p] = (nx_read){.dst = g->pool + (uint64_t)slot * g->stride + g->part_at[part]};
         nx_extent_locate(g->part[part], (uint64_t)expert * g->record_bytes[part], g->record_bytes[part], &r->reads[p]);
-        if (g->joined_bytes) r->reads[p].nbytes = g->joined_bytes;
+        if (!g->joined_bytes) continue;
+        r->reads[p].nbytes = g->joined_bytes;
+        r->reads[p].check = check_record;
+        r->reads[p].check_ctx = g;
+        r->reads[p].check_item = (uint64_t)expert;
     }
 }
 

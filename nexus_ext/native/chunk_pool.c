@@ -278,6 +278,7 @@ static void work(worker *w, nx_read *r) {
     p->stats.bytes_read += bytes_read;
     p->stats.decode_ns += ns;
     if (status == NX_OK && !have) {
+        nx_chunks_verified(c, i);
         p->stats.stored_bytes += k->stored;
         p->stats.raw_bytes += k->raw;
     }
@@ -383,6 +384,15 @@ uint64_t nx_pool_bytes(const nx_chunk_pool *p) {
 void nx_pool_get_stats(nx_chunk_pool *p, nx_pool_stats *out) {
     pthread_mutex_lock(&p->lock);
     *out = p->stats;
+    pthread_mutex_unlock(&p->lock);
+}
+
+void nx_pool_count(nx_chunk_pool *p, uint64_t nbytes, uint64_t ns) {
+    if (!p || !nbytes) return;
+    pthread_mutex_lock(&p->lock);
+    p->stats.stored_bytes += nbytes;
+    p->stats.raw_bytes += nbytes;
+    p->stats.decode_ns += ns;
     pthread_mutex_unlock(&p->lock);
 }
 

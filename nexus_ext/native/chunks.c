@@ -16,14 +16,16 @@ nx_chunks *nx_chunks_create(uint64_t nbytes, uint64_t n_matrices, uint64_t chunk
     if (!nbytes || !n_matrices || nbytes % n_matrices || !chunk_bytes || chunk_bytes > UINT32_MAX) return NULL;
     const uint64_t matrix = nbytes / n_matrices, per_matrix = (matrix - 1) / chunk_bytes + 1;
     if (n_matrices > MAX_CHUNKS || per_matrix > MAX_CHUNKS / n_matrices) return NULL;
-    nx_chunks *c = calloc(1, sizeof *c + n_matrices * per_matrix * sizeof *c->chunk);
+    const uint64_t n = n_matrices * per_matrix;
+    nx_chunks *c = calloc(1, sizeof *c + n * (sizeof *c->chunk + sizeof *c->verified));
     if (!c) return NULL;
+    c->verified = (uint8_t *)(c->chunk + n);
     c->as_file.chunks = c;
     c->nbytes = nbytes;
     c->matrix_bytes = matrix;
     c->chunk_bytes = chunk_bytes;
     c->per_matrix = (uint32_t)per_matrix;
-    c->n = (uint32_t)(n_matrices * per_matrix);
+    c->n = (uint32_t)n;
     for (uint32_t i = 0; i < c->n; i++) {
         const uint64_t at = i % per_matrix * chunk_bytes;
         c->chunk[i].raw = (uint32_t)(matrix - at < chunk_bytes ? matrix - at : chunk_bytes);
@@ -39,18 +41,67 @@ uint32_t nx_chunks_at(const nx_chunks *c, uint64_t byte, uint64_t *begin) {
     return (uint32_t)(matrix * c->per_matrix + part);
 }
 
-int nx_chunks_plain(const nx_chunks *c, uint64_t from, uint64_t nbytes, nx_file **file, uint64_t *offset) {
-    if (c->verify || !nbytes) return 0;
+bool nx_chunks_lie(const nx_chunks *c, uint64_t from, uint64_t nbytes, nx_file **file, uint64_t *offset) {
+    if (!nbytes) return false;
     uint64_t begin, last;
     const uint32_t first = nx_chunks_at(c, from, &begin), end = nx_chunks_at(c, from + nbytes - 1, &last);
     for (uint32_t i = first; i <= end; i++) {
         const nx_chunk *k = &c->chunk[i];
-        if (k->codec != NX_CODEC_RAW) return 0;
-        if (i > first && (k->file != k[-1].file || k->offset != k[-1].offset + k[-1].stored)) return 0;
+        if (k->codec != NX_CODEC_RAW) return false;
+        if (i > first && (k->file != k[-1].file || k->offset != k[-1].offset + k[-1].stored)) return false;
     }
     *file = c->chunk[first].file;
     *offset = c->chunk[first].offset + (from - begin);
-    return 1;
+    return true;
+}
+
+static bool is_checked(const nx_chunks *c, uint32_t i) {
+    return c->verify == NX_VERIFY_NEVER ||
+           (c->verify == NX_VERIFY_FIRST && __atomic_load_n(&c->verified[i], __ATOMIC_RELAXED));
+}
+
+void nx_chunks_verified(const nx_chunks *c, uint32_t i) { __atomic_store_n(&c->verified[i], 1, __ATOMIC_RELAXED); }
+
+nx_plain nx_chunks_plain(const nx_chunks *c, uint64_t from, uint64_t nbytes, nx_file **file, uint64_t *offset) {
+    if (!nx_chunks_lie(c, from, nbytes, file, offset)) return NX_PLAIN_NOT;
+    uint64_t begin, last;
+    const uint32_t first = nx_chunks_at(c, from, &begin), end = nx_chunks_at(c, from + nbytes - 1, &last);
+    bool checked = true;
+    for (uint32_t i = first; i <= end && checked; i++) checked = is_checked(c, i);
+    if (checked) return NX_PLAIN;
+    return begin == from && last + c->chunk[end].raw == from + nbytes ? NX_PLAIN_CHECK : NX_PLAIN_NOT;
+}
+
+nx_status nx_chunks_check(const nx_chunks *c, uint64_t from, uint64_t nbytes, const void *data, uint32_t *bad,
+                          uint64_t *checked) {
+    const uint8_t *at = data;
+    while (nbytes) {
+        uint64_t begin;
+        const uint32_t i = nx_chunks_at(c, from, &begin);
+        const nx_chunk *k = &c->chunk[i];
+        if (!is_checked(c, i)) {
+            *bad = i;
+            if (begin != from || nbytes < k->raw) return NX_E_INVALID;
+            if (nx_xxh3_64(at, k->raw) != k->hash) return NX_E_DAMAGED;
+            nx_chunks_verified(c, i);
+            if (checked) *checked += k->raw;
+        }
+        const uint64_t n = begin + k->raw - from < nbytes ? begin + k->raw - from : nbytes;
+        at += n;
+        from += n;
+        nbytes -= n;
+    }
+    return NX_OK;
+}
+
+nx_status nx_chunks_check_read(nx_read *read) {
+    const nx_chunks *c = read->check_ctx;
+    const uint64_t start = nx_io_now_ns();
+    uint64_t checked = 0;
+    const nx_status status = nx_chunks_check(c, read->check_item, read->nbytes, read->dst, &read->error_chunk, &checked);
+    if (status != NX_OK) read->error_offset = c->chunk[read->error_chunk].offset;
+    nx_pool_count(read->nx_owner ? read->nx_owner->pool : NULL, checked, nx_io_now_ns() - start);
+    return status;
 }
 
 /* -- codecs ------------------------------------------------------------------------------------- */
@@ -128,6 +179,7 @@ nx_status nx_chunks_read(const nx_chunks *c, uint64_t from, void *dst, uint64_t 
         if (!buffer) return NX_E_NOMEM;
         status = read_all(k->file->fd_buffered, buffer, k->stored, k->offset, sys_errno);
         if (status == NX_OK) status = nx_chunk_decode(k, buffer, buffer + k->stored);
+        if (status == NX_OK) nx_chunks_verified(c, i);
         if (status == NX_OK) memcpy(out, buffer + k->stored + (from - begin), n);
         free(buffer);
         out += n;

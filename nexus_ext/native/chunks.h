@@ -20,12 +20,16 @@ typedef struct nx_chunk {
     nx_codec codec;
 } nx_chunk;
 
+/* When hashes of chunks are compared that are stored as they are; of encoded ones they always are. */
+typedef enum { NX_VERIFY_NEVER = 0, NX_VERIFY_FIRST = 1, NX_VERIFY_ALWAYS = 2 } nx_verify;
+
 /* Byte i of matrix m is in chunk m * per_matrix + i / chunk_bytes. */
 typedef struct nx_chunks {
     nx_file as_file; /* what reads of it name */
     uint64_t nbytes, matrix_bytes, chunk_bytes;
     uint32_t per_matrix, n;
-    bool verify; /* also where stored bytes could be read into place as they are */
+    nx_verify verify;
+    uint8_t *verified; /* by chunk: its hash was compared. Atomic */
     nx_chunk chunk[];
 } nx_chunks;
 
@@ -33,8 +37,20 @@ typedef struct nx_chunks {
  * NULL: no memory, or more than 2^26 chunks. */
 nx_chunks *nx_chunks_create(uint64_t nbytes, uint64_t n_matrices, uint64_t chunk_bytes);
 void nx_chunks_free(nx_chunks *);
-/* 1: these decoded bytes lie in one file as they are, at *offset. */
-int nx_chunks_plain(const nx_chunks *, uint64_t from, uint64_t nbytes, nx_file **file, uint64_t *offset);
+/* These decoded bytes lie in one file as they are, at *offset. */
+bool nx_chunks_lie(const nx_chunks *, uint64_t from, uint64_t nbytes, nx_file **file, uint64_t *offset);
+/* They do, and may be read there: with nx_chunks_check afterwards, or without it. Bytes of chunks that are to
+ * be checked and of which others are not wanted are read by the pool. */
+typedef enum { NX_PLAIN_NOT = 0, NX_PLAIN, NX_PLAIN_CHECK } nx_plain;
+nx_plain nx_chunks_plain(const nx_chunks *, uint64_t from, uint64_t nbytes, nx_file **file, uint64_t *offset);
+/* Compare the hashes of whole chunks that are stored as they are with `data`, where that is to be done. Counts
+ * what was compared in *checked (may be NULL). NX_E_DAMAGED: *bad is the chunk. */
+nx_status nx_chunks_check(const nx_chunks *, uint64_t from, uint64_t nbytes, const void *data, uint32_t *bad,
+                          uint64_t *checked);
+/* For nx_read.check: check_ctx are the chunks, check_item the first byte. */
+nx_status nx_chunks_check_read(nx_read *);
+/* Its hash was compared. */
+void nx_chunks_verified(const nx_chunks *, uint32_t chunk);
 /* The chunk with this decoded byte, and where in the tensor its decoded bytes begin. */
 uint32_t nx_chunks_at(const nx_chunks *, uint64_t byte, uint64_t *begin);
 /* Read without the pool; *bad is the chunk at which it failed. */
@@ -60,6 +76,8 @@ typedef struct nx_pool_stats {
     uint64_t stored_bytes, raw_bytes, decode_ns, bytes_read, retries;
 } nx_pool_stats;
 void nx_pool_get_stats(nx_chunk_pool *, nx_pool_stats *);
+/* Bytes that were checked elsewhere. The pool may be NULL. */
+void nx_pool_count(nx_chunk_pool *, uint64_t nbytes, uint64_t ns);
 nx_status nx_pool_inject(nx_chunk_pool *, const nx_fault *);
 void nx_pool_clear_faults(nx_chunk_pool *);
 

@@ -129,7 +129,7 @@ struct nx_model {
 
     nx_chunk_pool *pool; /* NULL: nothing is stored in chunks */
     uint32_t n_decoders;
-    bool verify; /* see manifest.c */
+    nx_verify verify; /* see manifest.c */
     nx_pool_stats pool_base;
 
     nx_io *io; /* only the holder of the turn touches it */

@@ -42,6 +42,7 @@ static void queue_remove(nx_io *io, nx_read *read) {
 }
 
 static void read_done(nx_io *io, nx_read *read) {
+    if (read->status == NX_OK && read->check && read->nbytes) read->status = read->check(read);
     if (read->status != NX_OK && read->status != NX_E_ABORTED && read->status != NX_E_CLOSED)
         io->stats.errors++;
     read->nx_state = NX_READ_IDLE;

@@ -8,7 +8,7 @@
  *   tensor TIER FILE OFFSET BYTES VIRTUAL_OFFSET NE0 NE1 NE2 NE3 TYPE NAME
  *   chunks MATRICES BYTES         (the tensor before is stored in chunks of so many bytes: chunks.h)
  *   chunk FILE OFFSET STORED_BYTES CODEC HASH        (each of them, in order; HASH in hexadecimal)
- *   verify                        (hashes are compared also where bytes are stored as they are)
+ *   verify first|always           (of chunks that are stored as they are: the hashes are compared)
  *   decoders N                    (threads that read and decode chunks)
  *   experts SLOTS TENSOR_NUMBER ...      (tensors that are cached together, counted from 0)
  *   kernels MORE_BYTES TYPE ...          (weights of these types are for our own kernels)
@@ -236,7 +236,11 @@ static bool parse_line(nx_model *m, cursor *c, const char *key, uint32_t capacit
     }
     if (strcmp(key, "view") == 0) return parse_view(m, c);
     if (strcmp(key, "file") == 0) return parse_file(m, c);
-    if (strcmp(key, "verify") == 0) return at_end(c) && !m->n_extents && (m->verify = true);
+    if (strcmp(key, "verify") == 0) {
+        if (m->n_extents || !take_word(c, word, sizeof word) || !at_end(c)) return false;
+        m->verify = strcmp(word, "always") == 0 ? NX_VERIFY_ALWAYS : NX_VERIFY_FIRST;
+        return m->verify == NX_VERIFY_ALWAYS || strcmp(word, "first") == 0;
+    }
     if (strcmp(key, "decoders") == 0) {
         if (!take_last_number(c, &n) || !n || n > 64) return false;
         m->n_decoders = (uint32_t)n;

@@ -66,7 +66,8 @@ void nx_read_error(nx_model *m, const nx_extent *e, const nx_read *read, nx_erro
     snprintf(error->tensor, sizeof error->tensor, "%s", e->name);
     error->offset = read->error_offset;
     error->nbytes = read->nbytes;
-    if (read->file && read->file->chunks) nx_stored_error(m, e, read, error);
+    if (e->chunks && (read->status == NX_E_DAMAGED || (read->file && read->file->chunks)))
+        nx_stored_error(m, e, read, error);
 }
 
 void nx_model_fail(nx_model *m, const nx_error *error) {
@@ -396,11 +397,14 @@ nx_status nx_model_finish_load(nx_model *m, int (*progress)(void *, uint64_t, ui
 
 nx_status nx_model_read(nx_model *m, const nx_extent *e, uint64_t offset, void *dst, uint64_t nbytes) {
     if (offset > e->nbytes || nbytes > e->nbytes - offset) return NX_E_INVALID;
-    if (e->chunks) return nx_stored_read(m, e, offset, dst, nbytes);
+    nx_read place = {.dst = dst};
+    nx_extent_locate(e, offset, nbytes, &place);
+    if (nbytes && (place.file->chunks || place.check)) return nx_stored_read(m, e, offset, dst, nbytes);
     uint8_t *at = dst;
-    uint64_t from = e->offset + offset;
+    uint64_t from = place.offset;
+    const int fd = e->chunks ? place.file->fd_buffered : m->files[e->file].fd;
     while (nbytes) {
-        ssize_t n = pread(m->files[e->file].fd, at, nbytes, (off_t)from);
+        ssize_t n = pread(fd, at, nbytes, (off_t)from);
         if (n < 0 && errno == EINTR) continue;
         if (n <= 0) {
             nx_read failed = {.status = n < 0 ? NX_E_IO : NX_E_TRUNCATED,

@@ -9,10 +9,20 @@
 
 void nx_extent_locate(const nx_extent *e, uint64_t from, uint64_t nbytes, nx_read *read) {
     read->nbytes = nbytes;
+    read->check = NULL;
     if (!e->chunks) {
         read->file = e->model->files[e->file].file;
         read->offset = e->offset + from;
-    } else if (!nx_chunks_plain(e->chunks, from, nbytes, &read->file, &read->offset)) {
+        return;
+    }
+    switch (nx_chunks_plain(e->chunks, from, nbytes, &read->file, &read->offset)) {
+    case NX_PLAIN: return;
+    case NX_PLAIN_CHECK:
+        read->check = nx_chunks_check_read;
+        read->check_ctx = e->chunks;
+        read->check_item = from;
+        return;
+    case NX_PLAIN_NOT:
         read->file = &e->chunks->as_file;
         read->offset = from;
     }
@@ -92,7 +102,8 @@ void nx_slab_of_chunks(nx_extent *e, uint64_t slab_bytes, uint64_t ring_bytes) {
     const nx_chunks *c = e->chunks;
     uint64_t offset;
     nx_file *file;
-    if (!c || e->ne[1] % 4 || c->chunk_bytes % e->row_bytes || nx_chunks_plain(c, 0, e->nbytes, &file, &offset)) return;
+    if (!c || e->ne[1] % 4 || c->chunk_bytes % e->row_bytes) return;
+    if (c->verify == NX_VERIFY_NEVER && nx_chunks_lie(c, 0, e->nbytes, &file, &offset)) return;
     /* The classes of rows are those of nx_slab_split. The ring holds three slabs at least. */
     const uint64_t rows = c->chunk_bytes / e->row_bytes;
     uint64_t n = slab_bytes / c->chunk_bytes ? slab_bytes / c->chunk_bytes : 1;

@@ -169,12 +169,23 @@ static bool overlay_extent(nx_model *m, const nx_extent *e, uint8_t *base, uint6
     const uint64_t from = e->virtual_offset, to = from + e->nbytes;
     const uint64_t begin = from / NX_PAGE * NX_PAGE, end = nx_round_up(to, NX_PAGE);
     uint64_t inner = nx_round_up(from, NX_PAGE), inner_end = to / NX_PAGE * NX_PAGE;
-    if (e->chunks || e->offset % NX_PAGE != from % NX_PAGE || inner >= inner_end) inner = inner_end = end;
-    return overlay_memory(base, begin, inner, made) && overlay_memory(base, inner_end, end, made) &&
+    nx_read place = {.dst = NULL};
+    nx_extent_locate(e, 0, e->nbytes, &place);
+    const int fd = e->chunks ? place.file->fd_buffered : m->files[e->file].fd;
+    if (place.file->chunks || place.offset % NX_PAGE != from % NX_PAGE || inner >= inner_end) inner = inner_end = end;
+    if (!(overlay_memory(base, begin, inner, made) && overlay_memory(base, inner_end, end, made) &&
            (inner == inner_end || mmap(base + inner, inner_end - inner, PROT_READ, MAP_SHARED | MAP_FIXED,
-                                       m->files[e->file].fd, (off_t)(e->offset + (inner - from))) != MAP_FAILED) &&
-           nx_model_read(m, e, 0, base + from, (inner < to ? inner : to) - from) == NX_OK &&
-           (inner_end >= to || nx_model_read(m, e, inner_end - from, base + inner_end, to - inner_end) == NX_OK);
+                                       fd, (off_t)(place.offset + (inner - from))) != MAP_FAILED)))
+        return false;
+    if (nx_model_read(m, e, 0, base + from, (inner < to ? inner : to) - from) != NX_OK) return false;
+    if (inner_end < to && nx_model_read(m, e, inner_end - from, base + inner_end, to - inner_end) != NX_OK) return false;
+    /* What was mapped is checked where it lies. */
+    place.dst = base + from;
+    if (inner == inner_end || !place.check || (place.status = place.check(&place)) == NX_OK) return true;
+    nx_error error;
+    nx_read_error(m, e, &place, &error);
+    nx_model_fail(m, &error);
+    return false;
 }
 
 nx_status nx_model_overlay(nx_model *m, void *data, const nx_extent *at) {

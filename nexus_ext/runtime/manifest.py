@@ -16,8 +16,10 @@ from nexus_ext.types import Catalog, TensorInfo
 # What stays resident is ours to read and to keep, however small. What goes to a GPU is llama.cpp's.
 _CORE_TIERS = {"gpu": "host", "host": "ram", "ram": "ram", "nvme": "nvme"}
 _CORE_CODECS = frozenset({"raw", "ans", "zstd"})  # those that native/chunks.c has
-# Set to 1: hashes are also compared where chunks are stored as they are, at some cost.
+# When hashes are compared of chunks that are stored as they are; of encoded ones they always are.
+# "first": when a chunk is read for the first time in this process; "always": every time; "never".
 VERIFY_VARIABLE: Final = "NEXUS_VERIFY_CHUNKS"
+_VERIFY: Final = {"": "first", "1": "first", "0": "never"}
 
 
 def manifest(
@@ -89,10 +91,10 @@ def manifest_text(
         f"virtual {catalog.virtual_nbytes}",
         f"io {io_mode}",
     ]
-    verify = os.environ.get(VERIFY_VARIABLE, "") not in ("", "0")
+    verify = _verify()
     if catalog.chunks is not None:
         lines.append(f"decoders {chunk_threads(catalog)}")
-        lines += ["verify"] if verify else []
+        lines += [f"verify {verify}"] if verify != "never" else []
     for file in catalog.files:
         lines.append(f"file {file.nbytes} {_one_line(file.path)}")
     known = set(_CORE_CODECS)
@@ -104,7 +106,7 @@ def manifest_text(
             f"{shape[0]} {shape[1]} {shape[2]} {shape[3]} {tensor.type_name} {tensor.name}"
         )
         if catalog.chunks is not None and tensor.nbytes:
-            lines += _stored(catalog, tensor, verify, known)
+            lines += _stored(catalog, tensor, verify != "never", known)
     number = {tensor.name: i for i, tensor in enumerate(catalog.tensors)}
     for cache in caches:
         members = " ".join(str(number[name]) for name in cache.tensors)
@@ -115,8 +117,18 @@ def manifest_text(
     return "\n".join(lines) + "\n"
 
 
+def _verify() -> str:
+    value = os.environ.get(VERIFY_VARIABLE, "")
+    found = _VERIFY.get(value, value)
+    if found not in ("first", "always", "never"):
+        raise UsageError(
+            f"{VERIFY_VARIABLE} is {value!r}", hint="set it to first, always or never, or to nothing"
+        )
+    return found
+
+
 def _stored(catalog: Catalog, tensor: TensorInfo, verify: bool, known: set[str]) -> list[str]:
-    """Return the lines of a tensor's chunks; none where it lies in the file as it is.
+    """Return the lines of a tensor's chunks; none where it is read as it lies in the file.
 
     `known`: codecs that the core has. Those of plugins are told to it, and added.
     """

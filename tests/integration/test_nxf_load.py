@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 from collections.abc import Iterator
 from ctypes.util import find_library
@@ -105,12 +106,17 @@ def test_shards_and_hashes_of_what_is_stored_as_it_is(
     gguf, nxf = find_model("bitllama-3M-q4_k_m.gguf"), tmp_path / "model.nxf"
     convert(gguf, nxf, "raw", shard=300_000)
     assert len(open_model(nxf).files) > 3
-    assert_same(nxf, gguf, (0.4, 3))
-    monkeypatch.setenv(VERIFY_VARIABLE, "1")
-    assert_same(nxf, gguf, (0.4, 3))
-    with paged(nxf, "700K", **SMALL) as llm:
-        logits(llm, prompt(4, llm.n_vocab()))
-        assert core(llm).stats().raw_bytes > 0, "no hash was compared"
+    nbytes = open_model(gguf).nbytes
+    for verify in ("never", "always", "first"):
+        monkeypatch.setenv(VERIFY_VARIABLE, verify)
+        assert_same(nxf, gguf, (0.4, 3))
+        with paged(nxf, "700K", **SMALL) as llm:
+            for _ in range(3):
+                logits(llm, prompt(4, llm.n_vocab()))
+            compared = core(llm).stats().raw_bytes
+            assert (compared > 0) == (verify != "never"), verify
+            # Rows and edges of slabs are read with the whole chunk, which may be compared again.
+            assert (compared > 2 * nbytes) == (verify == "always"), (verify, compared, nbytes)
 
 
 def core(llm: Llama) -> Any:
@@ -271,16 +277,61 @@ def test_a_flipped_bit_in_a_resident_chunk_fails_the_load(encoded: Path) -> None
         streaming(encoded).__enter__()
 
 
-def test_a_bit_flipped_in_what_is_stored_as_it_is_is_found_when_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def as_it_is(tmp_path: Path) -> Path:
     gguf, nxf = tmp_path / "model.gguf", tmp_path / "model.nxf"
     write_llama(gguf, n_layers=2, n_embd=256, n_ff=512, n_heads=4, n_heads_kv=2, n_vocab=600)
     convert(gguf, nxf, "raw")
-    flip(nxf, chunk_of(nxf, STREAMED).offset + 5)
-    monkeypatch.setenv(VERIFY_VARIABLE, "1")
-    with streaming(nxf) as llm, pytest.raises(FormatError, match=STREAMED):
+    return nxf
+
+
+@pytest.mark.parametrize("tensor", [STREAMED, "blk.0.ffn_down.weight"])
+def test_a_bit_flipped_in_what_is_stored_as_it_is_is_found(tensor: str, as_it_is: Path) -> None:
+    chunk = chunk_of(as_it_is, tensor)
+    assert chunk.codec == "raw"
+    flip(as_it_is, chunk.offset + 5)
+    with pytest.raises(FormatError) as failure, streaming(as_it_is) as llm:  # resident ones: at once
+        assert tensor == STREAMED
         logits(llm, prompt(4, llm.n_vocab()))
+    for part in (tensor, "chunk 0", str(chunk.offset), str(as_it_is)):
+        assert part in str(failure.value)
+
+
+def test_a_bit_flipped_in_an_expert_that_is_stored_as_it_is_is_found(tmp_path: Path) -> None:
+    gguf, nxf = tmp_path / "moe.gguf", tmp_path / "moe.nxf"
+    write_moe(gguf, arch="llama", quant="F16")
+    convert(gguf, nxf, "raw", order=shuffled)
+    name = "blk.1.ffn_up_exps.weight"
+    chunks = open_model(nxf).chunks
+    assert chunks is not None
+    for chunk in chunks.chunks_of(name).chunks:  # of every expert: whichever is chosen
+        flip(nxf, chunk.offset + chunk.stored_nbytes - 1)
+    with cached(nxf, 3) as llm, pytest.raises(FormatError, match=name.replace(".", r"\.")):
+        logits(llm, prompt(4, llm.n_vocab()))
+
+
+def test_what_was_checked_once_is_checked_again_only_when_asked_for(
+    as_it_is: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk = chunk_of(as_it_is, STREAMED)
+    for verify, noticed in (("first", False), ("always", True), ("never", False)):
+        monkeypatch.setenv(VERIFY_VARIABLE, verify)
+        with streaming(as_it_is) as llm:
+            tokens = prompt(4, llm.n_vocab())
+            logits(llm, tokens)
+            times = as_it_is.stat()
+            flip(as_it_is, chunk.offset + 5)
+            # The disk that changes a bit does not change the time.
+            os.utime(as_it_is, ns=(times.st_atime_ns, times.st_mtime_ns))
+            if noticed:
+                with pytest.raises(FormatError, match=STREAMED):
+                    logits(llm, tokens)
+            else:
+                logits(llm, tokens)
+        flip(as_it_is, chunk.offset + 5)
+    monkeypatch.setenv(VERIFY_VARIABLE, "sometimes")
+    with pytest.raises(UsageError, match="'sometimes'"):
+        streaming(as_it_is).__enter__()
 
 
 def test_a_file_cut_off_while_it_is_in_use_is_noticed(encoded: Path) -> None:

@@ -131,9 +131,63 @@ static void what_lies_there_as_it_is_needs_no_pool(void) {
     NX_CHECK(file == s.file);
     NX_CHECK_EQ(offset, s.c->chunk[2].offset + 5);
     NX_CHECK(!nx_chunks_plain(s.c, 2 * CHUNK - 1, 2, &file, &offset));
-    s.c->verify = true;
-    NX_CHECK(!nx_chunks_plain(s.c, 2 * CHUNK + 5, 100, &file, &offset));
+    NX_CHECK_EQ(nx_chunks_plain(s.c, 2 * CHUNK + 5, 100, &file, &offset), NX_PLAIN);
     stored_close(&s);
+}
+
+static void what_lies_there_as_it_is_is_checked_once_or_always(void) {
+    for (int always = 0; always < 2; always++) {
+        stored s = stored_open(NX_IO_DIRECT, -1);
+        nx_file *file;
+        uint64_t offset, checked = 0;
+        uint32_t bad;
+        s.c->verify = always ? NX_VERIFY_ALWAYS : NX_VERIFY_FIRST;
+        const uint64_t begin = 2 * CHUNK, n = s.c->chunk[2].raw;
+        NX_CHECK_EQ(nx_chunks_plain(s.c, begin + 5, 100, &file, &offset), NX_PLAIN_NOT); /* not all of the chunk */
+        NX_CHECK_EQ(nx_chunks_plain(s.c, begin, n, &file, &offset), NX_PLAIN_CHECK);
+        NX_CHECK_EQ(nx_chunks_check(s.c, begin + 1, n - 1, s.raw + begin + 1, &bad, &checked), NX_E_INVALID);
+        s.raw[begin + 7] ^= 1;
+        NX_CHECK_EQ(nx_chunks_check(s.c, begin, n, s.raw + begin, &bad, &checked), NX_E_DAMAGED);
+        NX_CHECK_EQ(bad, 2);
+        NX_CHECK_EQ(checked, 0);
+        s.raw[begin + 7] ^= 1;
+        part p;
+        part_init(&p, &s, begin + 5, 100); /* by the pool, which has all of it */
+        NX_CHECK_EQ(read_part(&s, &p), NX_OK);
+        part_check(&p, &s);
+        free(p.memory);
+        NX_CHECK_EQ(nx_chunks_plain(s.c, begin + 5, 100, &file, &offset), always ? NX_PLAIN_NOT : NX_PLAIN);
+        NX_CHECK_EQ(nx_chunks_check(s.c, begin, n, s.raw + begin, &bad, &checked), NX_OK);
+        NX_CHECK_EQ(checked, always ? n : 0);
+        stored_close(&s);
+    }
+}
+
+/* The bytes are there before they are checked, and the read fails by what they are. */
+static void a_read_in_place_is_checked_when_it_is_done(void) {
+    for (int damaged = -1; damaged <= 2; damaged += 3) {
+        stored s = stored_open(NX_IO_DIRECT, damaged);
+        s.c->verify = NX_VERIFY_FIRST;
+        part p;
+        part_init(&p, &s, 2 * CHUNK, s.c->chunk[2].raw);
+        NX_CHECK_EQ(nx_chunks_plain(s.c, p.read.offset, p.read.nbytes, &p.read.file, &p.read.offset), NX_PLAIN_CHECK);
+        p.read.check = nx_chunks_check_read;
+        p.read.check_ctx = s.c;
+        p.read.check_item = 2 * CHUNK;
+        NX_CHECK_EQ(read_part(&s, &p), damaged < 0 ? NX_OK : NX_E_DAMAGED);
+        nx_pool_stats stats;
+        nx_pool_get_stats(s.pool, &stats);
+        NX_CHECK_EQ(stats.raw_bytes, damaged < 0 ? s.c->chunk[2].raw : 0);
+        if (damaged < 0) {
+            p.read.offset = 2 * CHUNK; /* where part_check looks */
+            part_check(&p, &s);
+        } else {
+            NX_CHECK_EQ(p.read.error_chunk, 2);
+            NX_CHECK_EQ(p.read.error_offset, s.c->chunk[2].offset);
+        }
+        free(p.memory);
+        stored_close(&s);
+    }
 }
 
 static void a_flipped_bit_is_named_by_its_chunk(void) {
@@ -314,6 +368,8 @@ int main(int argc, char **argv) {
     static const nx_test tests[] = {
         NX_TEST(any_range_arrives_decoded),
         NX_TEST(what_lies_there_as_it_is_needs_no_pool),
+        NX_TEST(what_lies_there_as_it_is_is_checked_once_or_always),
+        NX_TEST(a_read_in_place_is_checked_when_it_is_done),
         NX_TEST(a_flipped_bit_is_named_by_its_chunk),
         NX_TEST(errors_are_tried_again_then_named),
         NX_TEST(reads_are_raised_dropped_and_left),

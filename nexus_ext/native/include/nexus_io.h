@@ -88,6 +88,11 @@ typedef struct nx_read {
     uint64_t offset;
     uint64_t nbytes; /* 0 is allowed: done at once */
     void *dst;
+    /* Called when every byte is there, in the thread that drives the engine; the read ends with what it
+     * returns, and with the error_offset and error_chunk that it sets. NULL: nothing is to be checked. */
+    nx_status (*check)(struct nx_read *);
+    const void *check_ctx;
+    uint64_t check_item;
 
     /* Set by the engine; they mean something once `done` is 1. */
     nx_status status;      /* NX_OK: every byte has arrived and was counted */
