@@ -81,8 +81,8 @@ def decode_by(path: int, stored: memoryview, out: memoryview) -> None:
 
 def paths() -> dict[str, int]:
     """Return the implementations of the decoder that this machine can run, by name."""
-    names = ("portable", "avx2", "avx512")
-    return {name: i for i, name in enumerate(names) if i <= lib.nx_ans_best()}
+    names = ("portable", "avx2", "avx512", "neon")
+    return {name: i for i, name in enumerate(names) if lib.nx_ans_has(i)}
 
 
 def _layout(layout: _Layout) -> Any:

@@ -18,7 +18,7 @@ enum { ANS_MODE_RAW = 0, ANS_MODE_VALUE = 1, ANS_MODE_CODED = 2 };
 typedef struct ans_stream {
     uint32_t state[ANS_LANES];
     const uint8_t *words, *end; /* 16-bit words that were not taken yet; end - words is even */
-    /* By the low 12 bits of a state: symbol << 24 | (offset in its range) << 12 | frequency. */
+    /* By the low 12 bits of a state: (offset in its range) << 20 | frequency << 8 | symbol. */
     uint32_t slot[ANS_SCALE];
 } ans_stream;
 
@@ -28,6 +28,14 @@ typedef size_t (*ans_rounds)(ans_stream *, uint8_t *out, size_t n_rounds);
 
 size_t nx_ans_rounds_avx2(ans_stream *, uint8_t *out, size_t n_rounds);
 size_t nx_ans_rounds_avx512(ans_stream *, uint8_t *out, size_t n_rounds);
+size_t nx_ans_rounds_neon(ans_stream *, uint8_t *out, size_t n_rounds);
+
+static inline uint8_t ans_symbol(uint32_t slot) { return (uint8_t)slot; }
+
+/* The state without the symbol, before it takes a word. */
+static inline uint32_t ans_step(uint32_t x, uint32_t slot) {
+    return (slot >> 8 & (ANS_SCALE - 1)) * (x >> ANS_SCALE_BITS) + (slot >> 20);
+}
 
 static inline uint32_t ans_load32(const uint8_t *p) {
     return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;

@@ -31,7 +31,7 @@ static int open_stream(ans_stream *s, const uint8_t *data, size_t n_bytes) {
         p += 2;
         if (frequency > ANS_SCALE - start) return 0;
         for (unsigned i = 0; i < frequency; i++) {
-            s->slot[start + i] = symbol << 24 | i << ANS_SCALE_BITS | (frequency & (ANS_SCALE - 1));
+            s->slot[start + i] = i << 20 | (frequency & (ANS_SCALE - 1)) << 8 | symbol;
         }
         start += frequency;
         n_symbols++;
@@ -53,8 +53,8 @@ static int decode_carefully(ans_stream *s, uint8_t *out, size_t n) {
     const uint8_t *words = s->words, *end = s->end;
     for (size_t i = 0; i < n; i++) {
         uint32_t x = s->state[i % ANS_LANES], slot = s->slot[x & (ANS_SCALE - 1)];
-        out[i] = (uint8_t)(slot >> 24);
-        x = (slot & (ANS_SCALE - 1)) * (x >> ANS_SCALE_BITS) + (slot >> ANS_SCALE_BITS & (ANS_SCALE - 1));
+        out[i] = ans_symbol(slot);
+        x = ans_step(x, slot);
         if (x < ANS_LOW) {
             if (words == end) return 0;
             x = x << 16 | ans_load16(words);
@@ -66,24 +66,27 @@ static int decode_carefully(ans_stream *s, uint8_t *out, size_t n) {
     return 1;
 }
 
-/* The same for any machine, without a test for the end in every step. */
-static size_t rounds_portable(ans_stream *s, uint8_t *out, size_t n_rounds) {
+/* The same for any machine, without a test for the end in every step, and without a branch: which lanes
+ * take a word is as good as random. Compilers make a branch of a choice, so it is written as a mask. */
+static size_t rounds_portable(ans_stream *s, uint8_t *restrict out, size_t n_rounds) {
+    const uint32_t *restrict table = s->slot;
     const uint8_t *words = s->words;
+    uint32_t state[ANS_LANES];
+    memcpy(state, s->state, sizeof state);
     size_t round = 0;
     for (; round < n_rounds && (size_t)(s->end - words) >= 2 * ANS_LANES; round++) {
+#pragma GCC unroll 8
         for (unsigned lane = 0; lane < ANS_LANES; lane++) {
-            uint32_t x = s->state[lane], slot = s->slot[x & (ANS_SCALE - 1)];
-            out[lane] = (uint8_t)(slot >> 24);
-            x = (slot & (ANS_SCALE - 1)) * (x >> ANS_SCALE_BITS) +
-                (slot >> ANS_SCALE_BITS & (ANS_SCALE - 1));
-            /* Without a branch: which lanes take a word is as good as random. */
-            uint32_t below = x < ANS_LOW;
-            uint32_t longer = x << 16 | ans_load16(words);
-            s->state[lane] = below ? longer : x;
-            words += 2 * below;
+            uint32_t x = state[lane], slot = table[x & (ANS_SCALE - 1)];
+            out[lane] = ans_symbol(slot);
+            x = ans_step(x, slot);
+            const uint32_t below = 0u - (x < ANS_LOW), longer = x << 16 | ans_load16(words);
+            state[lane] = x ^ ((x ^ longer) & below);
+            words += 2 & below;
         }
         out += ANS_LANES;
     }
+    memcpy(s->state, state, sizeof state);
     s->words = words;
     return round;
 }
@@ -275,26 +278,37 @@ done:
     return status;
 }
 
-nx_ans_path nx_ans_best(void) {
+int nx_ans_has(nx_ans_path path) {
+    switch (path) {
+    case NX_ANS_PORTABLE: return 1;
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("bmi2")) {
-        return NX_ANS_AVX512;
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) return NX_ANS_AVX2;
+    case NX_ANS_AVX2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
+    case NX_ANS_AVX512:
+        return nx_ans_has(NX_ANS_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#elif defined(__aarch64__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    case NX_ANS_NEON: return 1;
 #endif
-    return NX_ANS_PORTABLE;
+    default: return 0;
+    }
+}
+
+nx_ans_path nx_ans_best(void) {
+    nx_ans_path path = NX_ANS_PATHS - 1;
+    while (!nx_ans_has(path)) path--;
+    return path;
 }
 
 nx_status nx_ans_decode_by(nx_ans_path path, const void *stored, size_t stored_bytes, void *out,
                            size_t raw_bytes) {
     if (!stored || (!out && raw_bytes)) return NX_E_INVALID;
+    if (!nx_ans_has(path)) return NX_E_UNSUPPORTED;
     ans_rounds rounds = rounds_portable;
-    if ((int)path < 0 || path > nx_ans_best()) return NX_E_UNSUPPORTED;
 #if defined(__x86_64__)
     if (path == NX_ANS_AVX512) rounds = nx_ans_rounds_avx512;
     if (path == NX_ANS_AVX2) rounds = nx_ans_rounds_avx2;
+#elif defined(__aarch64__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    if (path == NX_ANS_NEON) rounds = nx_ans_rounds_neon;
 #endif
     return decode(rounds, stored, stored_bytes, out, raw_bytes);
 }

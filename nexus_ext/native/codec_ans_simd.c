@@ -25,12 +25,11 @@ nx_ans_rounds_avx512(ans_stream *s, uint8_t *out, size_t n_rounds) {
         }
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) {
-            __m512i frequency = _mm512_and_si512(slot[v], low_bits);
-            __m512i offset = _mm512_and_si512(_mm512_srli_epi32(slot[v], ANS_SCALE_BITS), low_bits);
+            __m512i frequency = _mm512_and_si512(_mm512_srli_epi32(slot[v], 8), low_bits);
+            __m512i offset = _mm512_srli_epi32(slot[v], 20);
             __m512i high = _mm512_srli_epi32(x[v], ANS_SCALE_BITS);
             x[v] = _mm512_add_epi32(_mm512_mullo_epi32(high, frequency), offset);
-            _mm_storeu_si128((__m128i *)(out + 16 * v),
-                             _mm512_cvtepi32_epi8(_mm512_srli_epi32(slot[v], 24)));
+            _mm_storeu_si128((__m128i *)(out + 16 * v), _mm512_cvtepi32_epi8(slot[v]));
         }
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) {
@@ -52,6 +51,7 @@ __attribute__((target("avx2,bmi2,popcnt"))) size_t nx_ans_rounds_avx2(ans_stream
                                                                       size_t n_rounds) {
     enum { VECTORS = ANS_LANES / 8 };
     const __m256i low_bits = _mm256_set1_epi32(ANS_SCALE - 1), zero = _mm256_setzero_si256();
+    const __m256i symbol_bits = _mm256_set1_epi32(255);
     /* Byte i of spread[m]: which word the lane i of the mask m takes, counted from the next one. */
     uint64_t spread[256];
     for (unsigned m = 0; m < 256; m++) {
@@ -69,11 +69,11 @@ __attribute__((target("avx2,bmi2,popcnt"))) size_t nx_ans_rounds_avx2(ans_stream
         for (int v = 0; v < VECTORS; v++) {
             __m256i slot = _mm256_i32gather_epi32((const int *)(const void *)s->slot,
                                                   _mm256_and_si256(x[v], low_bits), 4);
-            __m256i frequency = _mm256_and_si256(slot, low_bits);
-            __m256i offset = _mm256_and_si256(_mm256_srli_epi32(slot, ANS_SCALE_BITS), low_bits);
+            __m256i frequency = _mm256_and_si256(_mm256_srli_epi32(slot, 8), low_bits);
+            __m256i offset = _mm256_srli_epi32(slot, 20);
             __m256i high = _mm256_srli_epi32(x[v], ANS_SCALE_BITS);
             x[v] = _mm256_add_epi32(_mm256_mullo_epi32(high, frequency), offset);
-            __m256i symbol = _mm256_srli_epi32(slot, 24);
+            __m256i symbol = _mm256_and_si256(slot, symbol_bits);
             symbol = _mm256_packus_epi32(symbol, zero);
             symbol = _mm256_packus_epi16(symbol, zero);
             uint32_t first = (uint32_t)_mm256_extract_epi32(symbol, 0);

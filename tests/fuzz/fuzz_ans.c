@@ -25,7 +25,8 @@ static void decode_anything(const uint8_t *data, size_t n, size_t raw_bytes) {
     static uint8_t first[MAX_RAW], out[MAX_RAW];
     nx_status status = nx_ans_decode_by(NX_ANS_PORTABLE, data, n, first, raw_bytes);
     demand(status == NX_OK || status == NX_E_INVALID, "an unknown status");
-    for (int path = 1; path <= (int)nx_ans_best(); path++) {
+    for (int path = 1; path < NX_ANS_PATHS; path++) {
+        if (!nx_ans_has((nx_ans_path)path)) continue;
         nx_status other = nx_ans_decode_by((nx_ans_path)path, data, n, out, raw_bytes);
         demand(other == status, "paths that do not agree whether it decodes");
         if (status == NX_OK) demand(!memcmp(first, out, raw_bytes), "paths that decode differently");
@@ -42,7 +43,8 @@ static void there_and_back(uint8_t kind, const uint8_t *data, size_t n) {
     if (n > MAX_RAW) n = MAX_RAW;
     const nx_ans_layout *layout = &layouts[kind % (sizeof layouts / sizeof *layouts)];
     demand(nx_ans_encode(layout, data, n, stored, sizeof stored, &used) == NX_OK, "not encoded");
-    for (int path = 0; path <= (int)nx_ans_best(); path++) {
+    for (int path = 0; path < NX_ANS_PATHS; path++) {
+        if (!nx_ans_has((nx_ans_path)path)) continue;
         demand(nx_ans_decode_by((nx_ans_path)path, stored, used, out, n) == NX_OK, "not decoded");
         demand(!memcmp(out, data, n), "decoded to something else");
     }

@@ -9,7 +9,8 @@ seconds=${1:-60}
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 flags="-std=c11 -Wall -Wextra -Werror -O1 -g -D_GNU_SOURCE -I$native/include -I$native"
-sources="$here/fuzz_ans.c $native/codec_ans_decode.c $native/codec_ans_encode.c $native/codec_ans_simd.c"
+sources="$here/fuzz_ans.c"
+for file in decode encode simd neon; do sources="$sources $native/codec_ans_$file.c"; done
 checks="address,undefined -fno-sanitize-recover=all"
 
 echo 'int LLVMFuzzerTestOneInput(const unsigned char *, unsigned long);

@@ -1,4 +1,4 @@
-"""The kernels for ARM, compiled by a cross compiler and run under emulation if both are there."""
+"""The kernels and the decoder for ARM, compiled by a cross compiler and run under emulation if both are there."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
-SOURCES = (
+KERNELS = (
     *("kernels", "kernels_ref", "kernels_avx2", "kernels_avx512", "kernels_neon"),
     *("kernels_avx2_stored", "kernels_avx512_stored"),
     *("residual", "ternary", "ternary_stored"),
 )
+CODEC = ("codec_ans_decode", "codec_ans_encode", "codec_ans_simd", "codec_ans_neon", "xxh3")
 # What ternary.c needs of model.c.
 MEMORY = """
 #include <stdint.h>
@@ -30,8 +31,12 @@ void nx_memory_unmap(void *p, uint64_t n) { (void)n; free(p); }
 """
 
 
-@pytest.mark.parametrize("name", ["residual", "ternary"])
-def test_neon_gives_the_bits_of_the_reference(name: str, repository: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "files"), [("residual", KERNELS), ("ternary", KERNELS), ("codec", CODEC)]
+)
+def test_neon_gives_the_bits_of_the_reference(
+    name: str, files: tuple[str, ...], repository: Path, tmp_path: Path
+) -> None:
     for program in (COMPILER, EMULATOR):
         if shutil.which(program) is None:
             pytest.skip(f"there is no {program}")
@@ -39,7 +44,7 @@ def test_neon_gives_the_bits_of_the_reference(name: str, repository: Path, tmp_p
     memory, program = tmp_path / "memory.c", tmp_path / name
     memory.write_text(MEMORY)
     flags = "-static -std=c11 -ffp-contract=off -Wall -Wextra -Werror -O2 -D_GNU_SOURCE".split()
-    sources = [str(native / f"{source}.c") for source in SOURCES]
+    sources = [str(native / f"{source}.c") for source in files]
     includes = [f"-I{native / 'include'}", f"-I{native}", f"-I{tests}"]
     test = str(tests / f"test_{name}.c")
     subprocess.run(

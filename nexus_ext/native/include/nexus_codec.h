@@ -45,9 +45,10 @@ nx_status nx_ans_encode(const nx_ans_layout *layout, const void *raw, size_t raw
 nx_status nx_ans_decode(const void *stored, size_t stored_bytes, void *out, size_t raw_bytes);
 
 /* The instruction sets that decoding is written for; all give the same bytes. */
-typedef enum nx_ans_path { NX_ANS_PORTABLE, NX_ANS_AVX2, NX_ANS_AVX512, NX_ANS_PATHS } nx_ans_path;
+typedef enum nx_ans_path { NX_ANS_PORTABLE, NX_ANS_AVX2, NX_ANS_AVX512, NX_ANS_NEON, NX_ANS_PATHS } nx_ans_path;
 
-/* The fastest one that this machine has. */
+/* 1: this machine has it. Of those that it has the last is the fastest. */
+int nx_ans_has(nx_ans_path path);
 nx_ans_path nx_ans_best(void);
 
 /* As nx_ans_decode by a given path; NX_E_UNSUPPORTED where the machine does not have it. */
