@@ -133,6 +133,10 @@ class NxfReader:
         extent = self._tensor(name)
         return self.read(extent, 0, extent.nbytes)
 
+    def part(self, name: str, start: int, nbytes: int) -> bytes:
+        """Return some bytes of a tensor."""
+        return self.read(self._tensor(name), start, nbytes)
+
     def expert(self, name: str, expert: int) -> bytes:
         """Return the matrix of one expert of a tensor that is stored by expert."""
         extent = self._tensor(name)

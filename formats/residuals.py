@@ -1,6 +1,7 @@
-"""A sidecar of residuals: what quantization lost of each matrix, at four bits.
+"""Residuals: what quantization lost of each matrix, at four bits.
 
-It lies beside a GGUF, as `model.gguf.nxr`. All numbers are little-endian.
+They lie beside a GGUF, as the sidecar `model.gguf.nxr`, or are the section `residuals` of an NXF;
+the bytes are the same. All numbers are little-endian.
 
     offset 0       "NXRESID1", then zeros up to 4096
     4096           for each tensor, at the next multiple of 4096:
@@ -18,17 +19,24 @@ code means is in native/include/nexus_residual.h. Knows nothing of models beyond
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import xxhash
 
-from nexus_ext.errors import FormatError, ReadFailed
+from nexus_ext.errors import FormatError, ReadFailed, UsageError
+from nexus_ext.formats.file_read import FileReader
 from nexus_ext.formats.new_file import NewFile
+from nexus_ext.formats.nxf_file import NxfFile, is_nxf, read_nxf
+from nexus_ext.formats.nxf_reader import NxfReader
+
+SECTION = "residuals"
 
 MAGIC = b"NXRESID1"
 ALIGNMENT = 4096
@@ -67,9 +75,9 @@ class StoredResidual:
 
 @dataclass(frozen=True, slots=True)
 class ResidualTable:
-    """What a sidecar holds."""
+    """What a sidecar or a section holds."""
 
-    path: str
+    path: str  # of the sidecar, or of the NXF
     fingerprint: str  # names the quantized model, see runtime/residual.py
     tensors: tuple[StoredResidual, ...]
 
@@ -123,28 +131,65 @@ def write_residuals(
 
 
 def read_residuals(path: str | os.PathLike[str]) -> ResidualTable:
-    """Read the table of a sidecar. Raises FormatError or ReadFailed; reads no residual."""
+    """Read the table of a sidecar, or of an NXF with residuals; reads no residual.
+
+    Raises FormatError or ReadFailed, and UsageError for an NXF without residuals.
+    """
     path = os.fspath(path)
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise FormatError(f"{path}: is not a regular file", hint="name a .nxr file")
-        with open(path, "rb") as file:
-            nbytes = os.fstat(file.fileno()).st_size
-            if nbytes < ALIGNMENT + _FOOTER.size or file.read(len(MAGIC)) != MAGIC:
-                raise _bad(path, "is no file of residuals")
-            file.seek(nbytes - _FOOTER.size)
-            at, table_nbytes, digest, count, magic = _FOOTER.unpack(file.read(_FOOTER.size))
-            if magic != MAGIC or at + table_nbytes + _FOOTER.size != nbytes:
-                raise _bad(path, "was cut off or is damaged at its end")
-            if table_nbytes > MAX_TABLE_NBYTES:
-                raise _bad(path, f"has a table of {table_nbytes} bytes, the most is 64 MiB")
-            file.seek(at)
-            table = file.read(table_nbytes)
-    except OSError as error:
-        raise _read_failed(path, error) from error
+    with _opened(path) as (nbytes, read):
+        if nbytes < ALIGNMENT + _FOOTER.size or read(0, len(MAGIC)) != MAGIC:
+            raise _bad(path, "is no file of residuals")
+        footer = read(nbytes - _FOOTER.size, _FOOTER.size)
+        at, table_nbytes, digest, count, magic = _FOOTER.unpack(footer)
+        if magic != MAGIC or at + table_nbytes + _FOOTER.size != nbytes:
+            raise _bad(path, "was cut off or is damaged at its end")
+        if table_nbytes > MAX_TABLE_NBYTES:
+            raise _bad(path, f"has a table of {table_nbytes} bytes, the most is 64 MiB")
+        table = read(at, table_nbytes)
     if xxhash.xxh3_64(table).intdigest() != digest:
         raise _bad(path, "has a table that is not what was written")
     return _parsed(path, table, count, at)
+
+
+def has_residuals(path: str | os.PathLike[str]) -> bool:
+    """Tell whether the file at `path` is an NXF that holds residuals."""
+    if not is_nxf(path):
+        return False
+    return any(section.name == SECTION for section in _header(os.fspath(path)).nxf.sections)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[tuple[int, Callable[[int, int], bytes]]]:
+    """Yield how many bytes there are, and what reads them: (offset, bytes)."""
+    with contextlib.ExitStack() as stack:
+        if is_nxf(path):
+            if not has_residuals(path):
+                raise UsageError(
+                    f"{path}: has no section {SECTION!r}",
+                    hint="make an NXF with residuals: nexus quantize --residual -o model.nxf",
+                )
+            reader = stack.enter_context(NxfReader(_header(path)))
+            section = next(s for s in reader.file.nxf.sections if s.name == SECTION)
+            yield section.nbytes, lambda at, nbytes: reader.read(section, at, nbytes)
+            return
+        try:
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise FormatError(f"{path}: is not a regular file", hint="name a .nxr file")
+        except OSError as error:
+            raise _read_failed(path, error) from error
+        file = stack.enter_context(contextlib.closing(FileReader(path)))
+        yield file.nbytes, lambda at, nbytes: bytes(file.view(at, nbytes))
+
+
+def _header(path: str) -> NxfFile:
+    found = os.stat(path)
+    return _read_header(path, (found.st_size, found.st_mtime_ns, found.st_ino))
+
+
+@functools.lru_cache(maxsize=1)
+def _read_header(path: str, token: tuple[int, int, int]) -> NxfFile:
+    """Read an NXF's header: once, not for every matrix whose residual is read."""
+    return read_nxf(path)
 
 
 def _parsed(path: str, table: bytes, count: int, end: int) -> ResidualTable:
@@ -191,12 +236,9 @@ def _parsed(path: str, table: bytes, count: int, end: int) -> ResidualTable:
 
 def read_residual(table: ResidualTable, stored: StoredResidual) -> tuple[bytes, bytes]:
     """Return (codes, scales) of one matrix. FormatError when they are not what was written."""
-    try:
-        with open(table.path, "rb") as file:
-            file.seek(stored.offset)
-            codes, scales = file.read(stored.codes_nbytes), file.read(4 * stored.n_out)
-    except OSError as error:
-        raise _read_failed(table.path, error) from error
+    with _opened(table.path) as (_, read):
+        codes = read(stored.offset, stored.codes_nbytes)
+        scales = read(stored.offset + stored.codes_nbytes, 4 * stored.n_out)
     digest = xxhash.xxh3_64(codes)
     digest.update(scales)
     if digest.intdigest() != stored.hash:

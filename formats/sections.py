@@ -12,8 +12,23 @@ from collections.abc import Collection, Mapping
 from nexus_ext.errors import UsageError
 from nexus_ext.formats.file_read import FileReader
 from nexus_ext.formats.nxf_check import SECTIONS, section_is_named_well
+from nexus_ext.formats.nxf_file import is_nxf
 from nexus_ext.formats.nxf_header import MAX_SECTIONS
+from nexus_ext.formats.nxf_reader import NxfReader
 from nexus_ext.formats.sources import Source
+
+
+def read_section(path: str | os.PathLike[str], name: str) -> bytes | None:
+    """Return the section `name` of the NXF at `path`; None if it has none, or is no NXF.
+
+    Raises FormatError, ReadFailed, or Damaged.
+    """
+    if not is_nxf(path):
+        return None
+    with NxfReader(os.fspath(path)) as reader:
+        if all(section.name != name for section in reader.file.nxf.sections):
+            return None
+        return reader.section(name)
 
 
 class WithSections:

@@ -30,6 +30,8 @@ class Wishes:
     sha256: bool
     n_threads: int | None
     overwrite: bool
+    sections: tuple[tuple[str, str], ...] = ()
+    without: tuple[str, ...] = ()
 
 
 class Meter:
@@ -64,6 +66,16 @@ class Meter:
     "match wins.",
 )
 @click.option("--shard-size", "shard_nbytes", type=SIZE, metavar="SIZE", help="Size of NXF shards.")
+@click.option(
+    "--section",
+    "sections",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="Put FILE into the NXF as its section NAME, for instance plan=plan.json. Can be repeated.",
+)
+@click.option(
+    "--without-section", "without", multiple=True, metavar="NAME", help="Leave a section out."
+)
 @click.option("--no-sha256", is_flag=True, help="Do not record the SHA-256 of the GGUF files.")
 @click.option(
     "--type",
@@ -86,6 +98,8 @@ def convert(
     codec: str,
     rules: tuple[str, ...],
     shard_nbytes: int | None,
+    sections: tuple[str, ...],
+    without: tuple[str, ...],
     no_sha256: bool,
     type_name: str | None,
     pre: str | None,
@@ -109,6 +123,7 @@ def convert(
       nexus convert model.gguf model.nxf
       nexus convert model.gguf model.nxf --codec ans --rule "token_embd=raw"
       nexus convert model.nxf model.gguf
+      nexus convert model.gguf model.nxf --section plan=plan.json --section residuals=model.gguf.nxr
     """
     wishes = Wishes(
         codec=codec,
@@ -117,8 +132,16 @@ def convert(
         sha256=not no_sha256,
         n_threads=n_threads,
         overwrite=overwrite,
+        sections=tuple(parse_section(section) for section in sections),
+        without=without,
     )
     kinds = (kind_of_source(source), kind_of_target(target))
+    if (sections or without) and (kinds[0] == "folder" or kinds[1] != "nxf"):
+        raise UsageError(
+            f"{source} ({kinds[0]}) to {target} ({kinds[1]}): sections go from a GGUF or an NXF "
+            "into an NXF",
+            hint="convert to an NXF first",
+        )
     if kinds[0] == "folder":
         from nexus_ext.cli.convert_folder import convert_folder
 
@@ -173,15 +196,29 @@ def parse_rule(text: str) -> tuple[str, str]:
     return pattern, codec
 
 
+def parse_section(text: str) -> tuple[str, str]:
+    """Return (name, path)."""
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise UsageError(
+            f"--section is {text!r}, which is not a name, '=' and a file",
+            hint="Write for instance --section plan=plan.json.",
+        )
+    return name, path
+
+
 def to_nxf(source: str, target: str, wishes: Wishes, meter: Meter) -> Report:
     """Convert a GGUF, or an NXF to be laid out anew, as `wishes` say."""
     from nexus_ext.formats import nxf_convert
     from nexus_ext.formats.nxf_layout import Rules
-    from nexus_ext.formats.sources import open_source
+    from nexus_ext.formats.sections import WithSections
+    from nexus_ext.formats.sources import Source, open_source
     from nexus_ext.plugins import plugins
 
     codecs = plugins().codecs()
-    opened = open_source(source, codecs)
+    opened: Source = open_source(source, codecs)
+    if wishes.sections or wishes.without:
+        opened = WithSections(opened, dict(wishes.sections), without=wishes.without)
     try:
         return nxf_convert.to_nxf(
             opened,

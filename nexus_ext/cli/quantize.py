@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
+from nexus_ext.cli.convert import Meter
 from nexus_ext.cli.live import Live
 from nexus_ext.cli.options import PlanOptions, output_options, plan_options
 from nexus_ext.cli.output import Output
@@ -55,7 +58,8 @@ DEFAULT_CTX = 512  # tokens in a window of calibration
     "--residual",
     "with_residual",
     is_flag=True,
-    help="Also keep what was lost, at four bits a weight, as FILE.nxr for `nexus run --residual`.",
+    help="Also keep what was lost, at four bits a weight, for `nexus run --residual`: as FILE.nxr, "
+    "or inside of an NXF.",
 )
 @click.option("--scratch", metavar="DIR", help="Where the copy for sensitivities is made.")
 @click.option("--allow-requantize", is_flag=True, help="Also quantize what is quantized.")
@@ -87,16 +91,21 @@ def quantize(
     chooses the types that lose least for the size; that runs the model many times and needs a copy
     of it on disk.
 
+    An output that ends in .nxf becomes an NXF: with the importance that was measured as its section
+    `salience` (--imatrix takes it from there), and residuals as `residuals`.
+
     \b
     Examples:
       nexus quantize model-F16.gguf -o model-Q4_K_M.gguf --base q4_k_m --calibrate text.txt
       nexus quantize model-F16.gguf -o model.gguf --base q4_k_m --calibrate text.txt --allocate 4.5
       nexus quantize model-F16.gguf -o model.gguf --base q3_k_m --residual
+      nexus quantize model-F16.gguf -o model.nxf --base q3_k_m --residual
     """
     from nexus_ext.formats import open_gguf
     from nexus_ext.runtime.predictions import read_text
     from nexus_ext.runtime.quantize import base_name, check_source
     from nexus_ext.runtime.quantize import quantize as make
+    from nexus_ext.runtime.quantize_nxf import is_nxf_name, pack, place_for_gguf
 
     base = base_name(base)
     if text_file and imatrix_file and bits is None:
@@ -120,28 +129,42 @@ def quantize(
         chosen = _allocation(
             source, imatrix, text, base, bits, method, types, planning, scratch, live
         )
-    made = make(
-        source,
-        target,
-        base,
-        imatrix=imatrix,
-        types=chosen.types if chosen else None,
-        n_threads=planning.n_threads,
-        allow_requantize=allow_requantize,
-        overwrite=force,
-        progress=lambda tensor, done, total: live.status(f"{done} of {total}: {tensor}"),
-    )
-    table = None
-    if with_residual:
-        from nexus_ext.runtime.residual import make_residuals
-
-        table = make_residuals(
+    table, sections = None, {}
+    with contextlib.ExitStack() as stack:
+        gguf = target
+        if is_nxf_name(target):
+            gguf = stack.enter_context(place_for_gguf(target, overwrite=force))
+        made = make(
             source,
-            target,
+            gguf,
+            base,
+            imatrix=imatrix,
+            types=chosen.types if chosen else None,
             n_threads=planning.n_threads,
+            allow_requantize=allow_requantize,
             overwrite=force,
-            progress=lambda tensor, done, total: live.status(f"residual {done} of {total}"),
+            progress=lambda tensor, done, total: live.status(f"{done} of {total}: {tensor}"),
         )
+        if with_residual:
+            from nexus_ext.runtime.residual import make_residuals
+
+            table = make_residuals(
+                source,
+                gguf,
+                n_threads=planning.n_threads,
+                overwrite=force,
+                progress=lambda tensor, done, total: live.status(f"residual {done} of {total}"),
+            )
+            sections["residuals"] = table.path
+        if gguf != target:
+            if imatrix:
+                from nexus_ext.runtime.imatrix import save_imatrix as save
+
+                sections["salience"] = gguf + ".imatrix"
+                save(sections["salience"], imatrix)
+            pack(gguf, target, sections, overwrite=force, progress=Meter(live))
+            made = replace(made, path=target, nbytes=os.path.getsize(target))
+    residual_path = target if gguf != target or table is None else table.path
     live.clear()
     if made.fallbacks:
         output.note(
@@ -156,7 +179,7 @@ def quantize(
     output.line("matrices: " + ", ".join(f"{n} {kind}" for kind, n in used.most_common()))
     if table is not None:
         output.line(
-            f"{table.path}: residuals of {len(table.tensors)} matrices, "
+            f"{residual_path}: residuals of {len(table.tensors)} matrices, "
             f"{format_bytes(table.nbytes)}"
         )
     output.result(
@@ -171,7 +194,7 @@ def quantize(
             "calibration_tokens": imatrix.n_tokens if imatrix else 0,
             "estimated_divergence": chosen.loss if chosen and method == "measured" else None,
             "tensor_types": made.tensor_types,
-            "residual": {"path": table.path, "nbytes": table.nbytes} if table else None,
+            "residual": {"path": residual_path, "nbytes": table.nbytes} if table else None,
         }
     )
 

@@ -54,7 +54,8 @@ if TYPE_CHECKING:
     "--residual",
     "residual_file",
     metavar="FILE",
-    help="Add back part of what quantization lost (`nexus quantize --residual`): other answers.",
+    help="Add back part of what quantization lost (`nexus quantize --residual`): other answers. "
+    "An NXF may hold its own: name it here.",
 )
 @click.option(
     "--residual-share",

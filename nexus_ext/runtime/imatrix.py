@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from nexus_ext import core
 from nexus_ext.errors import FormatError, NexusError
 from nexus_ext.formats.gguf_header import read_header
 from nexus_ext.formats.new_file import NewFile
+from nexus_ext.formats.sections import read_section
 from nexus_ext.quality.importance import Importance, ImportanceMatrix
 from nexus_ext.runtime import backend
 from nexus_ext.runtime.predictions import evaluate, opened, text_windows
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from nexus_ext.placement import PlanRequest
     from nexus_ext.runtime.planning import Planned
 
+SECTION = "salience"  # of an NXF
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _thread = threading.local()
 _install_lock = threading.Lock()
@@ -169,7 +173,16 @@ def save_imatrix(path: str, imatrix: ImportanceMatrix, *, overwrite: bool = Fals
 
 
 def load_imatrix(path: str) -> ImportanceMatrix:
-    """Read a file of `save_imatrix` or of llama.cpp's tool. Raises FormatError, ReadFailed."""
+    """Read a file of `save_imatrix` or of llama.cpp's tool, or the section of an NXF.
+
+    Raises FormatError, ReadFailed.
+    """
+    section = read_section(path, SECTION)
+    if section is not None:
+        with tempfile.TemporaryDirectory(prefix="nexus-") as folder:
+            copy = os.path.join(folder, "salience.gguf")
+            Path(copy).write_bytes(section)
+            return load_imatrix(copy)
     header = read_header(path)
     if header.metadata.get("general.type") != "imatrix":
         raise FormatError(

@@ -172,7 +172,8 @@ class Llama(llama_cpp.Llama):
         warm_start: remember which experts a mixture uses most, and have them read before the first
             request; None: unless NEXUS_WARM_START is 0.
         residual: a file that `nexus quantize --residual` made for this model: while decoding, part
-            of what quantization lost is added back, which changes what the model says. It takes
+            of what quantization lost is added back, which changes what the model says. True: an
+            NXF's own. It takes
             its size of `ram`; without room for it nothing is corrected.
         residual_share: part of the input channels to correct; None: as many as slow a token down
             by 5 %, measured when the model is opened.
@@ -197,7 +198,7 @@ class Llama(llama_cpp.Llama):
         pin_cores: bool = False,
         progress: core.Progress | None = None,
         warm_start: bool | None = None,
-        residual: str | os.PathLike[str] | None = None,
+        residual: str | os.PathLike[str] | bool | None = None,
         residual_share: float | None = None,
         n_gpu_layers: int | None = None,
         **arguments: Any,
@@ -213,7 +214,7 @@ class Llama(llama_cpp.Llama):
             pins=tuple(p if isinstance(p, Pin) else Pin(*p) for p in pins),
             gpu_bytes=0 if n_gpu_layers == 0 else None,
         )
-        table = read_residuals(residual) if residual is not None else None
+        table = read_residuals(path if residual is True else residual) if residual else None
         planned, table = plan_with_room(path, request, table, hardware=hardware, plan=plan)
         layers = planned.plan.n_gpu_layers if n_gpu_layers is None else n_gpu_layers
         paged = None

@@ -9,6 +9,7 @@ from pathlib import Path
 from nexus_ext import core
 from nexus_ext.errors import UsageError
 from nexus_ext.formats import open_model
+from nexus_ext.formats.sections import read_section
 from nexus_ext.hardware import HardwareProfile, load_profile, probe
 from nexus_ext.hardware.disk import DirectIO
 from nexus_ext.hardware.profile import Gpu
@@ -95,8 +96,10 @@ def plan_model(
 
 
 def _read_plan(file: Path) -> Plan:
+    """Read the file that holds a plan, or an NXF with one as its section."""
     try:
-        text = file.read_text(encoding="utf-8")
+        section = read_section(file, "plan") if file.exists() else None
+        text = file.read_text(encoding="utf-8") if section is None else section.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"the plan {str(file)!r} cannot be read: {error}",

@@ -4,7 +4,8 @@ One small file for each model, beside the hardware profiles: how often routers c
 by the name of the layer's first tensor of experts. With it the cache is filled while nothing else
 is asked of the disk, from the end of loading to the first graph. A file that cannot be read or
 understood is as good as none, and is replaced; one that cannot be written costs a cold start next
-time. Both are logged, neither is an error.
+time. Both are logged, neither is an error. Where there is no file, the section `popularity` of an NXF
+is as good: its contents are the same.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Final
 from nexus_ext import core
 from nexus_ext.errors import FormatError, NexusError
 from nexus_ext.formats.new_file import replace_whole
+from nexus_ext.formats.sections import read_section
 from nexus_ext.hardware.cache import default_cache_dir
 from nexus_ext.types import Catalog
 
@@ -155,6 +157,7 @@ class WarmStart:
     def __init__(self, model: core.Model, catalog: Catalog) -> None:
         self._model = model
         self._fingerprint = catalog.fingerprint
+        self._path = catalog.files[0].path
         self._names = [tensor.name for tensor in catalog.tensors]
         self._file = popularity_file(catalog.fingerprint)
         self._stop = threading.Event()
@@ -162,6 +165,8 @@ class WarmStart:
 
     def start(self) -> None:
         known = load(self._file, self._fingerprint)
+        if not known.counts:
+            known = self._of_the_model() or known
         number = {name: i for i, name in enumerate(self._names)}
         counts = {number[name]: c for name, c in known.counts.items() if name in number}
         if not counts:
@@ -169,6 +174,19 @@ class WarmStart:
         self._model.set_popularity(counts)
         self._thread = threading.Thread(target=self._preload, name="nexus-warm", daemon=True)
         self._thread.start()
+
+    def _of_the_model(self) -> Popularity | None:
+        """What an NXF says of itself: where it was never run here, that is what is known."""
+        try:
+            text = read_section(self._path, "popularity")
+            found = Popularity.from_json(text.decode(), source=self._path) if text else None
+        except (NexusError, UnicodeDecodeError) as error:
+            _log.warning("the popularity of experts in %s is ignored: %s", self._path, error)
+            return None
+        if found is not None and found.fingerprint != self._fingerprint:
+            _log.warning("the popularity of experts in %s is of another model", self._path)
+            return None
+        return found
 
     def wait(self) -> None:
         """Wait until nothing is left to read, or a graph has run."""

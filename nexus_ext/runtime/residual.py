@@ -66,7 +66,7 @@ def identity(weights: Weights) -> str:
     """
     digest = xxhash.xxh3_128(weights.catalog.fingerprint.encode())
     for tensor in correctable(weights.catalog):
-        digest.update(weights.encoded(tensor)[:1].tobytes())
+        digest.update(weights.first_row(tensor))
     return digest.hexdigest()
 
 
@@ -120,12 +120,7 @@ def make_residuals(
 
 
 def checked(table: ResidualTable, catalog: Catalog) -> ResidualTable:
-    """Return the table of a sidecar that was made for this model. Raises UsageError otherwise."""
-    if catalog.chunks is not None:
-        raise UsageError(
-            f"{catalog.files[0].path} is no GGUF, and residuals lie beside a GGUF",
-            hint="convert it back with `nexus convert`",
-        )
+    """Return the table of residuals that were made for this model. UsageError otherwise."""
     if table.fingerprint != identity(Weights(catalog)):
         raise UsageError(
             f"{table.path} was made for another model than {catalog.files[0].path}",

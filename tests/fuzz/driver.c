@@ -1,6 +1,7 @@
 /* driver.c: a plain stand-in for libFuzzer, for compilers that do not have it.
  *
- *   driver SECONDS [SEED]
+ *   driver SECONDS [SEED]          try inputs for so long
+ *   driver --inputs N DIRECTORY    write N of them there, for libFuzzer to begin with
  *
  * Makes inputs by encoding structured bytes and changing a few of them, so that most get past the
  * first checks; it has no feedback of coverage. A crash ends it, and the input is in crash.bin.
@@ -78,7 +79,23 @@ static void make_input(void) {
     input_bytes = 1 + used;
 }
 
+static int write_inputs(unsigned long n, const char *directory) {
+    state = 1;
+    for (unsigned long i = 0; i < n; i++) {
+        char path[4096];
+        make_input();
+        snprintf(path, sizeof path, "%s/%lu", directory, i);
+        FILE *file = fopen(path, "wb");
+        if (!file || fwrite(input, 1, input_bytes, file) != input_bytes || fclose(file) != 0) {
+            perror(path);
+            return 1;
+        }
+    }
+    return 0;
+}
+
 int main(int argc, char **argv) {
+    if (argc == 4 && strcmp(argv[1], "--inputs") == 0) return write_inputs(strtoul(argv[2], NULL, 10), argv[3]);
     double seconds = argc > 1 ? atof(argv[1]) : 10;
     state = argc > 2 ? strtoull(argv[2], NULL, 10) : (uint64_t)time(NULL);
     uint64_t first = state, runs = 0;

@@ -17,6 +17,7 @@ from nexus_ext.errors import FormatError
 from nexus_ext.runtime import popularity
 from nexus_ext.runtime.popularity import MOST, Popularity, load, popularity_file, store
 from nexus_ext.types import Role
+from tests.cli_support import call
 from tests.integration.streaming import logits, prompt
 from tests.integration.test_experts import assert_equal, cached, core_model, reference
 from tests.synth import MoeDims, write_moe
@@ -46,6 +47,36 @@ def session(path: Path, slots: int = 6, **arguments: Any) -> Any:
 def known(llm: Llama) -> Popularity:
     fingerprint = llm.nexus.catalog.fingerprint
     return load(popularity_file(fingerprint), fingerprint)
+
+
+def test_an_nxf_says_what_is_popular_where_it_was_never_run(
+    model: Path, cache_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with session(model) as llm:
+        logits(llm, prompt(20, llm.n_vocab()))
+        fingerprint = llm.nexus.catalog.fingerprint
+    learned = popularity_file(fingerprint)
+    for name, contents in (
+        ("right", Path(learned).read_text()),
+        ("other", Popularity(KEY, {}).to_json()),
+        ("broken", "{"),
+    ):
+        (tmp_path / name).write_text(contents)
+        nxf = tmp_path / f"{name}.nxf"
+        section = f"popularity={tmp_path / name}"
+        assert call("convert", model, nxf, "--section", section).status == 0
+    Path(learned).unlink()
+    with session(tmp_path / "right.nxf") as llm:
+        warm = llm.nexus.warm_start
+        assert warm is not None
+        warm.wait()
+        assert llm.nexus.stats().preloaded_bytes > 0
+    assert not caplog.records
+    for name in ("other", "broken"):
+        Path(learned).unlink(missing_ok=True)
+        with session(tmp_path / f"{name}.nxf") as llm:
+            assert llm.nexus.stats().preloaded_bytes == 0
+        assert f"{name}.nxf" in caplog.text
 
 
 def test_the_second_session_starts_with_the_experts_of_the_first(
