@@ -5,6 +5,7 @@ Knows where bytes go and what a failing system says; what they mean is up to `nx
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +14,7 @@ from typing import Final
 import xxhash
 
 from nexus_ext.errors import NexusError, WriteFailed
+from nexus_ext.formats.direct_write import DirectAppender
 from nexus_ext.formats.nxf_file import read_nxf
 from nexus_ext.formats.nxf_header import ENTRY_NBYTES, MAGIC, PREAMBLE, VERSION, header_nbytes
 
@@ -31,11 +33,37 @@ class Part:
         self._not_flushed = 0
         self._flushing: Future[None] | None = None
         self._flusher: ThreadPoolExecutor | None = None
+        self._appender: DirectAppender | None = None
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if keep else os.O_TRUNC)
         try:
             self.descriptor = os.open(path, flags, 0o666)
         except OSError as error:
             raise write_failed(path, error) from error
+
+    def write_behind(self) -> None:
+        """From now on have what is appended past the page cache, where the file system can."""
+        # Where it cannot, writing through the page cache is as good as it gets.
+        with contextlib.suppress(OSError):
+            self._appender = DirectAppender(self.path, self.descriptor, self.end)
+
+    def write_no_longer_behind(self) -> None:
+        """Have what was appended in the file; its memory is given back."""
+        try:
+            if self._appender is not None:
+                self._appender.flush()
+        except OSError as error:
+            raise write_failed(self.path, error) from error
+        self._stop()
+
+    def append(self, data: bytes | memoryview, offset: int) -> None:
+        """Write a chunk at `offset`, at `end` or behind it."""
+        if self._appender is None:
+            self.write(data, offset)
+            return
+        try:
+            self._appender.append(data, offset)
+        except OSError as error:
+            raise write_failed(self.path, error) from error
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
         """Write all of `data` at `offset`."""
@@ -69,6 +97,7 @@ class Part:
         """Cut the file behind its last chunk and have all of it on the disk."""
         try:
             self._wait()
+            self.write_no_longer_behind()
             os.ftruncate(self.descriptor, self.end)
             os.fsync(self.descriptor)
         except OSError as error:
@@ -76,6 +105,19 @@ class Part:
 
     def close(self) -> None:
         """Close the file; what was written stays."""
+        if self._appender is not None:
+            # Whatever is missing then is written again: the next attempt looks at every chunk.
+            with contextlib.suppress(OSError):
+                self._appender.flush()
+        self._close()
+
+    def _stop(self) -> None:
+        if self._appender is not None:
+            self._appender.close()
+            self._appender = None
+
+    def _close(self) -> None:
+        self._stop()
         if self._flusher is not None:
             self._flusher.shutdown()
             self._flusher = self._flushing = None
@@ -85,7 +127,7 @@ class Part:
 
     def discard(self) -> None:
         """Close the file and remove it."""
-        self.close()
+        self._close()
         unlink(self.path)
 
 

@@ -58,6 +58,7 @@ from nexus_ext.formats.nxf_parts import (
 if TYPE_CHECKING:
     from nexus_ext.formats.nxf_header import Table
 
+DIRECT_FROM_NBYTES: Final = 64 << 20  # models from this size on are written past the page cache
 _COMPRESSED: Final = 0.5  # the least of a compressed model that is expected to be left
 
 
@@ -179,15 +180,17 @@ class NxfWriter:
             and part.end >= self._shard_nbytes
             and len(self._parts) <= self._max_shards
         ):
+            part.write_no_longer_behind()
             part = self._add_part(len(self._parts))
+            self._write_behind()
         offset = padded(part.end, step.align)
         view = memoryview(stored).cast("B")
         entry = self._table[step.chunk : step.chunk + 1]
         entry["offset"], entry["stored"], entry["raw"] = offset, len(view), step.nbytes
         entry["hash"] = xxhash.xxh3_64_intdigest(view)
         entry["shard"], entry["codec"] = len(self._parts) - 1, self._codecs[codec]
-        part.write(view, offset)
-        # The entry after the bytes: a draft that has the one has the other, unless power fails.
+        part.append(view, offset)
+        # A draft may have the entry and not the bytes: whoever takes it up compares their hash.
         at = self._table_at + step.chunk * ENTRY_NBYTES
         self._parts[0].write(entry.tobytes(), at)
         part.end = offset + len(view)
@@ -273,6 +276,7 @@ class NxfWriter:
         if any(step.codec != "raw" for step in self._steps):
             left = int(left * _COMPRESSED)
         check_space(folder, left)
+        self._write_behind()
 
     def _start_over(self) -> None:
         for part in self._parts[1:]:
@@ -340,6 +344,10 @@ class NxfWriter:
         start = self._nxf.alignment if index else self._header_nbytes
         self._parts.append(Part(name + SUFFIX, start, keep=keep or index == 0))
         return self._parts[-1]
+
+    def _write_behind(self) -> None:
+        if sum(step.nbytes for step in self._steps) >= DIRECT_FROM_NBYTES:
+            self._parts[-1].write_behind()
 
     # -- files ----------------------------------------------------------------------------------
 

@@ -122,7 +122,8 @@ def _verify() -> str:
     found = _VERIFY.get(value, value)
     if found not in ("first", "always", "never"):
         raise UsageError(
-            f"{VERIFY_VARIABLE} is {value!r}", hint="set it to first, always or never, or to nothing"
+            f"{VERIFY_VARIABLE} is {value!r}",
+            hint="set it to first, always or never, or to nothing",
         )
     return found
 

@@ -4,8 +4,8 @@ One small file for each model, beside the hardware profiles: how often routers c
 by the name of the layer's first tensor of experts. With it the cache is filled while nothing else
 is asked of the disk, from the end of loading to the first graph. A file that cannot be read or
 understood is as good as none, and is replaced; one that cannot be written costs a cold start next
-time. Both are logged, neither is an error. Where there is no file, the section `popularity` of an NXF
-is as good: its contents are the same.
+time. Both are logged, neither is an error. Where there is no file, the section `popularity` of an
+NXF is as good: its contents are the same.
 """
 
 from __future__ import annotations

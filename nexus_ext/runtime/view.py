@@ -1,4 +1,4 @@
-"""A GGUF for another program of a model that is stored otherwise: its header, and nothing behind it.
+"""A GGUF for another program, of a model that is stored otherwise: the header and a hole.
 
 The program opens this file; the weights, for which it only has a hole, are read by the backend from
 the NXF (native/include/nexus_view.h). Until the backend is in the program the file ends behind the

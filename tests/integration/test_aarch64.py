@@ -1,4 +1,4 @@
-"""The kernels and the decoder for ARM, compiled by a cross compiler and run under emulation if both are there."""
+"""Kernels and decoder for ARM, cross-compiled and run under emulation, where there are both."""
 
 from __future__ import annotations
 

@@ -290,8 +290,11 @@ def test_a_bit_flipped_in_what_is_stored_as_it_is_is_found(tensor: str, as_it_is
     chunk = chunk_of(as_it_is, tensor)
     assert chunk.codec == "raw"
     flip(as_it_is, chunk.offset + 5)
-    with pytest.raises(FormatError) as failure, streaming(as_it_is) as llm:  # resident ones: at once
-        assert tensor == STREAMED
+    with (
+        pytest.raises(FormatError) as failure,
+        streaming(as_it_is) as llm,
+    ):  # resident ones: at once
+        assert tensor == STREAMED, "what is resident is read and checked at once"
         logits(llm, prompt(4, llm.n_vocab()))
     for part in (tensor, "chunk 0", str(chunk.offset), str(as_it_is)):
         assert part in str(failure.value)

@@ -1,4 +1,4 @@
-"""`nexus quantize` into an NXF: what belongs to the model is in the file, and is used from there."""
+"""`nexus quantize` into an NXF: what belongs to a model is in its file, and used from there."""
 
 from __future__ import annotations
 
