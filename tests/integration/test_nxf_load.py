@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from nexus_ext import Llama
-from nexus_ext.errors import FormatError, ModelChanged, ReadFailed
+from nexus_ext.errors import FormatError, ModelChanged, ReadFailed, UsageError
 from nexus_ext.formats import open_model
 from nexus_ext.formats.nxf_convert import to_nxf
 from nexus_ext.formats.nxf_layout import Order, Rules
