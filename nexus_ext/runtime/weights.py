@@ -52,7 +52,7 @@ class Weights:
     def first_row(self, tensor: TensorInfo) -> bytes:
         """Return the bytes of the first row of a tensor, reading little more than that."""
         if self._reader is None:
-            return self.encoded(tensor)[0].tobytes()
+            return bytes(self.encoded(tensor)[0])
         return self._reader.part(tensor.name, 0, tensor.row_nbytes)
 
     def rows(
