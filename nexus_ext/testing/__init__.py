@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from nexus_ext.testing.loading import load_plugins as load_plugins
     from nexus_ext.testing.loading import use_plugins as use_plugins
     from nexus_ext.testing.plans import expert_plan as expert_plan
+    from nexus_ext.testing.server import scripted_server as scripted_server
     from nexus_ext.testing.synthetic import LlamaDims as LlamaDims
     from nexus_ext.testing.synthetic import MoeDims as MoeDims
     from nexus_ext.testing.synthetic import write_gguf as write_gguf
@@ -55,6 +56,7 @@ _HOME = {
     "load_plugins": "loading",
     "machine": "hardware",
     "recorded_trace": "traces",
+    "scripted_server": "server",
     "synthetic_trace": "traces",
     "use_plugins": "loading",
     "write_gguf": "synthetic",

@@ -31,6 +31,7 @@ from nexus_ext.testing import (
     load_plugins,
     machine,
     recorded_trace,
+    scripted_server,
     synthetic_trace,
     use_plugins,
     write_llama,
@@ -411,6 +412,15 @@ def test_drawn_traces_have_the_statistics_that_are_asked_for() -> None:
         synthetic_trace(1, 8, 9)
 
 
+def test_a_server_answers_as_scripted_and_tells_the_plugins_in_use() -> None:
+    with scripted_server(load_plugins(), answer="wörld") as client:
+        body = {"model": "scripted", "messages": [{"role": "user", "content": "hello"}]}
+        reply = client.post("/v1/chat/completions", json=body).json()
+        assert reply["choices"][0]["message"]["content"] == "wörld"
+        assert client.post("/v1/chat/completions", json={**body, "model": "x"}).status_code == 404
+        assert client.get("/metrics").status_code == 200
+
+
 def test_plugins_is_what_the_kit_hands_out() -> None:
     assert isinstance(load_plugins(), Plugins)
 
@@ -428,7 +438,7 @@ def signature_text(name: str, call: object) -> str:
 
 FUNCTIONS = [
     *("assert_healthy", "assert_same_tokens", "check_codec", "expert_plan", "load_plugins"),
-    *("machine", "recorded_trace", "synthetic_trace", "use_plugins"),
+    *("machine", "recorded_trace", "scripted_server", "synthetic_trace", "use_plugins"),
 ]
 
 
