@@ -13,7 +13,9 @@ from typing import Final, Protocol
 
 from nexus_ext.codecs import RAW, Codecs
 from nexus_ext.errors import FormatError
+from nexus_ext.formats import is_other, open_model
 from nexus_ext.formats.file_read import FileReader
+from nexus_ext.formats.foreign import ForeignSource
 from nexus_ext.formats.gguf import catalog_of, read_parts
 from nexus_ext.formats.gguf_header import Header
 from nexus_ext.formats.nxf import catalog_of_nxf
@@ -51,9 +53,15 @@ class Source(Protocol):
 
 
 def open_source(path: str | os.PathLike[str], codecs: Codecs | None = None) -> Source:
-    """Open a GGUF or an NXF; raises what `open_model` raises."""
+    """Open a model in any container; raises what `open_model` raises."""
     path = os.fspath(path)
-    return NxfSource(path, codecs) if is_nxf(path) else GgufSource(path)
+    if is_nxf(path):
+        return NxfSource(path, codecs)
+    if is_other(path):
+        catalog = open_model(path)
+        if catalog.container != "gguf":
+            return ForeignSource(path, catalog)
+    return GgufSource(path)
 
 
 class GgufSource:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nexus_ext.formats import open_gguf as open_gguf
     from nexus_ext.hardware import HardwareProfile as HardwareProfile
     from nexus_ext.hardware import probe as probe
+    from nexus_ext.hookspecs import PLUGIN_API as PLUGIN_API
     from nexus_ext.hookspecs import hookimpl as hookimpl
     from nexus_ext.include import get_include as get_include
     from nexus_ext.placement import Plan as Plan
@@ -30,6 +31,7 @@ _HOME = {
     "HardwareProfile": "nexus_ext.hardware",
     "Llama": "nexus_ext.runtime",
     "NexusError": "nexus_ext.errors",
+    "PLUGIN_API": "nexus_ext.hookspecs",
     "Plan": "nexus_ext.placement",
     "PlanRequest": "nexus_ext.placement",
     "get_include": "nexus_ext.include",

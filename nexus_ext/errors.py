@@ -112,7 +112,7 @@ class OutputDiffers(NexusError):
 
 
 class PluginError(NexusError, RuntimeError):
-    """A plugin could not be imported or registered, or returned what its hook does not allow."""
+    """A plugin could not be imported or registered, or nobody at all answers a hook."""
 
     code = "plugin"
 

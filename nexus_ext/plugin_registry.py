@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import logging
+import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint
 from typing import Literal
 
@@ -22,10 +23,15 @@ from nexus_ext.policies import BUILTIN_MODULES
 
 GROUP = "nexus_ext"
 LOAD_VARIABLE = "NEXUS_LOAD_PLUGINS"
+API_ATTRIBUTE = "nexus_plugin_api"
 
 _log = logging.getLogger("nexus_ext.plugins")
 
-State = Literal["built-in", "loaded", "disabled", "missing", "failed"]
+State = Literal["active", "overridden", "disabled", "failed", "skipped", "missing"]
+"""active: registered, and used where it is first. overridden: all that it answers, others answer
+before it. disabled: it raised or answered what its hook does not allow. failed: it could not be
+imported or registered. skipped: NEXUS_LOAD_PLUGINS leaves it out, or it needs a newer nexus_ext.
+missing: NEXUS_LOAD_PLUGINS names it, and it is not installed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,16 @@ class PluginRecord:
     state: State
     hooks: tuple[str, ...] = ()  # what it implements
     decides: tuple[str, ...] = ()  # those of its hooks whose answer is the one in use
-    error: str = ""
+    overridden: tuple[str, ...] = ()  # those that it answers, and another plugin before it
+    disabled: tuple[str, ...] = ()  # those that it is not asked any more, since it failed
+    error: str = ""  # the last one
+    builtin: bool = False
+    api: int = hookspecs.PLUGIN_API  # that it was written for
+    seconds: float = field(default=0.0, compare=False)  # that its hooks have taken
+
+
+class TooNew(PluginError):
+    """A plugin needs a newer nexus_ext than this one."""
 
 
 class Registry:
@@ -47,36 +62,61 @@ class Registry:
     def __init__(self, found: Iterable[EntryPoint], selection: str | None) -> None:
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
+        self._lock = threading.Lock()  # of records: hooks are called from several threads
         self._records: dict[str, PluginRecord] = {}
         self._unreachable: list[PluginRecord] = []  # their name belongs to another plugin
         for name in BUILTIN_MODULES:
-            hooks = self._register(importlib.import_module(name), name)
-            self._records[name] = PluginRecord(name, GROUP, __version__, "built-in", hooks)
+            hooks, _ = self._register(importlib.import_module(name), name)
+            self._records[name] = PluginRecord(
+                name, GROUP, __version__, "active", hooks, builtin=True
+            )
         self._register_found(found, parse_selection(selection))
 
     def records(self) -> list[PluginRecord]:
         """Every plugin that was found: built-ins, then by name."""
-        return sorted(
-            (*self._records.values(), *self._unreachable),
-            key=lambda record: (record.state != "built-in", record.name, record.distribution),
-        )
+        with self._lock:
+            return sorted(
+                (*self._records.values(), *self._unreachable),
+                key=lambda record: (not record.builtin, record.name, record.distribution),
+            )
 
     def record(self, name: str) -> PluginRecord:
         return self._records[name]
 
     def note_error(self, name: str, text: str) -> None:
         """Remember the last error of a plugin that was loaded."""
-        self._records[name] = replace(self._records[name], error=text)
+        with self._lock:
+            self._records[name] = replace(self._records[name], error=text)
+
+    def note_time(self, name: str, seconds: float) -> None:
+        """Add to the time that the hooks of a plugin have taken."""
+        with self._lock:
+            record = self._records[name]
+            self._records[name] = replace(record, seconds=record.seconds + seconds)
+
+    def disable(self, name: str, hook: str, text: str) -> bool:
+        """Ask a plugin no more for one hook; False when that was so already."""
+        with self._lock:
+            record = self._records[name]
+            if hook in record.disabled:
+                return False
+            disabled = tuple(sorted((*record.disabled, hook)))
+            self._records[name] = replace(record, disabled=disabled, state="disabled", error=text)
+            return True
 
     def implementations(self, hook: str) -> list[pluggy.HookImpl]:
-        """In the order in which they are asked: the last one registered first."""
+        """Those that are not disabled, in the order in which they are asked."""
         caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
-        return caller.get_hookimpls()[::-1]
+        return [  # pluggy has the one that registered last at the end
+            impl
+            for impl in caller.get_hookimpls()[::-1]
+            if hook not in self._records[impl.plugin_name].disabled
+        ]
 
     def _register_found(self, found: Iterable[EntryPoint], wanted: set[str] | None) -> None:
         loadable: list[EntryPoint] = []
         for entry in sorted(found, key=lambda entry: (entry.name, *_origin(entry))):
-            record = PluginRecord(entry.name, *_origin(entry), "disabled")
+            record = PluginRecord(entry.name, *_origin(entry), "skipped")
             if entry.name in self._records:
                 owner = self._records[entry.name].distribution
                 self._unreachable.append(_failed(record, f"its name is taken by {owner!r}"))
@@ -95,19 +135,22 @@ class Registry:
     def _load(self, entry: EntryPoint, record: PluginRecord) -> PluginRecord:
         # SystemExit too: a module that calls sys.exit() must not end the user's run.
         try:
-            hooks = self._register(entry.load(), entry.name)
+            hooks, api = self._register(entry.load(), entry.name)
+        except TooNew as error:
+            return replace(_failed(record, str(error)), state="skipped")
         except (Exception, SystemExit) as error:
             _log.debug("plugin %r", entry.name, exc_info=True)
             return _failed(record, describe(error))
-        return replace(record, state="loaded", hooks=hooks)
+        return replace(record, state="active", hooks=hooks, api=api)
 
-    def _register(self, plugin: object, name: str) -> tuple[str, ...]:
-        """Register and return the names of the hooks, or leave no trace and raise."""
+    def _register(self, plugin: object, name: str) -> tuple[tuple[str, ...], int]:
+        """Register and return the hooks and the API version, or leave no trace and raise."""
+        api = api_of(plugin)
         try:
             self._manager.register(plugin, name=name)
             callers = self._manager.get_hookcallers(plugin) or []
             if not callers:
-                raise PluginError(f"{plugin!r} implements no hook of {GROUP}")
+                raise PluginError(f"{show(plugin)} implements no hook of {GROUP}")
             for caller in callers:
                 if not caller.has_spec():
                     raise PluginError(f"{caller.name!r} is not a hook of {GROUP} {__version__}")
@@ -120,7 +163,23 @@ class Registry:
             raise
         hooks = tuple(sorted(caller.name for caller in callers))
         _log.debug("registered %s: %s", name, ", ".join(hooks))
-        return hooks
+        return hooks, api
+
+
+def api_of(plugin: object) -> int:
+    """Return the version of the hooks that a plugin was written for; 1 when it does not say.
+
+    Raises TooNew, and PluginError for what is no version.
+    """
+    api = getattr(plugin, API_ATTRIBUTE, 1)
+    if type(api) is not int or api < 1:
+        raise PluginError(f"{API_ATTRIBUTE} is {show(api)}, which is no version: 1, 2, ...")
+    if api > hookspecs.PLUGIN_API:
+        raise TooNew(
+            f"it needs version {api} of the plugin API, and {GROUP} {__version__} has "
+            f"{hookspecs.PLUGIN_API}: update {GROUP}, or install an older version of the plugin"
+        )
+    return api
 
 
 def parse_selection(selection: str | None) -> set[str] | None:
@@ -131,8 +190,22 @@ def parse_selection(selection: str | None) -> set[str] | None:
     return set() if names == {"none"} else names
 
 
+def show(value: object) -> str:
+    """Return a short text for a value of a plugin, whose own `repr` may be anything."""
+    try:
+        text = repr(value)
+    except Exception as error:
+        return f"a {type(value).__name__} whose repr raises {type(error).__name__}"
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
 def describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    """Return the class and the text of an error, whose own `str` may be anything."""
+    try:
+        text = str(error)
+    except Exception:
+        text = "(it has no text)"
+    return f"{type(error).__name__}: {text}"
 
 
 def _failed(record: PluginRecord, text: str) -> PluginRecord:

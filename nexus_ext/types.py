@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, Protocol
+from typing import Protocol
 
 
 class Role(str, Enum):
@@ -168,7 +168,7 @@ class Catalog:
     header: bytes
     virtual_offsets: tuple[int, ...]
     virtual_nbytes: int
-    container: Literal["gguf", "nxf"] = "gguf"
+    container: str = "gguf"  # or "nxf", or the name of a plugin's reader
     chunks: ChunkTable | None = None  # None where tensors lie in the files as they are
 
     @property

@@ -13,7 +13,7 @@ import click
 from nexus_ext.cli.live import Live
 from nexus_ext.cli.options import SIZE, output_options
 from nexus_ext.cli.output import Output
-from nexus_ext.errors import UsageError
+from nexus_ext.errors import NexusError, UsageError
 from nexus_ext.units import format_bytes
 
 if TYPE_CHECKING:
@@ -135,7 +135,18 @@ def convert(
         sections=tuple(parse_section(section) for section in sections),
         without=without,
     )
-    kinds = (kind_of_source(source), kind_of_target(target))
+    source_kind = kind_of_source(source)
+    live = Live(output)
+    start_s = time.monotonic()
+    if source_kind != "folder" and not is_ours(target) and not (sections or without):
+        from nexus_ext.cli.convert_other import to_other
+
+        written = to_other(source, target, wishes, Meter(live))
+        if written is not None:
+            live.clear()
+            show(output, written, time.monotonic() - start_s, tensors=tensors)
+            return
+    kinds = (source_kind, kind_of_target(target))
     if (sections or without) and (kinds[0] == "folder" or kinds[1] != "nxf"):
         raise UsageError(
             f"{source} ({kinds[0]}) to {target} ({kinds[1]}): sections go from a GGUF or an NXF "
@@ -157,20 +168,34 @@ def convert(
             f"there is no conversion of {source} ({kinds[0]}) to {target} ({kinds[1]})",
             hint=f"There are: {known}.",
         )
-    live = Live(output)
-    start_s = time.monotonic()
     report = converter(source, target, wishes, Meter(live))
     live.clear()
     show(output, report, time.monotonic() - start_s, tensors=tensors)
 
 
 def kind_of_source(path: str) -> str:
-    """Return "nxf" or "gguf" by how the file starts, "folder" for a directory."""
+    """Return "nxf" or "gguf" by how the file starts, "folder" for a directory of the hub.
+
+    "other" is what a plugin reads.
+    """
+    from nexus_ext.formats import is_other, open_model
     from nexus_ext.formats.nxf_file import is_nxf
 
+    if os.path.isfile(os.path.join(path, "config.json")):
+        return "folder"
+    if is_other(path):
+        try:
+            return "gguf" if open_model(path).container == "gguf" else "other"
+        except NexusError:  # nobody reads it: what it is taken for says why
+            pass
     if os.path.isdir(path):
         return "folder"
     return "nxf" if is_nxf(path) else "gguf"
+
+
+def is_ours(target: str) -> bool:
+    """Tell whether the ending of `target` is one of ours, or it is a directory."""
+    return os.path.isdir(target) or target.lower().endswith((".gguf", ".nxf"))
 
 
 def kind_of_target(path: str) -> str:
@@ -180,8 +205,11 @@ def kind_of_target(path: str) -> str:
         return kind
     if os.path.isdir(path):
         return "gguf"
+    from nexus_ext.plugins.containers import suffixes
+
+    known = ", ".join((".nxf", ".gguf", *suffixes()))
     raise UsageError(
-        f"{path}: the ending does not say what it shall become", hint="Name it .nxf or .gguf."
+        f"{path}: the ending does not say what it shall become", hint=f"Name it one of {known}."
     )
 
 
@@ -247,11 +275,19 @@ def _to_gguf(source: str, target: str, wishes: Wishes, meter: Meter) -> Report:
         opened.close()
 
 
+def _other_to_gguf(source: str, target: str, wishes: Wishes, meter: Meter) -> Report:
+    from nexus_ext.cli.convert_other import other_to_gguf
+
+    return other_to_gguf(source, target, wishes, meter)
+
+
 Converter = Callable[[str, str, Wishes, Meter], "Report"]
 CONVERTERS: dict[tuple[str, str], Converter] = {
     ("gguf", "nxf"): to_nxf,
     ("nxf", "nxf"): to_nxf,
     ("nxf", "gguf"): _to_gguf,
+    ("other", "nxf"): to_nxf,
+    ("other", "gguf"): _other_to_gguf,
 }
 
 

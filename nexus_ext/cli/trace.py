@@ -234,6 +234,8 @@ def record(
     n_used = [0] * len(layers)
     passes: list[int] = []
     n_tokens = 0
+    if llm.nexus.router_watch is not None:
+        llm.nexus.router_watch.stop()  # a plugin's: what it takes, the trace would miss
     model.record_routing(True, predictions=predictions is not None)
     for n_evaluated in _run(llm, text, n_ctx, n_predict):
         n_tokens += n_evaluated

@@ -227,3 +227,72 @@ def _joined(steps: list[Step]) -> tuple[Step, ...]:
         freed = step.freed_bytes + (before.freed_bytes if before else 0)
         joined[step.name] = Step(step.name, step.resident, freed)
     return tuple(joined.values())
+
+
+def faults_of_steps(
+    memory: Memory, steps: object, wanted_bytes: int, name: str, *, unload: bool = True
+) -> str:
+    """Return what is wrong with somebody else's answer to `make_room`; "" if nothing is.
+
+    The rules that nobody may break are checked, not how well the choice was made.
+    """
+    if not isinstance(steps, tuple):
+        return f"returned a {type(steps).__name__} instead of a tuple of steps"
+    seen: set[str] = set()
+    for step in steps:
+        fault = _fault_of_step(memory, step, name, unload=unload)
+        if fault or step.name in seen:
+            return fault or f"takes from {step.name} twice"
+        seen.add(step.name)
+    free = apply(memory, steps).free_bytes
+    if free < wanted_bytes:
+        return f"frees {free} bytes, {wanted_bytes} are wanted"
+    return ""
+
+
+def faults_of_activation(memory: Memory, activation: object, name: str) -> str:
+    """Return what is wrong with somebody else's answer to `activate`; "" if nothing is."""
+    if not isinstance(activation, Activation):
+        return f"returned a {type(activation).__name__} instead of an Activation"
+    target, n = memory.holder(name), activation.resident
+    if type(n) is not int or not target.resident <= n <= len(target.units):
+        return f"gives {name} {n!r} of {len(target.units)} units; it has {target.resident}"
+    more = sum(target.units[target.resident : n])
+    if not target.loaded:
+        more += target.fixed_bytes
+    elif not more:  # nothing is wanted: what is over the budget already may stay so
+        more = min(0, memory.free_bytes)
+    fault = faults_of_steps(memory, activation.steps, more, name, unload=not target.loaded)
+    if fault or target.loaded:
+        return fault
+    if any(target.gpu_bytes[len(memory.gpu_budgets) :]):
+        return f"puts {name} on a GPU that there is not"
+    for number, free in enumerate(apply(memory, activation.steps).gpu_free):
+        if free < target.on_gpu(number):
+            return f"leaves {free} bytes of GPU {number}, {target.on_gpu(number)} are wanted"
+    return ""
+
+
+def _fault_of_step(memory: Memory, step: object, name: str, *, unload: bool) -> str:
+    if not isinstance(step, Step):
+        return f"returned a {type(step).__name__} among the steps"
+    holder = next((h for h in memory.holders if h.name == step.name), None)
+    if holder is None or not holder.loaded:
+        return f"takes from {step.name!r}, which holds nothing"
+    if holder.name == name:
+        return f"takes from {name} what is for {name}"
+    if holder.in_use or holder.pinned:
+        return f"takes from {holder.name}, which is {'in use' if holder.in_use else 'pinned'}"
+    if step.resident is None:
+        freed = holder.held_bytes
+        if not unload or holder.share_bytes:
+            return f"unloads {holder.name}, which must stay loaded"
+    elif type(step.resident) is not int or not 0 <= step.resident < holder.resident:
+        return f"leaves {holder.name} {step.resident!r} units; it has {holder.resident}"
+    else:
+        freed = sum(holder.units[step.resident : holder.resident])
+        if holder.held_bytes - freed < holder.share_bytes:
+            return f"takes from {holder.name} a part of its share"
+    if step.freed_bytes != freed:
+        return f"counts {step.freed_bytes!r} bytes of {holder.name}, which are {freed}"
+    return ""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from nexus_ext.errors import DoesNotFit, Interrupted, ModelClosed
-from nexus_ext.multiplexer import eviction
+from nexus_ext.multiplexer import announce, deciding, eviction
 from nexus_ext.multiplexer.entry import Entry
 from nexus_ext.multiplexer.events import EventLog
 from nexus_ext.multiplexer.loader import Loader, Outcome
@@ -102,7 +102,7 @@ class Keeper:
         for ever.
         """
         memory = self.memory()
-        found = eviction.activate(memory, entry.name)
+        found = deciding.activate(memory, entry.name)
         if found is None:
             self._blocked(entry, memory, now)
             return False
@@ -120,7 +120,7 @@ class Keeper:
     def _meet(self, claim: Claim, now: int) -> None:
         """Make room for a claim, if that is possible now."""
         memory = self.memory()
-        steps = eviction.make_room(memory, claim.nbytes, "")
+        steps = deciding.make_room(memory, claim.nbytes, "")
         if steps is None and eviction.make_room(_all_idle(memory), claim.nbytes, "") is not None:
             claim.is_old = now - claim.since_ns >= self.settings.patience_s * 1e9
             return
@@ -179,6 +179,7 @@ class Keeper:
         held = entry.holder(in_use=False).fixed_bytes + sum(entry.units[: entry.resident])
         begin = time.monotonic_ns()
         saved = runner.close()
+        announce.tell_closed(entry)
         entry.resident, entry.settled = 0, False
         ns = time.monotonic_ns() - begin
         if saved:
@@ -201,6 +202,7 @@ class Keeper:
         if fresh:
             fixed = entry.plan.sizes.total
             self.log.add("load", entry.name, "opened", nbytes=fixed, ns=outcome.open_ns)
+            announce.tell_loaded(entry)
         if outcome.nbytes:
             units = f"{entry.resident} of {len(entry.units)} units resident"
             self.log.add("restore", entry.name, units, nbytes=outcome.nbytes, ns=outcome.read_ns)
@@ -233,7 +235,7 @@ class Keeper:
                 replace(h, in_use=h.in_use or not running or now - h.last_used_ns < _SETTLE_NS)
                 for h in memory.holders
             )
-            found = eviction.activate(replace(memory, holders=holders), entry.name)
+            found = deciding.activate(replace(memory, holders=holders), entry.name)
             if found is None or found.resident <= entry.resident:
                 continue
             self.give_up(found.steps, f"for {entry.name}, which streams")

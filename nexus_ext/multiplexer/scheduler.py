@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from nexus_ext.errors import DoesNotFit, Interrupted, ModelClosed, NexusError
-from nexus_ext.multiplexer import eviction
+from nexus_ext.multiplexer import deciding
 from nexus_ext.multiplexer.api import Overloaded
 from nexus_ext.multiplexer.embedding import EmbedJob, embed, embed_bytes
 from nexus_ext.multiplexer.entry import Entry
@@ -320,7 +320,7 @@ class Scheduler:
         assert entry.runner is not None
         tokens = job.prompts[len(job.vectors)]
         need = embed_bytes(entry.plan, len(tokens))
-        steps = eviction.make_room(self.keeper.memory(), need, entry.name)
+        steps = deciding.make_room(self.keeper.memory(), need, entry.name)
         try:
             if steps is None:
                 raise Overloaded(

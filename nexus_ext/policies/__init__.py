@@ -11,15 +11,35 @@ from nexus_ext.policies.base import (
     CacheInfo,
     CachePolicy,
     CachePolicyName,
+    EvictionPolicy,
     ExpertPredictor,
     IoInfo,
     IoMode,
     IoPolicy,
-    ModelInfo,
     PlacementSolver,
     PredictorChoice,
     PredictorName,
+    QuantizationAllocator,
+)
+from nexus_ext.policies.extensions import (
+    FormatReader,
+    FormatWriter,
+    KernelInfo,
+    KernelProvider,
+    MetricsCollector,
+    ModelStore,
+    Progress,
+    ServerInfo,
+    StorePlaces,
+)
+from nexus_ext.policies.observed import (
+    LayerRouting,
+    ModelInfo,
+    Outcome,
     RequestInfo,
+    RequestStart,
+    RouterObserver,
+    Routing,
 )
 from nexus_ext.policies.native import (
     EvictionAsk,
@@ -28,11 +48,16 @@ from nexus_ext.policies.native import (
     NativePolicy,
 )
 
+# Registered in this order. Those of higher layers are named and not imported from here.
 BUILTIN_MODULES = (
+    "nexus_ext.policies.allocation",
     "nexus_ext.policies.cache",
     "nexus_ext.policies.io",
     "nexus_ext.policies.placement",
     "nexus_ext.policies.prediction",
+    "nexus_ext.multiplexer.eviction_policy",
+    "nexus_ext.store.lm_studio",
+    "nexus_ext.store.ollama",
 )
 
 __all__ = [
@@ -42,16 +67,32 @@ __all__ = [
     "CachePolicy",
     "CachePolicyName",
     "EvictionAsk",
+    "EvictionPolicy",
     "ExpertPredictor",
+    "FormatReader",
+    "FormatWriter",
     "IoInfo",
     "IoMode",
     "IoPolicy",
+    "KernelInfo",
+    "KernelProvider",
     "LayerCachePolicy",
     "LayerPredictor",
+    "LayerRouting",
+    "MetricsCollector",
     "ModelInfo",
+    "ModelStore",
     "NativePolicy",
+    "Outcome",
     "PlacementSolver",
     "PredictorChoice",
     "PredictorName",
+    "Progress",
+    "QuantizationAllocator",
     "RequestInfo",
+    "RequestStart",
+    "RouterObserver",
+    "Routing",
+    "ServerInfo",
+    "StorePlaces",
 ]

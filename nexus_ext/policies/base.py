@@ -1,11 +1,13 @@
-"""What goes through the hooks: the facts that a policy is given, and the shape of a policy.
+"""The decisions that a plugin can take: the facts that a policy is given, and its shape.
 
-Values and protocols only. A policy is an object that is asked once, when a model is loaded; what
-it returns is data, so that no Python runs while tokens are computed.
+Values and protocols only. A policy is an object that a hook returns once; it is asked when there is
+something to decide, never while a token is computed, and what it returns is data. An answer that
+its docstring does not allow disables the policy by name, and the built-in takes over.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -13,7 +15,9 @@ from nexus_ext.policies.native import LayerCachePolicy, LayerPredictor, NativePo
 
 if TYPE_CHECKING:
     from nexus_ext.hardware.profile import HardwareProfile
+    from nexus_ext.multiplexer.eviction import Activation, Memory, Step
     from nexus_ext.placement import Plan, PlanRequest
+    from nexus_ext.quality.allocation import Allocation, Item
     from nexus_ext.types import Catalog
 
 IoMode = Literal["direct", "buffered"]
@@ -43,30 +47,6 @@ class CacheInfo:
     slots: int  # of a layer
 
 
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """A model that was loaded, as the lifecycle hooks see it."""
-
-    path: str
-    fingerprint: str
-    architecture: str
-    resident_bytes: int  # weights and pools in memory
-    streamed_bytes_per_token: int  # 0 when everything fits
-    io_mode: IoMode | None  # None when nothing is streamed
-
-
-@dataclass(frozen=True, slots=True)
-class RequestInfo:
-    """One finished request."""
-
-    model: ModelInfo
-    n_prompt_tokens: int
-    n_tokens: int  # generated
-    prefill_ns: int
-    decode_ns: int
-    read_bytes: int  # from the disk, over the whole request
-
-
 @runtime_checkable
 class PlacementSolver(Protocol):
     """Decides which tensor lives in which memory."""
@@ -76,7 +56,8 @@ class PlacementSolver(Protocol):
     def solve(self, catalog: Catalog, hardware: HardwareProfile, request: PlanRequest) -> Plan:
         """Return a plan for this catalog that keeps to the request's budget.
 
-        Raises DoesNotFit when there is none. The same arguments give the same plan.
+        Raises DoesNotFit when there is none; the next solver is then asked. The same arguments give
+        the same plan.
         """
         ...
 
@@ -111,4 +92,40 @@ class ExpertPredictor(Protocol):
 
     def choose(self, info: CacheInfo) -> PredictorChoice:
         """Return the name of a native predictor ("auto" is on only while it helps), or one."""
+        ...
+
+
+@runtime_checkable
+class EvictionPolicy(Protocol):
+    """Decides which model of the multiplexer gives up memory for which."""
+
+    name: str
+
+    def activate(self, memory: Memory, name: str) -> Activation | None:
+        """Return how the holder `name` comes to memory; None: what it needs is in use.
+
+        `steps` free what its fixed part and its first `resident` units take beyond what is free.
+        What is in use or pinned gives up nothing, nobody goes below its share, and holders with a
+        share stay loaded. For units, only units of others go.
+        """
+        ...
+
+    def make_room(
+        self, memory: Memory, wanted_bytes: int, name: str, *, unload: bool = True
+    ) -> tuple[Step, ...] | None:
+        """Return the steps after which `wanted_bytes` are free for `name`; None: impossible.
+
+        Without `unload` only units may go, no whole model.
+        """
+        ...
+
+
+@runtime_checkable
+class QuantizationAllocator(Protocol):
+    """Decides which type each tensor is quantized to."""
+
+    name: str
+
+    def allocate(self, items: Sequence[Item], budget_nbytes: int) -> Allocation:
+        """Return one type of its menu for each item, together at most `budget_nbytes`."""
         ...

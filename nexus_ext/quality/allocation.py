@@ -145,3 +145,26 @@ def allocate(items: Sequence[Item], budget_nbytes: int) -> Allocation:
     found = _result(items, picked)
     # Tolerances may let the sum pass the budget by a byte or two; the relaxed answer never does.
     return found if found.nbytes <= budget_nbytes and found.loss <= start.loss else start
+
+
+def checked(answer: object, items: Sequence[Item], budget_nbytes: int) -> Allocation:
+    """Return somebody else's allocation with its sums counted anew.
+
+    Raises ValueError, whose text says what is wrong with it.
+    """
+    if not isinstance(answer, Allocation):
+        raise ValueError(f"returned a {type(answer).__name__}, which is no Allocation")
+    picked = []
+    for item in items:
+        name = answer.types.get(item.name)
+        choice = next((c for c in item.choices if c.type_name == name), None)
+        if choice is None:
+            known = ", ".join(c.type_name for c in item.choices)
+            raise ValueError(f"gives {item.name} a type that is none of {known}")
+        picked.append(choice)
+    if len(answer.types) != len(items):
+        raise ValueError(f"gives types to {len(answer.types)} tensors, there are {len(items)}")
+    found = _result(items, picked)
+    if found.nbytes > budget_nbytes:
+        raise ValueError(f"takes {found.nbytes} bytes, {budget_nbytes} are allowed")
+    return found

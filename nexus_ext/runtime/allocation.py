@@ -1,7 +1,7 @@
 """From a model, a calibration text and a size to a type for each tensor.
 
 Puts together what others do: which tensors llama.cpp would quantize (`quantize`), what each type
-costs each of them (`sensitivity`), and the choice (`quality.allocation`).
+costs each of them (`sensitivity`), and the choice (`quality.allocation`, or a plugin's).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Literal
 from nexus_ext.errors import UsageError
 from nexus_ext.formats import open_gguf
 from nexus_ext.formats.ggml_types import GgmlType
-from nexus_ext.quality.allocation import Allocation, Choice, Item, allocate
+from nexus_ext.plugins import plugins
+from nexus_ext.quality.allocation import Allocation, Choice, Item
 from nexus_ext.quality.importance import ImportanceMatrix
 from nexus_ext.runtime.quantize import planned_types, type_named, weights_in
 from nexus_ext.runtime.sensitivity import (
@@ -62,7 +63,7 @@ class Measured:
 
     def allocation(self, bits_per_weight: float) -> Allocation:
         """Return the types for a size in bits per weight of the whole model."""
-        return allocate(self.items(), self.budget_nbytes(bits_per_weight))
+        return plugins().allocate(self.items(), self.budget_nbytes(bits_per_weight))
 
     def budget_nbytes(self, bits_per_weight: float) -> int:
         """Return what is left for the quantized tensors. UsageError when that is nothing."""

@@ -331,7 +331,7 @@ def _result(
 
 def _hooked(planned: Planned) -> bool:
     """Whether anything of ours runs: what fits is left to llama.cpp as it comes."""
-    return not planned.plan.everything_fits or planned.catalog.chunks is not None
+    return not planned.plan.everything_fits or planned.catalog.container != "gguf"
 
 
 def summarize(side: Side, runs: tuple[Run, ...]) -> Summary:

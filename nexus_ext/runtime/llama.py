@@ -24,7 +24,7 @@ from nexus_ext.errors import FormatError, Interrupted, ModelClosed, NexusError, 
 from nexus_ext.formats.residuals import read_residuals
 from nexus_ext.placement import Pin, Plan, PlanRequest
 from nexus_ext.plugins import plugins
-from nexus_ext.policies import ModelInfo, RequestInfo
+from nexus_ext.policies import ModelInfo
 from nexus_ext.runtime.amx import amx_works
 from nexus_ext.runtime.loading import loads
 from nexus_ext.runtime.manifest import manifest
@@ -35,6 +35,7 @@ from nexus_ext.runtime.planning import Planned
 from nexus_ext.runtime.popularity import WarmStart, wanted
 from nexus_ext.runtime.residual import Residuals, plan_with_room
 from nexus_ext.runtime.stats import RunStats
+from nexus_ext.runtime.watching import RequestWatch, RouterWatch, watch_routers
 from nexus_ext.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class NexusHandle:
         self.plan = planned.plan
         self.io_mode = planned.io_mode
         self.paged = paged
+        self.router_watch: RouterWatch | None = None
         self.info = ModelInfo(
             path=path,
             fingerprint=self.catalog.fingerprint,
@@ -221,8 +223,8 @@ class Llama(llama_cpp.Llama):
         catalog, tiers = planned.catalog, planned.plan.tiers
         kernels = usable_mode(kernels)
         ours = own_types((t for t in catalog.tensors if tiers[t.name] in PAGED_TIERS), kernels)
-        # llama.cpp alone cannot open an NXF, whatever fits.
-        alone = planned.plan.everything_fits and not catalog.chunks
+        # llama.cpp alone opens nothing but GGUF, whatever fits.
+        alone = planned.plan.everything_fits and catalog.container == "gguf"
         if ours or table or pin_cores or not alone:
             device = kernels == "opencl"
             paged = PagedModel(
@@ -251,6 +253,8 @@ class Llama(llama_cpp.Llama):
                 residuals.start(self, residual_share)
             if paged is not None and planned.plan.expert_caches and wanted(warm_start):
                 paged.start_warm()
+            if model is not None and catalog.shape.n_experts:
+                handle.router_watch = watch_routers(model, catalog, handle.info, self.n_batch)
         except BaseException:
             self._nexus = None  # nobody was told of it: nobody is told that it is closed
             self._free(paged)
@@ -285,43 +289,40 @@ class Llama(llama_cpp.Llama):
                     if named is not None:
                         raise named from error
                     raise
+            watch = self._nexus.router_watch if self._nexus is not None else None
+            if watch is not None:
+                watch.tell()
 
         return guarded
 
     def generate(
         self, tokens: Sequence[int], *args: Any, **kwargs: Any
     ) -> Generator[int, Sequence[int] | None, None]:
-        """As `llama_cpp.Llama.generate`; tells the plugins when the request is done."""
+        """As `llama_cpp.Llama.generate`; tells the plugins when the request starts and ends."""
         handle = self.nexus
-        begin = first = time.perf_counter_ns()
-        read_before = handle.model.stats().bytes_read if handle.model else 0
-        n_tokens = 0
+        read_bytes = handle.model.stats().bytes_read if handle.model else 0
+        watch = RequestWatch(handle.info, len(tokens), read_bytes)
         inner = super().generate(tokens, *args, **kwargs)
+        failure: BaseException | None = None
         try:
             token = next(inner, None)
-            first = time.perf_counter_ns()
+            watch.first_ns = time.perf_counter_ns()
             while token is not None:
-                n_tokens += 1
+                watch.n_tokens += 1
                 sent = yield token
                 token = next(inner, None) if sent is None else inner.send(sent)
-        except StopIteration:
+        except (StopIteration, GeneratorExit):  # no more, or no more are wanted
             return
+        except BaseException as error:
+            failure = error
+            raise
         finally:
             inner.close()
             # The model may have been closed while the generator was suspended.
-            read = handle.model.stats().bytes_read - read_before if handle.model else 0
             if handle.paged is not None:
                 handle.paged.tell_failures()
-            plugins().request_done(
-                RequestInfo(
-                    model=handle.info,
-                    n_prompt_tokens=len(tokens),
-                    n_tokens=n_tokens,
-                    prefill_ns=first - begin,
-                    decode_ns=time.perf_counter_ns() - first,
-                    read_bytes=read,
-                )
-            )
+            read_bytes = handle.model.stats().bytes_read if handle.model else watch.read_before
+            watch.end(read_bytes, failure)
 
     def close(self) -> None:
         """Give back every byte. The object cannot be used any more."""

@@ -40,7 +40,7 @@ def stock_llama(path: str, *, repack: bool = False, **arguments: Any) -> Any:
 @contextlib.contextmanager
 def _decoded(path: str) -> Iterator[core.Model | None]:
     catalog = open_model(path)
-    if catalog.chunks is None:
+    if catalog.container == "gguf":
         yield None
         return
     tiers = {tensor.name: "host" for tensor in catalog.tensors}

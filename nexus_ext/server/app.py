@@ -18,11 +18,13 @@ from starlette.routing import Route
 
 from nexus_ext.errors import NexusError
 from nexus_ext.multiplexer.api import Engine
+from nexus_ext.plugins import plugins
 from nexus_ext.server.config import Config
 from nexus_ext.server.endpoints import ENDPOINTS
 from nexus_ext.server.errors import HttpError
 from nexus_ext.server.guard import Guard
 from nexus_ext.server.http import Counter, api_of, error_response
+from nexus_ext.server.plugin_routes import plugin_routes
 from nexus_ext.server.service import Service
 from nexus_ext.store import Library
 
@@ -43,6 +45,7 @@ def create_app(engine: Engine, library: Library, config: Config | None = None) -
         )
         for endpoint in ENDPOINTS
     ]
+    added = plugin_routes(routes)
     middleware = [Middleware(Guard, config=config.server)]
     if config.server.cors_origins:
         cors = Middleware(
@@ -62,9 +65,10 @@ def create_app(engine: Engine, library: Library, config: Config | None = None) -
             loading.cancel()
             await asyncio.gather(loading, return_exceptions=True)
             await engine.close()
+            await asyncio.to_thread(plugins().wait_for_observers)
 
     app = Starlette(
-        routes=routes,
+        routes=[*routes, *added],
         middleware=middleware,
         lifespan=lifespan,
         exception_handlers={HTTPException: _http_exception},

@@ -17,6 +17,7 @@ from typing import cast
 from nexus_ext.errors import Interrupted
 from nexus_ext.multiplexer.api import Done, GenerateRequest, Piece
 from nexus_ext.server.errors import TimeLimit
+from nexus_ext.server.lifecycle import Lifecycle
 from nexus_ext.server.service import Service
 
 _log = logging.getLogger("nexus_ext.server")
@@ -79,23 +80,35 @@ async def generate(
     if server.log_prompts:
         prompt = await service.engine.detokenize(request.model, request.prompt)
         _log.info("prompt for %s: %r", request.model, prompt)
-    made = service.engine.generate(request, keep_alive_s=keep_alive_s)
-    # The protocol promises that closing stops it: engines are generators.
-    async with aclosing(cast("AsyncGenerator[Piece | Done, None]", made)) as events:
-        async for event in events:
-            if isinstance(event, Done):
-                service.metrics.generated(request.model, event)
-                if event.reason == "abort":
-                    raise Interrupted(
-                        "the engine gave this request up",
-                        hint="ask again: it is shutting down or the model was unloaded",
+    lifecycle = Lifecycle(service, request)
+    lifecycle.start()
+    done: Done | None = None
+    failure: BaseException | None = None
+    try:
+        made = service.engine.generate(request, keep_alive_s=keep_alive_s)
+        # The protocol promises that closing stops it: engines are generators.
+        async with aclosing(cast("AsyncGenerator[Piece | Done, None]", made)) as events:
+            async for event in events:
+                if isinstance(event, Done):
+                    done = event
+                    service.metrics.generated(request.model, event)
+                    if event.reason == "abort":
+                        raise Interrupted(
+                            "the engine gave this request up",
+                            hint="ask again: it is shutting down or the model was unloaded",
+                        )
+                elif time.monotonic() > end:
+                    raise TimeLimit(
+                        f"the answer took longer than {server.request_timeout_s:g} s",
+                        hint="ask for fewer tokens, or raise request_timeout_s in the "
+                        "configuration",
                     )
-            elif time.monotonic() > end:
-                raise TimeLimit(
-                    f"the answer took longer than {server.request_timeout_s:g} s",
-                    hint="ask for fewer tokens, or raise request_timeout_s in the configuration",
-                )
-            yield event
+                yield event
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        lifecycle.end(done, failure)
 
 
 def _numbered(request: GenerateRequest, number: int) -> GenerateRequest:

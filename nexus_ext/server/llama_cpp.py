@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Literal
 
 from starlette.responses import JSONResponse, Response
@@ -10,6 +11,7 @@ from nexus_ext._version import __version__
 from nexus_ext.server.errors import HttpError
 from nexus_ext.server.http import Body, Reply
 from nexus_ext.server.metrics import CONTENT_TYPE
+from nexus_ext.server.plugin_metrics import plugin_metrics
 from nexus_ext.server.service import Service
 
 
@@ -123,4 +125,5 @@ async def detokenize(service: Service, body: DetokenizeBody) -> Response:
 
 async def metrics(service: Service, _: Any) -> Response:
     text = service.metrics.text(service.engine.status(), service.engine.budget())
-    return Response(text, media_type=CONTENT_TYPE)
+    added = await asyncio.to_thread(plugin_metrics, service.metrics.names())
+    return Response(text + added, media_type=CONTENT_TYPE)

@@ -93,3 +93,7 @@ class Metrics:
             self._slots.labels(model.name, "running").set(model.n_running)
             self._slots.labels(model.name, "waiting").set(model.n_waiting)
         return generate_latest(self.registry)
+
+    def names(self) -> set[str]:
+        """Return the names of all metrics here."""
+        return {metric.name for metric in self.registry.collect()}

@@ -1,4 +1,4 @@
-"""All models that a name can lead to: our own store first, then Ollama's, then LM Studio's."""
+"""All models that a name can lead to: our own store first, then Ollama's, LM Studio's, plugins'."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nexus_ext.errors import ModelNotFound, NexusError, UsageError
-from nexus_ext.store.lm_studio import LmStudioStore
+from nexus_ext.policies import StorePlaces
 from nexus_ext.store.model import ModelSource, StoredModel
 from nexus_ext.store.names import ModelName
-from nexus_ext.store.ollama import OllamaStore
+from nexus_ext.store.others import other_stores
 from nexus_ext.store.own import OwnStore
 
 _log = logging.getLogger("nexus_ext.store")
@@ -24,30 +24,6 @@ def default_root(environment: Mapping[str, str] = os.environ) -> Path:
         return Path(named)
     data = environment.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
     return Path(data) / "nexus" / "models"
-
-
-def ollama_root(environment: Mapping[str, str] = os.environ) -> Path | None:
-    """Return where Ollama keeps its models on this machine, None where it has none."""
-    if named := environment.get("OLLAMA_MODELS"):
-        return Path(named)
-    home = Path(os.path.expanduser("~/.ollama/models"))
-    return _first((home, Path("/usr/share/ollama/.ollama/models")))
-
-
-def lm_studio_root() -> Path | None:
-    """Return where LM Studio keeps its models on this machine, None where it has none."""
-    places = ("~/.lmstudio/models", "~/.cache/lm-studio/models")
-    return _first(tuple(Path(os.path.expanduser(place)) for place in places))
-
-
-def _first(places: tuple[Path, ...]) -> Path | None:
-    for place in places:
-        try:
-            if place.is_dir():
-                return place
-        except PermissionError:  # the store of another user
-            continue
-    return None
 
 
 class Library:
@@ -65,15 +41,12 @@ class Library:
         ollama: str | os.PathLike[str] | None = None,
         lm_studio: str | os.PathLike[str] | None = None,
     ) -> Library:
-        """Open the stores at these places; None: where they are by default, "": none."""
-        found_ollama = ollama_root() if ollama is None else ollama
-        found_lm_studio = lm_studio_root() if lm_studio is None else lm_studio
-        others: list[ModelSource] = []
-        if found_ollama:
-            others.append(OllamaStore(found_ollama))
-        if found_lm_studio:
-            others.append(LmStudioStore(found_lm_studio))
-        return cls(OwnStore(root or default_root()), others)
+        """Open the stores at these places; None: where they are by default, "": none.
+
+        Stores of plugins come last: they add names and take none away.
+        """
+        places = StorePlaces(_text(ollama), _text(lm_studio))
+        return cls(OwnStore(root or default_root()), other_stores(places))
 
     def find(self, name: str | ModelName) -> StoredModel:
         """Return the model of that name. Raises ModelNotFound, or FormatError if it is broken."""
@@ -105,3 +78,7 @@ class Library:
             except (NexusError, OSError) as error:
                 _log.warning("%s is left out: %s", name, error)
         return found
+
+
+def _text(place: str | os.PathLike[str] | None) -> str | None:
+    return None if place is None else os.fspath(place)

@@ -13,7 +13,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from nexus_ext.store.model import StoredModel
+from nexus_ext.hookspecs import hookimpl
+from nexus_ext.policies.extensions import ModelStore, StorePlaces
+from nexus_ext.store.model import StoredModel, first_folder
 from nexus_ext.store.names import ModelName, as_part
 
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})", re.ASCII)
@@ -21,6 +23,8 @@ _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})", re.ASCII)
 
 class LmStudioStore:
     """Models that LM Studio has downloaded."""
+
+    name = "lm-studio"
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
@@ -64,3 +68,15 @@ class LmStudioStore:
             if split is not None:
                 files = sorted(file.parent.glob(f"{glob.escape(stem)}-*-of-{split[3]}.gguf"))
             yield name, files
+
+
+def default_root() -> Path | None:
+    """Return where LM Studio keeps its models on this machine, None where it has none."""
+    places = ("~/.lmstudio/models", "~/.cache/lm-studio/models")
+    return first_folder(tuple(Path(os.path.expanduser(place)) for place in places))
+
+
+@hookimpl
+def nexus_model_store(places: StorePlaces) -> ModelStore | None:
+    root = default_root() if places.lm_studio is None else places.lm_studio
+    return LmStudioStore(root) if root else None

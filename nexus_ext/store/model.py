@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Protocol
 
 from nexus_ext.store.names import ModelName
 
-Origin = Literal["nexus", "ollama", "lm-studio"]
+Origin = str  # "nexus", "ollama", "lm-studio", or the name of a plugin's store
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,11 @@ class StoredModel:
 class ModelSource(Protocol):
     """A place with models."""
 
+    @property
+    def name(self) -> str:
+        """What `StoredModel.origin` says of its models."""
+        ...
+
     def find(self, name: ModelName) -> StoredModel | None:
         """Return the model of that exact name. Raises FormatError when its entry is broken."""
         ...
@@ -39,3 +45,14 @@ class ModelSource(Protocol):
     def names(self) -> list[ModelName]:
         """Return all names, sorted. Entries that are no names are left out."""
         ...
+
+
+def first_folder(places: Sequence[Path]) -> Path | None:
+    """Return the first of `places` that is a folder."""
+    for place in places:
+        try:
+            if place.is_dir():
+                return place
+        except PermissionError:  # the store of another user
+            continue
+    return None

@@ -13,11 +13,14 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nexus_ext.errors import FormatError, UsageError
-from nexus_ext.store.model import StoredModel
+from nexus_ext.hookspecs import hookimpl
+from nexus_ext.policies.extensions import ModelStore, StorePlaces
+from nexus_ext.store.model import StoredModel, first_folder
 from nexus_ext.store.names import ModelName
 from nexus_ext.store.parameters import checked
 
@@ -32,6 +35,8 @@ _HINT = "pull the model again with Ollama"
 
 class OllamaStore:
     """Models that Ollama has pulled or made."""
+
+    name = "ollama"
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
@@ -133,3 +138,17 @@ def _layers(file: Path, raw: bytes) -> dict[str, str]:
         raise FormatError(
             f"{str(file)!r} is no manifest of Ollama: {error!r}", hint=_HINT
         ) from error
+
+
+def default_root(environment: Mapping[str, str] = os.environ) -> Path | None:
+    """Return where Ollama keeps its models on this machine, None where it has none."""
+    if named := environment.get("OLLAMA_MODELS"):
+        return Path(named)
+    home = Path(os.path.expanduser("~/.ollama/models"))
+    return first_folder((home, Path("/usr/share/ollama/.ollama/models")))
+
+
+@hookimpl
+def nexus_model_store(places: StorePlaces) -> ModelStore | None:
+    root = default_root() if places.ollama is None else places.ollama
+    return OllamaStore(root) if root else None

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from nexus_ext.errors import FormatError, ModelNotFound, UsageError
-from nexus_ext.formats import open_model
-from nexus_ext.formats.new_file import replace_whole
 from nexus_ext.store.model import StoredModel
 from nexus_ext.store.names import ModelName
 from nexus_ext.store.parameters import checked
@@ -32,6 +30,8 @@ _FIELDS = {"path": str, "nbytes": int, "template": str, "system": str, "license"
 
 class OwnStore:
     """Names that this program made."""
+
+    name = "nexus"
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
@@ -88,6 +88,10 @@ class OwnStore:
         The header is read first, so that no name leads to a file that is no model. A name that
         exists is replaced.
         """
+        # Here and not above: names are also looked up by who reads no model.
+        from nexus_ext.formats import open_model
+        from nexus_ext.formats.new_file import replace_whole
+
         catalog = open_model(path)
         files = [Path(file.path).resolve() for file in catalog.files]
         first = files[0]

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nexus_ext import hookimpl
-from nexus_ext.codecs import Codec, builtin
+from nexus_ext.codecs import Codec, Codecs, builtin
 from nexus_ext.codecs.ans import LAYOUTS, AnsCodec, decode_by, paths
-from nexus_ext.errors import FormatError, PluginError, UsageError
+from nexus_ext.errors import FormatError, UsageError
 from nexus_ext.formats.ggml_types import ggml_types
 from nexus_ext.plugins import Plugins
 from nexus_ext.testing.synthetic.blocks import WEIGHT_TYPES, pattern
@@ -100,17 +100,26 @@ def test_zstd_refuses_what_is_no_frame_of_the_size() -> None:
             codec.decode(memoryview(wrong), memoryview(bytearray(size)))
 
 
-class Reversed:
-    """A codec that saves nothing, to see that it is used."""
+class Halves:
+    """A codec for bytes that come in pairs of the same."""
 
-    def __init__(self, name: str = "x-reversed") -> None:
+    def __init__(self, name: str = "x-halves", spoils: str = "") -> None:
         self.name = name
+        self.spoils = spoils  # what it does wrong
 
-    def encode(self, raw: memoryview, type_name: str) -> bytes:
-        return bytes(raw)[::-1][: len(raw) // 2]
+    def encode(self, raw: memoryview, type_name: str) -> bytes | str:
+        if self.spoils == "encode raises":
+            raise OSError("no")
+        return "text" if self.spoils == "no bytes" else bytes(raw)[::2]
 
     def decode(self, stored: memoryview, out: memoryview) -> None:
-        out[:] = bytes(len(out))
+        if self.spoils == "decode raises":
+            raise KeyError("no")
+        if self.spoils == "decode exits":
+            raise SystemExit(3)
+        if self.spoils != "does nothing":
+            out[::2] = stored
+            out[1::2] = stored
 
 
 class Plugin:
@@ -129,11 +138,16 @@ def plugins_with(monkeypatch: pytest.MonkeyPatch, *codecs: object) -> Plugins:
     return Plugins(found=entries, environ={})
 
 
+PAIRS = b"aabbccdd"
+
+
 def test_a_plugin_adds_a_codec(monkeypatch: pytest.MonkeyPatch) -> None:
-    codec = Reversed()
-    codecs = plugins_with(monkeypatch, codec, None).codecs()
-    assert codecs.get("x-reversed") is codec
-    assert "x-reversed" in codecs.names()
+    codecs = plugins_with(monkeypatch, Halves(), None).codecs()
+    assert "x-halves" in codecs.names()
+    codec, back = codecs.get("x-halves"), bytearray(len(PAIRS))
+    stored = codec.encode(memoryview(PAIRS), "")
+    codec.decode(memoryview(stored), memoryview(back))
+    assert (stored, back) == (b"abcd", PAIRS)
     with pytest.raises(UsageError, match="no codec 'other'"):
         codecs.get("other")
 
@@ -141,13 +155,39 @@ def test_a_plugin_adds_a_codec(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("codec", "what"),
     [
-        (Reversed("ans"), "has the name 'ans', which 'nexus_ext' has"),
-        (Reversed("not a name"), "is no Codec"),
+        (Halves("ans"), "has the name 'ans', which 'nexus_ext' has"),
+        (Halves("not a name"), "is no Codec"),
         (object(), "is no Codec"),
     ],
 )
-def test_a_plugin_that_would_change_the_meaning_of_files_is_refused(
+def test_a_plugin_that_would_change_the_meaning_of_files_is_disabled(
     codec: object, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(PluginError, match=what):
-        plugins_with(monkeypatch, codec).codecs()
+    plugins = plugins_with(monkeypatch, codec)
+    assert plugins.codecs().names() == Codecs().names()
+    record = next(r for r in plugins.list_plugins() if r.name == "p0")
+    assert record.disabled == ("nexus_codec",)
+    assert what in record.error
+
+
+@pytest.mark.parametrize(
+    "spoils", ["encode raises", "no bytes", "decode raises", "decode exits", "does nothing"]
+)
+def test_a_codec_that_is_not_lossless_is_disabled_and_bytes_are_stored_as_they_are(
+    spoils: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugins = plugins_with(monkeypatch, Halves(spoils=spoils))
+    codec = plugins.codecs().get("x-halves")
+    for _ in range(2):
+        assert codec.encode(memoryview(PAIRS), "Q4_0") == PAIRS
+    record = next(r for r in plugins.list_plugins() if r.name == "p0")
+    assert record.disabled == ("nexus_codec",)
+
+
+@pytest.mark.parametrize("spoils", ["decode raises", "decode exits"])
+def test_whatever_a_codec_raises_while_decoding_is_a_format_error(
+    spoils: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec = plugins_with(monkeypatch, Halves(spoils=spoils)).codecs().get("x-halves")
+    with pytest.raises(FormatError, match="the plugin 'p0' raised"):
+        codec.decode(memoryview(b"abcd"), memoryview(bytearray(8)))

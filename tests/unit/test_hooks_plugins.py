@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import entry_points
+from dataclasses import replace
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from nexus_ext.errors import DoesNotFit, PluginError
+from nexus_ext.errors import DoesNotFit
+from nexus_ext.hardware import HardwareProfile
+from nexus_ext.hookspecs import PLUGIN_API
+from nexus_ext.placement import PlanRequest, solve
 from nexus_ext.plugin_registry import GROUP, PluginRecord
 from nexus_ext.plugins import Plugins
+from nexus_ext.plugins.asking import OBSERVER_FAILURES
 from nexus_ext.policies import CacheInfo, IoInfo, ModelInfo
+from nexus_ext.types import Catalog
+from nexus_ext.units import MIB
+from tests.hook_plugins import Install, installer
+from tests.unit.test_placement_builders import machine, model
 
 INFO = IoInfo(streamed_bytes=1, resident_bytes=0, available_bytes=100, limit_bytes=None)
 MODEL = ModelInfo("m.gguf", "f" * 32, "llama", 1, 0, None)
@@ -34,34 +39,14 @@ def nexus_io_policy():
     return Policy()
 """
 
-Install = Callable[..., None]
-
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Put a distribution with one plugin on sys.path, the way an installer lays it out."""
-    site = tmp_path / "site-packages"
-    site.mkdir()
-    monkeypatch.syspath_prepend(str(site))
-
-    def add(name: str, code: str, *, distribution: str = "", version: str = "1.2") -> None:
-        distribution = distribution or f"dist-{name}"
-        module = re.sub(r"\W", "_", f"plugin_{distribution}_{name}")
-        (site / f"{module}.py").write_text(code, encoding="utf-8")
-        monkeypatch.delitem(sys.modules, module, raising=False)
-        info = site / f"{distribution.replace('-', '_')}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n", encoding="utf-8"
-        )
-        (info / "entry_points.txt").write_text(f"[{GROUP}]\n{name} = {module}\n", encoding="utf-8")
-        importlib.invalidate_caches()
-
-    return add
+    return installer(tmp_path / "site-packages", monkeypatch)
 
 
 def records(plugins: Plugins) -> dict[str, PluginRecord]:
-    return {r.name: r for r in plugins.list_plugins() if r.state != "built-in"}
+    return {r.name: r for r in plugins.list_plugins() if not r.builtin}
 
 
 def test_an_installed_plugin_replaces_the_builtin(install: Install) -> None:
@@ -73,7 +58,7 @@ def test_an_installed_plugin_replaces_the_builtin(install: Install) -> None:
         name="ours",
         distribution="dist-ours",
         version="1.2",
-        state="loaded",
+        state="active",
         hooks=("nexus_io_policy",),
         decides=("nexus_io_policy",),
     )
@@ -84,7 +69,7 @@ def test_none_loads_no_plugin_but_lists_it(install: Install) -> None:
     for value in ("none", ""):
         plugins = Plugins(environ={"NEXUS_LOAD_PLUGINS": value})
         assert plugins.io_policy().name == "fits-page-cache"
-        assert records(plugins)["ours"].state == "disabled"
+        assert records(plugins)["ours"].state == "skipped"
 
 
 def test_named_plugins_are_loaded_and_no_others(install: Install) -> None:
@@ -92,7 +77,7 @@ def test_named_plugins_are_loaded_and_no_others(install: Install) -> None:
     install("b", POLICY.format(name="b", mode="direct"))
     plugins = Plugins(environ={"NEXUS_LOAD_PLUGINS": "b, absent"})
     states = {name: record.state for name, record in records(plugins).items()}
-    assert states == {"a": "disabled", "b": "loaded", "absent": "missing"}
+    assert states == {"a": "skipped", "b": "active", "absent": "missing"}
     assert plugins.io_policy().name == "b"
 
 
@@ -106,6 +91,8 @@ def test_of_two_plugins_the_first_name_wins_and_the_other_is_named(
     assert plugins.io_policy().name == "a"
     assert found["apple"].decides == ("nexus_io_policy",)
     assert found["zebra"].decides == ()
+    assert found["zebra"].overridden == ("nexus_io_policy",)
+    assert (found["apple"].state, found["zebra"].state) == ("active", "overridden")
     assert "'apple' is used, 'zebra' not" in caplog.text
 
 
@@ -119,7 +106,7 @@ def test_two_distributions_with_one_entry_point_name(install: Install) -> None:
     install("same", POLICY.format(name="y", mode="direct"), distribution="y")
     plugins = Plugins(environ={})
     states = {r.distribution: r.state for r in plugins.list_plugins() if r.name == "same"}
-    assert states == {"x": "loaded", "y": "failed"}
+    assert states == {"x": "active", "y": "failed"}
     assert plugins.io_policy().name == "x"
 
 
@@ -176,17 +163,30 @@ WRONG_ANSWERS = {
 
 
 @pytest.mark.parametrize("kind", WRONG_ANSWERS)
-def test_a_plugin_that_fails_at_a_decision_is_named_and_not_replaced(
-    kind: str, install: Install
+def test_a_plugin_that_fails_at_a_decision_is_disabled_by_name_and_the_builtin_decides(
+    kind: str, install: Install, caplog: pytest.LogCaptureFixture
 ) -> None:
     code, reason = WRONG_ANSWERS[kind]
     install("faulty", "from nexus_ext import hookimpl\n" + code)
     plugins = Plugins(environ={})
-    with pytest.raises(PluginError, match="plugin 'faulty'") as caught:
-        plugins.choose_io(INFO)
-    assert reason in str(caught.value)
-    assert "dist-faulty" in caught.value.hint
-    assert reason in records(plugins)["faulty"].error
+    assert plugins.choose_io(INFO) == "buffered"
+    record = records(plugins)["faulty"]
+    assert (record.state, record.disabled, record.decides) == ("disabled", ("nexus_io_policy",), ())
+    assert reason in record.error
+    assert caplog.text.count("plugin 'faulty' of 'dist-faulty' is disabled") == 1
+    assert plugins.choose_io(INFO) == "buffered"
+    assert caplog.text.count("is disabled") == 1  # it was not asked again
+
+
+def test_the_next_plugin_is_asked_before_the_builtin(install: Install) -> None:
+    code, _ = WRONG_ANSWERS["policy raises"]
+    install("a-faulty", "from nexus_ext import hookimpl\n" + code)
+    install("b", POLICY.format(name="b", mode="direct"))
+    plugins = Plugins(environ={})
+    assert plugins.choose_io(INFO) == "direct"
+    states = {name: record.state for name, record in records(plugins).items()}
+    assert states == {"a-faulty": "disabled", "b": "active"}
+    assert records(plugins)["b"].decides == ("nexus_io_policy",)
 
 
 OBSERVER = """
@@ -211,8 +211,14 @@ def test_observers_see_what_happens_and_cannot_stop_it(
     plugins.model_closed(MODEL)
     assert sys.modules["plugin_dist_watch_watch"].seen == ["m.gguf"]
     assert "plugin 'watch': nexus_request_done raised RuntimeError: no disk left" in caplog.text
-    assert records(plugins)["watch"].state == "loaded"
+    assert records(plugins)["watch"].state == "active"
     assert "no disk left" in records(plugins)["watch"].error
+    for _ in range(OBSERVER_FAILURES):
+        plugins.request_done(None)  # type: ignore[arg-type]
+    record = records(plugins)["watch"]
+    assert (record.state, record.disabled) == ("disabled", ("nexus_request_done",))
+    plugins.model_loaded(MODEL)  # the rest of it goes on
+    assert sys.modules["plugin_dist_watch_watch"].seen == ["m.gguf"] * 2
 
 
 COMMANDS = """
@@ -256,19 +262,6 @@ def test_tracing_writes_registrations_and_calls_to_stderr(install: Install, tmp_
     assert "nexus plugins: nexus_io_policy of ours -> " in done.stderr
 
 
-def test_the_plugin_of_the_documentation_works(install: Install, repository: Path) -> None:
-    text = (repository / "plugins" / "README.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
-    entry = re.search(r"\[project\.entry-points\.nexus_ext\]\n(\S+) = ", text)
-    assert code is not None and entry is not None
-    install(entry[1], code[1])
-    plugins = Plugins(environ={})
-    assert plugins.choose_io(INFO) == "direct"
-    cli = click.Group()
-    plugins.register_commands(cli)
-    assert CliRunner().invoke(cli, ["io-policy"]).output == "always direct\n"
-
-
 def test_the_process_looks_for_plugins_once(
     monkeypatch: pytest.MonkeyPatch, install: Install
 ) -> None:
@@ -282,17 +275,15 @@ def test_the_process_looks_for_plugins_once(
     assert module.list_plugins() == first.list_plugins()
 
 
-@dataclass(frozen=True)
-class FakePlan:
-    fingerprint: str
-
-
 SOLVER = """
+from dataclasses import replace
 from nexus_ext import hookimpl
 from nexus_ext.errors import DoesNotFit
+from nexus_ext.placement import solve, Pin
 class Solver:
     name = "theirs"
     def solve(self, catalog, hardware, request):
+        plan = solve(catalog, hardware, request)
         return {expression}
     def refuse(self):
         raise DoesNotFit("too small", smallest_bytes=7)
@@ -300,61 +291,132 @@ class Solver:
 def nexus_placement_solver():
     return Solver()
 """
+REQUEST = PlanRequest(weights_bytes=2 * MIB)
 
 
-@pytest.fixture
-def solve(install: Install, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], object]:
-    """Solve for the model "f1" with a plugin's solver, whose answer is the expression."""
-    placement = ModuleType("nexus_ext.placement")
-    placement.Plan = FakePlan  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "nexus_ext.placement", placement)
-
-    def call(expression: str) -> object:
-        install("theirs", SOLVER.format(expression=expression))
-        catalog = SimpleNamespace(fingerprint="f1", plan=FakePlan("f1"), other=FakePlan("f2"))
-        return Plugins(environ={}).solve(catalog, None, None)  # type: ignore[arg-type]
-
-    return call
+@pytest.fixture(scope="module")
+def small() -> tuple[Catalog, HardwareProfile]:
+    """A small model that does not fit in REQUEST, and a machine."""
+    return model(), machine()
 
 
-def test_a_plugin_places_a_model(solve: Callable[[str], object]) -> None:
-    assert solve("catalog.plan") == FakePlan("f1")
+def test_a_plugin_places_a_model(install: Install, small: tuple[Catalog, HardwareProfile]) -> None:
+    pinned = "solve(catalog, hardware, replace(request, pins=(Pin('attn_q', 'nvme'),)))"
+    install("theirs", SOLVER.format(expression=pinned))
+    plugins = Plugins(environ={})
+    plan = plugins.solve(*small, REQUEST)
+    assert all(tier == "nvme" for name, tier in plan.tiers.items() if "attn_q" in name)
+    assert records(plugins)["theirs"].decides == ("nexus_placement_solver",)
 
 
-def test_a_plugin_may_say_that_nothing_fits(solve: Callable[[str], object]) -> None:
-    with pytest.raises(DoesNotFit, match="too small"):
-        solve("self.refuse()")
-
-
-@pytest.mark.parametrize(
-    ("expression", "reason"),
-    [
-        ("1 / 0", "raised ZeroDivisionError"),
-        ("None", "which is no Plan"),
-        ("catalog.other", "planned for the model 'f2'"),
-    ],
-)
-def test_a_plugin_that_places_badly_is_named(
-    expression: str, reason: str, solve: Callable[[str], object]
+def test_that_a_plugin_finds_no_plan_is_not_the_last_word(
+    install: Install, small: tuple[Catalog, HardwareProfile], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(PluginError, match=f"plugin 'theirs' .*{reason}"):
-        solve(expression)
+    install("theirs", SOLVER.format(expression="self.refuse()"))
+    plugins = Plugins(environ={})
+    assert plugins.solve(*small, REQUEST) == solve(*small, REQUEST)
+    assert "too small; the next one is asked" in caplog.text
+    assert records(plugins)["theirs"].state == "active"
+    with pytest.raises(DoesNotFit, match="The model needs"):
+        plugins.solve(*small, replace(REQUEST, weights_bytes=1))
+
+
+BAD_PLANS = {
+    "1 / 0": "raised ZeroDivisionError",
+    "None": "which is no Plan",
+    "replace(plan, fingerprint='f2')": "it is for the model 'f2'",
+    "replace(plan, tiers={'output.weight': 'nvme'})": "leaves out",
+    "replace(plan, tiers={**plan.tiers, 'x': 'ram'})": "places 'x'",
+    "replace(plan, tiers=dict.fromkeys(plan.tiers, 'nvme'))": "cannot be on nvme",
+    "replace(plan, tiers={k: 'ram' if t == 'nvme' else t for k, t in plan.tiers.items()},"
+    " everything_fits=True)": "bytes for pinned weights, which take",
+    "replace(plan, ring_bytes=0, breakdown={**plan.breakdown, 'ring': 0})": "sum to|the ring of 0",
+    "replace(plan, slab_bytes=plan.slab_bytes * 2)": "the slabs of that ring have",
+    "replace(plan, tiers=7)": "raised|is int",
+    "replace(plan, n_gpu_layers=3)": "n_gpu_layers is 3",
+    "replace(plan, budget=replace(plan.budget, weights_bytes=1 << 40))": "keeps to",
+}
+
+
+@pytest.mark.parametrize("expression", BAD_PLANS)
+def test_a_plugin_that_places_badly_is_disabled_and_the_builtin_places(
+    expression: str, install: Install, small: tuple[Catalog, HardwareProfile]
+) -> None:
+    install("theirs", SOLVER.format(expression=expression))
+    plugins = Plugins(environ={})
+    assert plugins.solve(*small, REQUEST) == solve(*small, REQUEST)
+    record = records(plugins)["theirs"]
+    assert record.state == "disabled"
+    assert re.search(BAD_PLANS[expression], record.error), record.error
 
 
 @pytest.mark.parametrize(
     ("answer", "what"), [('"crystal ball"', "'crystal ball'"), ("3", "3"), ("1 // 0", "division")]
 )
-def test_a_predictor_that_answers_nonsense_is_named(
+def test_a_predictor_that_answers_nonsense_is_disabled(
     install: Install, answer: str, what: str
 ) -> None:
     code = POLICY.replace("nexus_io_policy", "nexus_expert_predictor").replace("{mode!r}", answer)
     install("seer", code.format(name="seer"))
-    with pytest.raises(PluginError, match="seer") as failure:
-        Plugins(environ={}).choose_predictor(CacheInfo(2, 8, 2, 4))
-    assert what in str(failure.value)
+    plugins = Plugins(environ={})
+    assert plugins.choose_predictor(CacheInfo(2, 8, 2, 4)) == "auto"
+    assert what in records(plugins)["seer"].error
 
 
 def test_a_plugin_may_choose_another_predictor(install: Install) -> None:
     code = POLICY.replace("nexus_io_policy", "nexus_expert_predictor")
     install("seer", code.format(name="seer", mode="none"))
     assert Plugins(environ={}).choose_predictor(CacheInfo(2, 8, 2, 4)) == "none"
+
+
+API = "nexus_plugin_api = {api}\n" + POLICY.format(name="p", mode="direct")
+
+
+def test_a_plugin_for_this_version_of_the_api_is_used(install: Install) -> None:
+    install("p", API.format(api=PLUGIN_API))
+    plugins = Plugins(environ={})
+    assert plugins.choose_io(INFO) == "direct"
+    assert records(plugins)["p"].api == PLUGIN_API
+
+
+def test_a_plugin_for_a_newer_api_is_skipped_with_a_sentence(
+    install: Install, caplog: pytest.LogCaptureFixture
+) -> None:
+    install("p", API.format(api=PLUGIN_API + 1))
+    plugins = Plugins(environ={})
+    assert plugins.choose_io(INFO) == "buffered"
+    record = records(plugins)["p"]
+    assert record.state == "skipped"
+    assert record.error.startswith(f"it needs version {PLUGIN_API + 1} of the plugin API")
+    assert "update nexus_ext" in caplog.text
+
+
+@pytest.mark.parametrize("api", ["0", "'1'", "True", "1.0", "None"])
+def test_a_version_of_the_api_that_is_none_is_refused(install: Install, api: str) -> None:
+    install("p", API.format(api=api))
+    record = records(Plugins(environ={}))["p"]
+    assert record.state == "failed"
+    assert "nexus_plugin_api is" in record.error
+
+
+def test_one_module_under_two_names_is_registered_once(install: Install) -> None:
+    install("a", POLICY.format(name="a", mode="direct"))
+    install("b", "raise SystemExit(1)")
+    twice = [EntryPoint(n, "plugin_dist_a_a", GROUP) for n in ("first", "second")]
+    plugins = Plugins(found=twice, environ={})
+    states = {r.name: r.state for r in plugins.list_plugins() if not r.builtin}
+    assert states == {"second": "active", "first": "failed"}
+    assert plugins.choose_io(INFO) == "direct"
+
+
+def test_what_a_slow_plugin_takes_is_counted_and_said_once(
+    install: Install, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr("nexus_ext.plugins.asking.time.perf_counter", lambda: float(next(clock)))
+    install("slow", POLICY.format(name="slow", mode="direct"))
+    plugins = Plugins(environ={})
+    for _ in range(3):
+        assert plugins.choose_io(INFO) == "direct"
+    assert records(plugins)["slow"].seconds == 8  # its hook and three answers, two seconds each
+    assert caplog.text.count("plugin 'slow' has taken 2.0 s in nexus_io_policy") == 1

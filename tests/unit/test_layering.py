@@ -27,7 +27,7 @@ LAYERS = {
             ("nexus_ext.placement",),
             ("nexus_ext.routing",),
             ("nexus_ext.quality",),
-            ("nexus_ext.hookspecs",),
+            ("nexus_ext.hookspecs", "nexus_ext.hooks"),
             ("nexus_ext.policies",),
             ("nexus_ext.plugin_registry",),
             ("nexus_ext.plugins",),

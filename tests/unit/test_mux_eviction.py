@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nexus_ext.multiplexer.eviction import Holder, Memory, Step, activate, apply, make_room
+from nexus_ext.multiplexer.eviction import (
+    Activation,
+    Holder,
+    Memory,
+    Step,
+    activate,
+    apply,
+    faults_of_activation,
+    faults_of_steps,
+    make_room,
+)
 
 
 @st.composite
@@ -165,3 +176,65 @@ def test_a_model_larger_than_the_budget_gets_what_there_is() -> None:
 def test_a_pinned_neighbour_can_make_it_impossible() -> None:
     pinned = Holder("p", 60, (20,), loaded=True, resident=1, pinned=True)
     assert activate(Memory(100, (pinned, Holder("x", 30, ()))), "x") is None
+
+
+@settings(max_examples=400, deadline=None)
+@given(memories(), st.integers(0, 200), st.booleans())
+def test_what_is_decided_here_passes_as_somebody_elses(
+    memory: Memory, wanted: int, unload: bool
+) -> None:
+    found = activate(memory, "a")
+    assert found is None or not faults_of_activation(memory, found, "a")
+    steps = make_room(memory, wanted, "a", unload=unload)
+    assert steps is None or not faults_of_steps(memory, steps, wanted, "a", unload=unload)
+
+
+STATE = Memory(
+    200,
+    (
+        Holder("a", 10, (10, 10), loaded=True, resident=1),
+        Holder("b", 10, (20, 20), loaded=True, resident=2),
+        Holder("shared", 10, (20, 20), loaded=True, resident=2, share_bytes=30),
+        Holder("pinned", 10, (20,), loaded=True, resident=1, pinned=True),
+        Holder("busy", 10, (20,), loaded=True, resident=1, in_use=True),
+        Holder("gone", 10, (20,)),
+    ),
+)
+BAD_STEPS: dict[str, tuple[object, ...] | object] = {
+    "instead of a tuple": [Step("b", 1, 20)],
+    "among the steps": ("b",),
+    "which holds nothing": (Step("gone", 0, 20),),
+    "which holds nothing ": (Step("nobody", 0, 20),),
+    "takes from a what is for a": (Step("a", 0, 10),),
+    "which is pinned": (Step("pinned", None, 30),),
+    "which is in use": (Step("busy", 0, 20),),
+    "which must stay loaded": (Step("shared", None, 50),),
+    "a part of its share": (Step("shared", 0, 40),),
+    "leaves b 2 units": (Step("b", 2, 0),),
+    "leaves b -1 units": (Step("b", -1, 60),),
+    "leaves b True units": (Step("b", True, 20),),  # type: ignore[arg-type]
+    "which are 20": (Step("b", 1, 40),),
+    "twice": (Step("b", 1, 20), Step("b", 0, 40)),
+    "frees 40 bytes, 50 are wanted": (Step("b", 1, 20),),
+}
+
+
+@pytest.mark.parametrize("what", BAD_STEPS)
+def test_steps_that_break_a_rule_are_found_out(what: str) -> None:
+    assert STATE.free_bytes == 20
+    assert what.strip() in faults_of_steps(STATE, BAD_STEPS[what], 50, "a")
+
+
+def test_activations_that_break_a_rule_are_found_out() -> None:
+    assert not faults_of_activation(STATE, Activation((), 2), "a")
+    for activation, what in (
+        (None, "instead of an Activation"),
+        (Activation((), 3), "gives a 3 of 2 units"),
+        (Activation((), 0), "gives a 0 of 2 units"),
+        (Activation((Step("b", None, 50),), 2), "which must stay loaded"),
+        (Activation((), 1.0), "gives a 1.0 of"),  # type: ignore[arg-type]
+    ):
+        assert what in faults_of_activation(STATE, activation, "a")
+    tight = replace(STATE, budget_bytes=180)
+    assert "frees 0 bytes, 10 are wanted" in faults_of_activation(tight, Activation((), 2), "a")
+    assert not faults_of_activation(tight, Activation((Step("b", 1, 20),), 2), "a")
