@@ -15,10 +15,10 @@ from __future__ import annotations
 import threading
 
 from nexus_ext.plugin_registry import PluginRecord
-from nexus_ext.plugins.asking import Rubbish
+from nexus_ext.plugins.asking import TRACE_VARIABLE, Rubbish
 from nexus_ext.plugins.decisions import Plugins
 
-__all__ = ["PluginRecord", "Plugins", "Rubbish", "list_plugins", "plugins"]
+__all__ = ["TRACE_VARIABLE", "PluginRecord", "Plugins", "Rubbish", "list_plugins", "plugins"]
 
 _lock = threading.Lock()
 _plugins: Plugins | None = None

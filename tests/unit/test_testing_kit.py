@@ -180,7 +180,7 @@ class Forgetful:
 
 
 def test_a_plan_that_leaves_something_out_is_noticed(dense: Path) -> None:
-    with pytest.raises(AssertionError, match="leaves out token_embd"):
+    with pytest.raises(AssertionError, match="leaves out 'token_embd"):
         FakeEngine(load_plugins(Forgetful(1))).plan(dense, weights_bytes=600_000)
     with pytest.raises(AssertionError, match="two plans for the same"):
         FakeEngine(load_plugins(Forgetful(2))).plan(dense, weights_bytes=600_000)
