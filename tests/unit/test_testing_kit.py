@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -20,6 +21,7 @@ from nexus_ext import hookimpl
 from nexus_ext import plugins as home
 from nexus_ext.codecs.ans import AnsCodec
 from nexus_ext.errors import DoesNotFit, FormatError, PluginError, UsageError
+from nexus_ext.placement import Plan, solve
 from nexus_ext.plugins import Plugins
 from nexus_ext.routing import RoutingTrace, repeats
 from nexus_ext.testing import (
@@ -156,34 +158,37 @@ def test_the_machine_is_the_one_described(dense: Path) -> None:
     assert engine.io_mode(streamed_bytes=7 * GIB) == "direct"
 
 
-class Forgetful:
-    """A solver that leaves out a tensor, in every second plan."""
+class Solver:
+    """A solver that changes the built-in's plan; `change` gets it and how often it was asked."""
 
-    name = "forgetful"
+    name = "changing"
 
-    def __init__(self, every: int) -> None:
-        self.n, self.every = 0, every
+    def __init__(self, change: Callable[[Plan, int], Plan]) -> None:
+        self.n, self.change = 0, change
 
     @hookimpl
-    def nexus_placement_solver(self) -> Forgetful:
+    def nexus_placement_solver(self) -> Solver:
         return self
 
     def solve(self, catalog: object, hardware: object, request: object) -> object:
-        from nexus_ext.placement import solve
-
         plan = solve(catalog, hardware, request)  # type: ignore[arg-type]
         self.n += 1
-        if self.n % self.every:
-            return plan
-        left = dict(list(plan.tiers.items())[1:])
-        return replace(plan, tiers=left)
+        return self.change(plan, self.n)
+
+
+def forgetful(plan: Plan, n: int) -> Plan:
+    return replace(plan, tiers=dict(list(plan.tiers.items())[1:]))
+
+
+def fickle(plan: Plan, n: int) -> Plan:
+    return replace(plan, notes=(f"asked for the {n}th time",))
 
 
 def test_a_plan_that_leaves_something_out_is_noticed(dense: Path) -> None:
     with pytest.raises(AssertionError, match="leaves out 'token_embd"):
-        FakeEngine(load_plugins(Forgetful(1))).plan(dense, weights_bytes=600_000)
+        FakeEngine(load_plugins(Solver(forgetful))).plan(dense, weights_bytes=600_000)
     with pytest.raises(AssertionError, match="two plans for the same"):
-        FakeEngine(load_plugins(Forgetful(2))).plan(dense, weights_bytes=600_000)
+        FakeEngine(load_plugins(Solver(fickle))).plan(dense, weights_bytes=600_000)
 
 
 def test_a_cache_policy_is_compared_with_the_builtin_and_the_optimum() -> None:
