@@ -33,9 +33,11 @@ if TYPE_CHECKING:
     from nexus_ext.placement import Plan as Plan
     from nexus_ext.placement import PlanRequest as PlanRequest
     from nexus_ext.placement import solve as solve
+    from nexus_ext.policies import CacheChoice as CacheChoice
     from nexus_ext.policies import CacheInfo as CacheInfo
     from nexus_ext.policies import CachePolicy as CachePolicy
     from nexus_ext.policies import CachePolicyName as CachePolicyName
+    from nexus_ext.policies import EvictionAsk as EvictionAsk
     from nexus_ext.policies import EvictionPolicy as EvictionPolicy
     from nexus_ext.policies import ExpertPredictor as ExpertPredictor
     from nexus_ext.policies import FormatReader as FormatReader
@@ -45,11 +47,15 @@ if TYPE_CHECKING:
     from nexus_ext.policies import IoPolicy as IoPolicy
     from nexus_ext.policies import KernelInfo as KernelInfo
     from nexus_ext.policies import KernelProvider as KernelProvider
+    from nexus_ext.policies import LayerCachePolicy as LayerCachePolicy
+    from nexus_ext.policies import LayerPredictor as LayerPredictor
     from nexus_ext.policies import LayerRouting as LayerRouting
     from nexus_ext.policies import MetricsCollector as MetricsCollector
     from nexus_ext.policies import ModelInfo as ModelInfo
     from nexus_ext.policies import ModelStore as ModelStore
+    from nexus_ext.policies import NativePolicy as NativePolicy
     from nexus_ext.policies import PlacementSolver as PlacementSolver
+    from nexus_ext.policies import PredictorChoice as PredictorChoice
     from nexus_ext.policies import PredictorName as PredictorName
     from nexus_ext.policies import Progress as Progress
     from nexus_ext.policies import QuantizationAllocator as QuantizationAllocator
@@ -74,6 +80,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Activation": "nexus_ext.multiplexer.eviction",
     "Allocation": "nexus_ext.quality.allocation",
+    "CacheChoice": "nexus_ext.policies",
     "CacheInfo": "nexus_ext.policies",
     "CachePolicy": "nexus_ext.policies",
     "CachePolicyName": "nexus_ext.policies",
@@ -81,6 +88,7 @@ _HOME = {
     "Choice": "nexus_ext.quality.allocation",
     "Codec": "nexus_ext.codecs",
     "DoesNotFit": "nexus_ext.errors",
+    "EvictionAsk": "nexus_ext.policies",
     "EvictionPolicy": "nexus_ext.policies",
     "ExpertPredictor": "nexus_ext.policies",
     "FileInfo": "nexus_ext.types",
@@ -95,6 +103,8 @@ _HOME = {
     "Item": "nexus_ext.quality.allocation",
     "KernelInfo": "nexus_ext.policies",
     "KernelProvider": "nexus_ext.policies",
+    "LayerCachePolicy": "nexus_ext.policies",
+    "LayerPredictor": "nexus_ext.policies",
     "LayerRouting": "nexus_ext.policies",
     "Memory": "nexus_ext.multiplexer.eviction",
     "MetricsCollector": "nexus_ext.policies",
@@ -102,14 +112,16 @@ _HOME = {
     "ModelName": "nexus_ext.store",
     "ModelShape": "nexus_ext.types",
     "ModelStore": "nexus_ext.policies",
+    "NativePolicy": "nexus_ext.policies",
     "NexusError": "nexus_ext.errors",
     "PLUGIN_API": "nexus_ext.hookspecs",
     "Pin": "nexus_ext.placement",
-    "PlacementSolver": "nexus_ext.policies",
     "Place": "nexus_ext.formats.foreign",
+    "PlacementSolver": "nexus_ext.policies",
     "Plan": "nexus_ext.placement",
     "PlanRequest": "nexus_ext.placement",
     "PluginError": "nexus_ext.errors",
+    "PredictorChoice": "nexus_ext.policies",
     "PredictorName": "nexus_ext.policies",
     "Progress": "nexus_ext.policies",
     "QuantizationAllocator": "nexus_ext.policies",

@@ -83,7 +83,16 @@ VERSIONS: dict[int, dict[str, tuple[str, ...]]] = {
         ),
         "CachePolicy": (
             "name: str",
-            "choose(self, info: 'CacheInfo') -> 'CachePolicyName'",
+            "choose(self, info: 'CacheInfo') -> 'CacheChoice'",
+        ),
+        "EvictionAsk": (
+            "layer: int",
+            "n_wanted: int",
+            "experts: tuple[int, ...]",
+            "ages: tuple[int, ...]",
+            "frequencies: tuple[float, ...]",
+            "incoming: tuple[int, ...]",
+            "ahead: bool",
         ),
         "EvictionPolicy": (
             "name: str",
@@ -92,7 +101,7 @@ VERSIONS: dict[int, dict[str, tuple[str, ...]]] = {
         ),
         "ExpertPredictor": (
             "name: str",
-            "choose(self, info: 'CacheInfo') -> 'PredictorName'",
+            "choose(self, info: 'CacheInfo') -> 'PredictorChoice'",
         ),
         "FormatReader": (
             "name: str",
@@ -125,6 +134,16 @@ VERSIONS: dict[int, dict[str, tuple[str, ...]]] = {
             "function: int",
             "claims(self, info: 'KernelInfo') -> 'bool'",
         ),
+        "LayerCachePolicy": (
+            "name: str",
+            "used(self, layer: 'int', experts: 'Sequence[int]') -> 'None'",
+            "victims(self, ask: 'EvictionAsk') -> 'Sequence[int]'",
+        ),
+        "LayerPredictor": (
+            "name: str",
+            "routed(self, layer: 'int', tokens: 'Sequence[Sequence[int]]') -> 'None'",
+            "predict(self, layer: 'int', n_tokens: 'int', n_used: 'int', limit: 'int') -> 'Sequence[int]'",
+        ),
         "LayerRouting": (
             "layer: int",
             "experts: tuple[tuple[int, ...], ...]",
@@ -142,6 +161,12 @@ VERSIONS: dict[int, dict[str, tuple[str, ...]]] = {
             "name: str",
             "find(self, name: 'ModelName') -> 'StoredModel | None'",
             "names(self) -> 'Sequence[ModelName]'",
+        ),
+        "NativePolicy": (
+            "name: str",
+            "address: int",
+            "keepalive: object",
+            "automatic: bool",
         ),
         "PlacementSolver": (
             "name: str",

@@ -16,9 +16,20 @@ import threading
 
 from nexus_ext.plugin_registry import PluginRecord
 from nexus_ext.plugins.asking import TRACE_VARIABLE, Rubbish
+from nexus_ext.plugins.decisions import CACHE as CACHE_HOOK
+from nexus_ext.plugins.decisions import PREDICTOR as PREDICTOR_HOOK
 from nexus_ext.plugins.decisions import Plugins
 
-__all__ = ["TRACE_VARIABLE", "PluginRecord", "Plugins", "Rubbish", "list_plugins", "plugins"]
+__all__ = [
+    "CACHE_HOOK",
+    "PREDICTOR_HOOK",
+    "TRACE_VARIABLE",
+    "PluginRecord",
+    "Plugins",
+    "Rubbish",
+    "list_plugins",
+    "plugins",
+]
 
 _lock = threading.Lock()
 _plugins: Plugins | None = None

@@ -30,6 +30,7 @@ class GuardedCodec:
 
     def __init__(self, codec: Codec, plugin: str, plugins: Asking) -> None:
         self.name = codec.name
+        self.native: object = getattr(codec, "native", None)  # see nexus_ext.native_codecs
         self._codec = codec
         self._plugin = plugin
         self._plugins = plugins

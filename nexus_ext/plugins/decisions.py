@@ -6,7 +6,8 @@ there, with `decide` and `collect`; what this layer knows of is asked here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any, Final, TypeVar, get_args
 
 from nexus_ext.codecs import Codec, Codecs
@@ -70,6 +71,14 @@ class Plugins(Asking):
     """The plugins of one process; `plugins()` returns the ones that nexus_ext uses."""
 
     _background: Background | None = None
+
+    def __init__(
+        self,
+        found: Iterable[EntryPoint] | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(found, environ)
+        self._codecs: dict[str, GuardedCodec] = {}
 
     def list_plugins(self) -> tuple[PluginRecord, ...]:
         """Return every plugin that was found, built-ins first, then by name."""
@@ -190,7 +199,8 @@ class Plugins(Asking):
                 self.disable(name, CODEC, f"has the name {codec.name!r}, which {owner!r} has")
                 continue
             taken[codec.name] = name
-            added.append(GuardedCodec(codec, name, self))
+            # One object for each, always: the core knows a codec by it.
+            added.append(self._codecs.setdefault(name, GuardedCodec(codec, name, self)))
         return Codecs(added)
 
     def register_commands(self, cli: click.Group) -> None:

@@ -32,6 +32,12 @@ from nexus_ext.policies.extensions import (
     ServerInfo,
     StorePlaces,
 )
+from nexus_ext.policies.native import (
+    EvictionAsk,
+    LayerCachePolicy,
+    LayerPredictor,
+    NativePolicy,
+)
 from nexus_ext.policies.observed import (
     LayerRouting,
     ModelInfo,
@@ -40,12 +46,6 @@ from nexus_ext.policies.observed import (
     RequestStart,
     RouterObserver,
     Routing,
-)
-from nexus_ext.policies.native import (
-    EvictionAsk,
-    LayerCachePolicy,
-    LayerPredictor,
-    NativePolicy,
 )
 
 # Registered in this order. Those of higher layers are named and not imported from here.

@@ -95,7 +95,7 @@ class PagedModel:
         ):
             if use.why and (hook, use.why) not in self._told:
                 self._told.add((hook, use.why))
-                plugins().failed_while_running(hook, f"{use.name!r} was disabled: {use.why}")
+                plugins().policy_failed(hook, f"{use.name!r} was disabled: {use.why}")
 
     def stop_warm(self) -> None:
         """Read no more ahead, and remember what experts were used."""

@@ -6,11 +6,14 @@ import ctypes
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
+from nexus_ext import hookimpl
 from nexus_ext.policies import EvictionAsk, LayerCachePolicy, LayerPredictor, NativePolicy
+from nexus_ext.testing import load_plugins
 from tests.integration.streaming import Bits
 from tests.integration.test_experts import assert_equal, cached, core_model, reference
 from tests.native_plugin import LRU, compiled, native
@@ -276,10 +279,13 @@ def test_a_plugin_s_policy_comes_in_through_the_hook(
 
     path, expected = model
     policy = native(compiled(tmp_path, LRU))
-    found = module.Plugins(found=(), environ={})
-    found._chosen["nexus_cache_policy"] = ("chooser", Chooser(policy))
-    found._chosen["nexus_expert_predictor"] = ("chooser", Chooser(Layerwise()))
-    monkeypatch.setattr(module, "_plugins", found)
+    plugin = ModuleType("chooser")
+    for hook, answer in (
+        ("nexus_cache_policy", Chooser(policy)),
+        ("nexus_expert_predictor", Chooser(Layerwise())),
+    ):
+        setattr(plugin, hook, hookimpl(lambda answer=answer: answer, specname=hook))
+    monkeypatch.setattr(module, "_plugins", load_plugins(plugin))
     with cached(path, SLOTS) as llm:
         assert_equal(llm, expected, "through the hook")
         assert llm.nexus.stats().cache_policy == "my-lru"
