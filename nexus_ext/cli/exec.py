@@ -96,6 +96,11 @@ def _plan(path: str, planning: PlanOptions, plan_file: str | None) -> Planned:
     from nexus_ext.runtime import plan_model
 
     catalog = open_model(path)
+    if catalog.container not in ("gguf", "nxf"):
+        raise UsageError(
+            f"{path} is {catalog.container}, which another program cannot open",
+            hint="nexus convert can make a GGUF of it; nexus run and serve take it as it is",
+        )
     request = planning.request(catalog)
     try:
         return plan_model(path, request, hardware=planning.hardware(path), plan=plan_file)
