@@ -134,9 +134,19 @@ static void forget(nx_group *g, nx_record *r) {
     r->frequency = 0;
 }
 
-/* A record whose reading failed when nobody waited for it any more (a graph that was stopped) is forgotten,
- * once nothing of it is in flight: whoever asks now has it read again. */
+void nx_cache_forget_failed(nx_group *g) {
+    for (uint32_t s = 0; s < g->n_slots; s++) {
+        nx_record *r = &g->records[s];
+        if (r->state != NX_RECORD_LOADING || r->in_use) continue;
+        if (nx_record_arrived(g, r) && failed(r, g->n_reads)) forget(g, r);
+    }
+}
+
+/* A record whose reading failed when nobody waited for it (read ahead, or for a graph that was stopped) is
+ * forgotten, once nothing of it is in flight: whoever asks now has it read again. For what is asked for,
+ * that is waited for. */
 static nx_status forget_failed(nx_group *g, const int32_t *experts, size_t n) {
+    nx_cache_forget_failed(g);
     for (size_t i = 0; i < n; i++) {
         if (g->slot_of[experts[i]] < 0) continue;
         nx_record *r = &g->records[g->slot_of[experts[i]]];
@@ -257,16 +267,42 @@ static nx_status wait_for_slot(nx_group *g) {
     return status;
 }
 
+size_t nx_cache_absent(nx_group *g, const int32_t *experts, size_t n, size_t limit) {
+    int32_t *absent = g->model->policy.absent;
+    size_t n_absent = 0;
+    for (size_t i = 0; i < n && n_absent < limit; i++) {
+        if (g->slot_of[experts[i]] != -1) continue;
+        g->slot_of[experts[i]] = -2; /* named already */
+        absent[n_absent++] = experts[i];
+    }
+    for (size_t i = 0; i < n_absent; i++) g->slot_of[absent[i]] = -1;
+    return n_absent;
+}
+
+/* What was taken is held once: hold it as often as it is named. */
+static void hold_again(nx_group *g, const int32_t *experts, size_t n, size_t n_taken) {
+    const int32_t *taken = g->model->policy.taken;
+    for (size_t i = 0; i < n_taken; i++) {
+        g->records[taken[i]].wanted = true;
+        g->records[taken[i]].in_use--;
+    }
+    for (size_t i = 0; i < n; i++) g->records[g->slot_of[experts[i]]].in_use += g->records[g->slot_of[experts[i]]].wanted;
+    for (size_t i = 0; i < n_taken; i++) g->records[taken[i]].wanted = false;
+}
+
 nx_status nx_cache_hold(nx_group *g, const int32_t *experts, size_t n, size_t *n_taken) {
     nx_policy *p = &g->model->policy;
-    size_t n_absent = 0;
+    size_t n_there = 0;
     *n_taken = 0;
     g->clock++;
     nx_policy_used(g, experts, n);
     /* What is there is held first, so that nothing of this graph evicts it. */
     for (size_t i = 0; i < n; i++)
-        if (g->slot_of[experts[i]] >= 0) touch(g, &g->records[g->slot_of[experts[i]]]);
-        else p->absent[n_absent++] = experts[i];
+        if (g->slot_of[experts[i]] >= 0) {
+            touch(g, &g->records[g->slot_of[experts[i]]]);
+            n_there++;
+        }
+    const size_t n_absent = nx_cache_absent(g, experts, n, n);
     nx_status status = NX_OK;
     while (*n_taken < n_absent && status == NX_OK) {
         const size_t k = nx_cache_place(g, NXP_DEMAND, p->absent + *n_taken, n_absent - *n_taken);
@@ -277,6 +313,7 @@ nx_status nx_cache_hold(nx_group *g, const int32_t *experts, size_t n, size_t *n
         }
     }
     if (status != NX_OK) nx_cache_unhold(g, experts, n, *n_taken);
+    else if (n_there + n_absent < n) hold_again(g, experts, n, *n_taken);
     return status;
 }
 

@@ -15,7 +15,8 @@ typedef struct nx_record {
     uint32_t in_use;   /* acquisitions that are not released: never evicted while above 0 */
     uint64_t last_use; /* the group's clock */
     float frequency;   /* uses, decayed */
-    bool ahead, wanted; /* read ahead and not used yet; for predict.c */
+    bool ahead;  /* read ahead and not used yet */
+    bool wanted; /* a mark within one call */
     nx_read reads[NX_MAX_PARTS];
 } nx_record;
 

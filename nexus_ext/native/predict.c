@@ -56,12 +56,13 @@ nx_status nx_experts_prefetch(nx_group *g, const int32_t *experts, size_t n, siz
     if (limit > g->n_slots) limit = g->n_slots;
     nx_read **list = malloc((limit * g->n_reads + 1) * sizeof *list);
     if (!list) return NX_E_NOMEM;
-    int32_t *absent = m->policy.absent;
-    size_t n_absent = 0, k = 0;
+    const int32_t *absent = m->policy.absent;
+    size_t k = 0;
+    nx_cache_forget_failed(g);
     /* What is predicted and there is held, so that nothing that is predicted evicts it. */
     for (size_t i = 0; i < n; i++)
         if (g->slot_of[experts[i]] >= 0) g->records[g->slot_of[experts[i]]].in_use++;
-        else if (n_absent < limit) absent[n_absent++] = experts[i];
+    const size_t n_absent = nx_cache_absent(g, experts, n, limit);
     const size_t n_started = nx_cache_place(g, NXP_AHEAD, absent, n_absent);
     for (size_t i = 0; i < n; i++) {
         const int32_t slot = g->slot_of[experts[i]];
@@ -80,8 +81,9 @@ nx_status nx_experts_prefetch(nx_group *g, const int32_t *experts, size_t n, siz
     return NX_OK;
 }
 
-size_t nx_group_empty_slots(const nx_group *g) {
+size_t nx_group_empty_slots(nx_group *g) {
     size_t n = 0;
+    nx_cache_forget_failed(g);
     for (uint32_t s = 0; s < g->n_slots; s++) n += g->records[s].state == NX_RECORD_EMPTY;
     return n;
 }

@@ -12,5 +12,9 @@ void nx_ahead_forgotten(nx_group *, nx_record *);
 /* cache.c: slots for the first of these experts, neither in use nor being read; their reads are filled in and not
  * submitted. Returns for how many there was one. */
 size_t nx_cache_place(nx_group *, nxp_cache_reason, const int32_t *experts, size_t n);
+/* cache.c: which of these have no slot, each once, in their order, at most `limit`: in the policy's `absent`. */
+size_t nx_cache_absent(nx_group *, const int32_t *experts, size_t n, size_t limit);
+/* cache.c: slots of records whose reading has failed (or was dropped) and has ended are empty again. */
+void nx_cache_forget_failed(nx_group *);
 
 #endif

@@ -1,6 +1,7 @@
 /* Resident weights of few bits are packed when they are read, each time; what the system got back of the stored
  * bytes can be read again; tensors that are not for us stay as they are. */
 #include <pthread.h>
+#include <sys/mman.h>
 
 #include "nexus_attach.h"
 #include "nexus_residency.h"
@@ -54,20 +55,70 @@ static void what_is_ours_is_packed(void) {
     nx_ternary_finish(&again);
     NX_CHECK(memcmp(again.codes, a->packed.codes, again.codes_bytes) == 0);
     nx_ternary_free(&again);
-    /* stored bytes come back when they are asked for, and stay */
+    close_all(m);
+}
+
+/* Pages of the stored bytes that take memory. */
+static size_t stored_pages(const nx_extent *e) {
+    unsigned char there[64];
+    uint8_t *begin = (uint8_t *)((uintptr_t)e->pinned / NX_PAGE * NX_PAGE);
+    const size_t n = ((uintptr_t)e->pinned + e->nbytes - (uintptr_t)begin + NX_PAGE - 1) / NX_PAGE;
+    size_t sum = 0;
+    NX_CHECK(n <= sizeof there);
+    NX_CHECK_EQ(mincore(begin, n * NX_PAGE, (void *)there), 0);
+    for (size_t i = 0; i < n; i++) sum += there[i] & 1;
+    return sum;
+}
+
+/* A weight takes the memory of one form of it, whichever operations ask for it. */
+static void stored_bytes_come_back_in_place_of_the_packed_ones(void) {
+    nx_model *m = open_with("kernels 0 tq2_0");
+    nx_extent *a = nx_model_find(m, "a"), *e = nx_model_find(m, "b");
+    const uint64_t both = nx_model_attached_bytes(m), generation = nx_residency_generation(m);
+    NX_CHECK(stored_pages(e) == 0 && stored_pages(a) == 0);
     for (int twice = 0; twice < 2; twice++) {
         NX_CHECK_EQ(nx_extent_restore(e), NX_OK);
         NX_CHECK(world_same(&w, e, 0, e->pinned, e->nbytes));
+        NX_CHECK_EQ(nx_model_n_packed(m), 1);
+        NX_CHECK_EQ(nx_model_attached_bytes(m), both / 2); /* nothing beside the stored bytes */
+        NX_CHECK_EQ(stored_pages(a), 0);
+        NX_CHECK_EQ(nx_residency_generation(m), generation + 1); /* who looked at it looks again */
     }
+    /* A load that finds more to do does not pack it again. */
+    atomic_store(&m->loaded, false);
     NX_CHECK_EQ(nx_model_finish_load(m, NULL, NULL), NX_OK);
-    NX_CHECK_EQ(nx_model_n_packed(m), 2);
+    NX_CHECK_EQ(nx_model_n_packed(m), 1);
+    NX_CHECK(world_same(&w, e, 0, e->pinned, e->nbytes));
+    close_all(m);
+}
+
+static void *compute_again_and_again(void *arg) {
+    nx_model *m = arg;
+    const nx_attachment *a = nx_extent_attached(nx_model_find(m, "b"));
+    for (int i = 0; i < 200; i++) {
+        if (nx_turn_begin(m, NULL, 0, never, NULL) != NX_OK) return NULL;
+        volatile uint8_t sum = 0; /* what is there when the turn begins stays until it ends */
+        for (uint64_t k = 0; a->packed.codes && k < a->packed.codes_bytes; k++) sum = (uint8_t)(sum + a->packed.codes[k]);
+        nx_turn_end(m, 0);
+    }
+    return NULL;
+}
+
+static void a_graph_that_computes_keeps_what_it_computes_with(void) {
+    nx_model *m = open_with("kernels 0 tq2_0");
+    pthread_t thread;
+    NX_CHECK_EQ(pthread_create(&thread, NULL, compute_again_and_again, m), 0);
+    NX_CHECK_EQ(nx_extent_restore(nx_model_find(m, "b")), NX_OK);
+    pthread_join(thread, NULL);
+    NX_CHECK_EQ(nx_model_n_packed(m), 1);
     close_all(m);
 }
 
 static void a_file_that_shrank_is_an_error(void) {
     nx_model *m = open_with("kernels 0 tq2_0");
     NX_CHECK_EQ(truncate(w.files[0].path, 100), 0);
-    NX_CHECK_EQ(nx_extent_restore(nx_model_find(m, "b")), NX_E_TRUNCATED);
+    for (int twice = 0; twice < 2; twice++) NX_CHECK_EQ(nx_extent_restore(nx_model_find(m, "b")), NX_E_TRUNCATED);
+    NX_CHECK_EQ(nx_model_n_packed(m), 1);
     close_all(m);
 }
 
@@ -121,6 +172,7 @@ static void elastic_weights_are_packed_while_they_are_there(void) {
         if (times == 1) {
             NX_CHECK_EQ(nx_extent_restore(e), NX_OK);
             NX_CHECK(world_same(&w, e, 0, e->pinned, e->nbytes));
+            NX_CHECK_EQ(nx_model_n_packed(m), 1);
         }
         NX_CHECK(world_same(&w, nx_model_extent(m, 2), 0, nx_model_extent(m, 2)->pinned, ROWS * ROW_BYTES));
         NX_CHECK_EQ(nx_demote(m, all, 3, &bytes), NX_OK);
@@ -158,6 +210,8 @@ static void what_was_stopped_is_not_packed(void) {
 int main(int argc, char **argv) {
     static const nx_test tests[] = {
         NX_TEST(what_is_ours_is_packed),
+        NX_TEST(stored_bytes_come_back_in_place_of_the_packed_ones),
+        NX_TEST(a_graph_that_computes_keeps_what_it_computes_with),
         NX_TEST(a_file_that_shrank_is_an_error),
         NX_TEST(residual_and_packed_live_together),
         NX_TEST(no_kernels_no_packing),

@@ -71,7 +71,7 @@ int nxb_ours_note(nxb_backend *own, int number, const gx_tensor *node, int sourc
     nx_ternary_type stored = NX_TERNARY_TYPES;
     if ((product && !has_copy(attached)) || (in_place && nxb_is_expert_product(node)))
         stored = own_type(e);
-    if (!product) {
+    if (!product || !has_copy(attached)) { /* a copy that was given up may have left nothing: see packed.c */
         const nx_status status = nx_extent_restore(e);
         if (status != NX_OK) return nxb_status(status);
     }

@@ -23,15 +23,18 @@ extern "C" {
 typedef struct nx_attachment {
     nx_residual_matrix residual;
     uint32_t residual_k; /* channels for each product; 0: off, or there is no residual. Atomic */
-    nx_ternary packed;   /* codes NULL: the weight is as it was stored. Written before it is attached */
+    nx_ternary packed;   /* codes NULL: the weight is as it was stored. Goes between two turns only */
     nx_opencl_matrix *opencl; /* the same on a device, instead of `packed`; NULL: not. Once there, it stays */
     int has_residual;    /* written under the model's load_lock, as the one below; atomic */
     int released;        /* the stored bytes were given back: only `packed` or `opencl` has the weight */
+    int given_up;        /* an operation that is not ours needed the stored bytes: not packed again */
 } nx_attachment;
 
 /* What is attached to an extent, or NULL. */
 NX_API nx_attachment *nx_extent_attached(const nx_extent *);
-/* Have the stored bytes of a packed weight in place again, for an operation that is not ours. */
+/* Have the stored bytes of a packed weight in place again, for an operation that is not ours. The packed
+ * matrix is given up for them (one on a device stays there), between two turns: not to be called with the
+ * model's turn. After an error neither need be there, and the next call tries again. */
 NX_API nx_status nx_extent_restore(nx_extent *);
 /* How our kernels multiply by this weight as it is stored (in memory, in a slab, in a record): NX_TERNARY_TYPES
  * if the manifest does not ask for it, or no kernel here is worth it. */

@@ -221,8 +221,8 @@ NX_API uint32_t nx_group_slots(const nx_group *);
 /* Order `experts` so that first come those that can be held without evicting anything: what is there, then
  * as many others as there are free slots. Returns how many these are; the rest counts as missed. */
 NX_API size_t nx_experts_favour(nx_group *, int32_t *experts, size_t n);
-/* Hold the records of these experts (each named once) and start to read what is missing. NX_E_BUSY: more
- * than there are slots. On any error nothing is held. */
+/* Hold the records of these experts and start to read what is missing; one that is named twice is held twice,
+ * and read once. NX_E_BUSY: more than there are slots. On any error nothing is held. */
 NX_API nx_status nx_experts_acquire(nx_group *, const int32_t *experts, size_t n);
 /* Wait until this part of all of them is there. */
 NX_API nx_status nx_experts_wait(nx_group *, uint32_t part, const int32_t *experts, size_t n);

@@ -14,13 +14,13 @@ extern "C" {
 
 /* -- reading ahead ------------------------------------------------------------------------------- */
 
-/* Start to read the records of these experts, each named once, the likeliest first, at most `limit` of those that are not
+/* Start to read the records of these experts, the likeliest first, at most `limit` of those that are not
  * there. The reads are spare ones (nexus_io.h). A slot is taken from what the policy would evict next,
- * never from a record that is in use or one of `experts`; when there is none, fewer are read. What the
- * group's next acquisition does not ask for is stale: no more of it is read then. */
+ * never from a record that is in use or one of `experts`; when there is none, fewer are read. An expert
+ * that is named again counts once. What the group's next acquisition does not ask for is stale: no more of it is read then. */
 NX_API nx_status nx_experts_prefetch(nx_group *, const int32_t *experts, size_t n, size_t limit);
 /* Slots that hold nothing. */
-NX_API size_t nx_group_empty_slots(const nx_group *);
+NX_API size_t nx_group_empty_slots(nx_group *);
 /* Requests of other reads that may be in hand while spare ones are issued, see nx_io_spare_limits. */
 NX_API void nx_prefetch_beside(nx_model *, uint32_t n_requests);
 /* Take in what has arrived and issue what waits: 1 when nothing but spare reads is in hand. */
