@@ -11,9 +11,10 @@ from nexus_ext.formats import open_gguf
 from nexus_ext.formats.floats import FLOATS
 from nexus_ext.formats.hf import AUTO, FLOAT_TYPES, ConvertReport, HfConversion
 from nexus_ext.formats.new_file import check_space, refuse_existing
-from nexus_ext.runtime.quantizer import QUANT_BITS, TERNARY_TYPES, quantize, quantized_nbytes
+from nexus_ext.runtime.quantize import TERNARY, UNAIDED, quantize, quantized_nbytes
+from nexus_ext.runtime.quantize import Progress as PerTensor
 
-TYPES = (AUTO, *FLOAT_TYPES, *QUANT_BITS)
+TYPES = (AUTO, *FLOAT_TYPES, *(name for name in UNAIDED if name not in FLOAT_TYPES))
 
 # Called with (what is done, bytes done, bytes in all).
 Progress = Callable[[str, int, int], None]
@@ -39,7 +40,7 @@ def convert_hf(
     Raises what HfConversion and quantize raise.
     """
     refuse_existing(target, overwrite=options.overwrite)
-    if options.type_name not in QUANT_BITS:
+    if options.type_name in (AUTO, *FLOAT_TYPES):
         conversion = HfConversion(
             source, float_type=options.type_name, pre=options.pre, name=options.name
         )
@@ -48,24 +49,29 @@ def convert_hf(
         )
     conversion = HfConversion(source, pre=options.pre, name=options.name)
     report = conversion.report
-    float_bits = FLOATS[report.type_name].itemsize * 8
-    expected = quantized_nbytes(report.nbytes, float_bits, options.type_name)
+    n_weights = report.nbytes // FLOATS[report.type_name].itemsize
+    expected = quantized_nbytes(n_weights, options.type_name)
     check_space(os.path.dirname(os.path.abspath(target)), report.nbytes + expected)
     floats = f"{target}.floats"
     try:
         conversion.write(floats, overwrite=True, progress=_phase(progress, "converting"))
-        notes = quantize(
+        made = quantize(
             floats,
             target,
             options.type_name,
             n_threads=options.n_threads,
             overwrite=options.overwrite,
-            expected_nbytes=expected,
-            progress=_phase(progress, "quantizing"),
+            progress=_by_bytes(progress, report),
         )
     finally:
         with suppress(FileNotFoundError):
             os.unlink(floats)
+    notes: tuple[str, ...] = ()
+    if made.fallbacks:
+        notes = (
+            f"{len(made.fallbacks)} tensors have rows that do not fill the blocks of "
+            f"{options.type_name}; llama.cpp gave them a larger type",
+        )
     return _quantized(report, target, options.type_name, notes)
 
 
@@ -73,6 +79,20 @@ def _phase(progress: Progress | None, what: str) -> Callable[[int, int], None] |
     if progress is None:
         return None
     return lambda done, total: progress(what, done, total)
+
+
+def _by_bytes(progress: Progress | None, report: ConvertReport) -> PerTensor:
+    """Count the bytes of the floats that the quantizer has come to."""
+    sizes = {tensor.name: tensor.nbytes for tensor in report.tensors}
+    reached = 0
+
+    def named(tensor: str, done: int, total: int) -> None:
+        nonlocal reached
+        reached += sizes.get(tensor, 0)
+        if progress is not None:
+            progress("quantizing", reached, sum(sizes.values()))
+
+    return named
 
 
 def _quantized(
@@ -85,12 +105,12 @@ def _quantized(
         replace(t, written=written[t.name].type_name, nbytes=written[t.name].nbytes)
         for t in report.tensors
     )
-    if type_name in TERNARY_TYPES and not report.ternary:
+    if type_name in TERNARY and not report.ternary:
         notes += (
             f"{type_name} keeps only the signs of weights: a model that was not trained ternary "
             "loses everything it has learned",
         )
-    if type_name in TERNARY_TYPES and report.ternary and notes:
+    if type_name in TERNARY and report.ternary and notes:
         notes += (
             "the ternary weights in those tensors are no longer exact: q8_0 would keep them, but "
             "for the rounding of their scale",

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -44,12 +44,24 @@ BASES: Mapping[str, str] = {
     "iq3_xs": "IQ3_S",
     "iq2_m": "IQ2_S",
 }
+TERNARY: Sequence[str] = ("tq1_0", "tq2_0")
+# Below about three bits llama.cpp asks for an importance matrix.
+_WITH_IMATRIX = ("iq3_xxs", "iq3_xs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s")
+UNAIDED: Sequence[str] = tuple(n for n in BASES if n not in (*_WITH_IMATRIX, "q2_k_s"))
+"""The file types that can be made without an importance matrix."""
 ALIASES: Mapping[str, str] = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 _PLAIN = ("F32", "F16", "BF16")
 _STDERR_LINES = 20  # of a worker that died
+_MIXTURE = 1.3  # embedding, output and some others get more bits than the rest
 
 Progress = Callable[[str, int, int], None]
 """Called with the tensor that is worked on, its number and how many there are."""
+
+
+class QuantizationFailed(NexusError, RuntimeError):
+    """llama.cpp's quantizer gave up; the message has its own words."""
+
+    code = "quantization_failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +152,8 @@ def quantize(
     """Write `source`, a GGUF in F16, F32 or BF16, as `target` in the file type `base`.
 
     `types` names tensors that get a type of their own instead of the one that the file type gives
-    them. Raises UsageError, FormatError, ReadFailed, WriteFailed, or NexusError with llama.cpp's
-    own message.
+    them. `n_threads` 0 takes one a core. Raises UsageError, FormatError, ReadFailed, WriteFailed,
+    or QuantizationFailed with llama.cpp's own message.
     """
     source, target = os.fspath(source), os.fspath(target)
     name = base_name(base)
@@ -151,8 +163,9 @@ def quantize(
         raise UsageError(f"{target} is the source itself", hint="write to another file")
     numbers = _type_numbers(catalog, types or {})
     begin = time.perf_counter()
+    expected = min(catalog.nbytes, quantized_nbytes(weights_in(catalog), name))
     with NewFile(
-        target, expected_nbytes=_expected_nbytes(catalog, name), overwrite=overwrite
+        target, expected_nbytes=expected + len(catalog.header), overwrite=overwrite
     ) as file:
         with tempfile.TemporaryDirectory(prefix="nexus-") as directory:
             job = QuantizeJob(
@@ -212,11 +225,10 @@ def _type_numbers(catalog: Catalog, types: Mapping[str, str]) -> dict[str, int]:
     return numbers
 
 
-def _expected_nbytes(catalog: Catalog, base: str) -> int:
+def quantized_nbytes(n_weights: int, base: str) -> int:
+    """Return about how many bytes so many weights will take, rather more than fewer."""
     kind = type_named(BASES[base])
-    # Embedding, output and some others get more bits than the rest.
-    generous = 1.25 * kind.block_nbytes / kind.block_elements
-    return min(catalog.nbytes, int(generous * weights_in(catalog))) + len(catalog.header)
+    return int(_MIXTURE * n_weights * kind.block_nbytes / kind.block_elements)
 
 
 def _written(imatrix: ImportanceMatrix | None, catalog: Catalog, directory: Path) -> str | None:
@@ -272,7 +284,7 @@ def _run_worker(job: QuantizeJob, cwd: str, progress: Progress) -> tuple[list[st
         if end is None:
             errors.seek(0)
             text = errors.read().decode("utf-8", "replace").strip().splitlines()
-            raise NexusError(
+            raise QuantizationFailed(
                 f"the quantizer ended with status {child.returncode} and no result: "
                 + "\n".join(text[-_STDERR_LINES:]),
                 hint="llama.cpp may not know this architecture",
@@ -309,7 +321,7 @@ def _failure(job: QuantizeJob, text: str) -> NexusError:
         return WriteFailed(
             f"{job.target}: cannot be written", hint="see how much space is left", path=job.target
         )
-    return NexusError(
+    return QuantizationFailed(
         f"llama.cpp cannot quantize {job.source}: {text}",
         hint="the model may need a newer llama-cpp-python",
     )

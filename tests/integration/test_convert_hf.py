@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from gguf.quants import dequantize
 
-from nexus_ext.errors import UsageError, WriteFailed
 from nexus_ext.formats.hf import HfConversion
-from nexus_ext.runtime import quantizer
-from nexus_ext.runtime.quantizer import QUANT_BITS, QuantizationFailed, quantize
+from nexus_ext.runtime.hf import HfOptions, convert_hf
+from nexus_ext.runtime.quantize import BASES, TERNARY, UNAIDED, QuantizationFailed
 from tests.cli_support import call
 from tests.synth.hf import (
     LINEAR,
@@ -214,49 +213,39 @@ def test_a_pretokenizer_can_be_named(tmp_path: Path) -> None:
 # -- the quantizer --------------------------------------------------------------------------------
 
 
-def test_what_the_quantizer_says_when_it_fails_is_passed_on(tmp_path: Path) -> None:
-    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(60))
-    target = tmp_path / "out.gguf"
-    with pytest.raises(QuantizationFailed, match=r"ended (with status|by signal)") as info:
-        quantize(str(tmp_path / "bad.gguf"), str(target), "q8_0")
-    assert "bad.gguf" in str(info.value)
-    with pytest.raises(UsageError, match="not one of"):
-        quantize(str(tmp_path / "bad.gguf"), str(target), "iq1_s")
-    with pytest.raises(WriteFailed, match="are free"):
-        quantize(str(tmp_path / "bad.gguf"), str(target), "q8_0", expected_nbytes=1 << 60)
-    assert [p.name for p in tmp_path.iterdir()] == ["bad.gguf"]
-
-
-def test_an_interrupt_ends_the_quantizer_and_removes_what_it_wrote(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_ends_the_quantizer_and_removes_what_it_wrote(tmp_path: Path) -> None:
     write_hf(tmp_path / "m", dims=WIDE)
-    child: list[Any] = []
-    popen = quantizer.subprocess.Popen
+    seen: list[tuple[int, int]] = []
 
-    def remember(*args: Any, **kwargs: Any) -> Any:
-        # A child that writes a part of a file and then waits for ever.
-        part = args[0][-3]
-        script = f"open({part!r}, 'w').write('x'); import time; time.sleep(600)"
-        child.append(popen([args[0][0], "-c", script], **kwargs))
-        return child[0]
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what == "quantizing":
+            seen.append((done, total))
+            raise KeyboardInterrupt
 
-    def interrupt(done: int, total: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(quantizer.subprocess, "Popen", remember)
-    HfConversion(tmp_path / "m").write(tmp_path / "f.gguf")
     with pytest.raises(KeyboardInterrupt):
-        quantize(str(tmp_path / "f.gguf"), str(tmp_path / "q.gguf"), "q8_0", progress=interrupt)
-    assert child[0].poll() is not None
-    assert sorted(os.listdir(tmp_path)) == ["f.gguf", "m"]
+        convert_hf(
+            str(tmp_path / "m"), str(tmp_path / "q.gguf"), HfOptions(type_name="q8_0"), interrupt
+        )
+    assert 0 < seen[0][0] < seen[0][1]
+    assert os.listdir(tmp_path) == ["m"]
 
 
 def test_every_type_that_is_offered_is_one_of_llama_cpp() -> None:
     import llama_cpp
 
-    for name in QUANT_BITS:
+    for name in BASES:
         assert hasattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name.upper()}"), name
+    assert set(UNAIDED) < set(BASES) and set(TERNARY) < set(UNAIDED)
+
+
+@pytest.mark.parametrize("type_name", ["iq3_s", "iq3_m", "q2_k", "tq1_0"])
+def test_small_types_that_are_offered_need_no_importance_matrix(
+    tmp_path: Path, type_name: str
+) -> None:
+    write_hf(tmp_path / "m", dims=WIDE)
+    options = HfOptions(type_name=type_name, n_threads=2)
+    report = convert_hf(str(tmp_path / "m"), str(tmp_path / "q.gguf"), options)
+    assert report.nbytes == os.path.getsize(tmp_path / "q.gguf")
 
 
 def test_nothing_is_left_when_quantizing_fails(
