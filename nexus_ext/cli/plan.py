@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -21,8 +22,20 @@ if TYPE_CHECKING:
 @click.argument("model")
 @plan_options
 @click.option("-o", "--output", "file", metavar="FILE", help="Write the plan, for `run --plan`.")
+@click.option(
+    "--residual",
+    "residual_file",
+    metavar="FILE",
+    help="Leave room for these residuals, for `run --residual`.",
+)
 @output_options
-def plan(model: str, planning: PlanOptions, file: str | None, output: Output) -> None:
+def plan(
+    model: str,
+    planning: PlanOptions,
+    file: str | None,
+    residual_file: str | None,
+    output: Output,
+) -> None:
     """Show where every byte of MODEL would go, and the speed to expect.
 
     Nothing is loaded. Without --ram or --weights the budget is 80 % of the memory that is free.
@@ -33,6 +46,7 @@ def plan(model: str, planning: PlanOptions, file: str | None, output: Output) ->
       nexus plan model.gguf --ram 4G
       nexus plan model.gguf --ram 4G --ctx 8192 --kv-type-k q8_0 -o plan.json
       nexus plan model.gguf --ram 8G --hardware laptop-16gb-nvidia-8gb
+      nexus plan model.gguf --ram 8G --residual model.gguf.nxr -o plan.json
       nexus plan model.gguf --weights 1G --pin "ffn_down=ram" --pin "attn_(q|k|v)=nvme"
     """
     from nexus_ext.formats import open_model
@@ -40,6 +54,12 @@ def plan(model: str, planning: PlanOptions, file: str | None, output: Output) ->
     from nexus_ext.runtime import plan_model
 
     request = planning.request(open_model(model))
+    if residual_file is not None:
+        from nexus_ext.formats.residuals import read_residuals
+        from nexus_ext.runtime.residual import memory_nbytes
+
+        room = memory_nbytes(read_residuals(residual_file))
+        request = replace(request, residual_bytes=room)
     planned = plan_model(model, request, hardware=planning.hardware(model))
     text = planned.plan.to_json()
     if file is not None:

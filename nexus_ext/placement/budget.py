@@ -29,14 +29,19 @@ class Allowance:
     gpu: Gpu | None
     gpu_bytes: int
     notes: tuple[str, ...]
+    residual_bytes: int = 0  # of both budgets, beside the weights
 
     @property
     def limits(self) -> Limits:
         room = None
         if self.ram_bytes is not None:
             room = self.ram_bytes - kernel_bytes(self.ram_bytes) - self.process_bytes
+            room -= self.residual_bytes
+        weights = self.weights_bytes
+        if weights is not None:
+            weights -= self.residual_bytes
         unified = self.gpu is not None and self.gpu.unified
-        return Limits(self.weights_bytes, room, self.gpu_bytes, unified)
+        return Limits(weights, room, self.gpu_bytes, unified)
 
     def ram_for(self, need_bytes: int) -> int:
         """Return the smallest RAM budget that leaves `need_bytes` beside process and kernel."""
@@ -67,7 +72,7 @@ def check(request: PlanRequest) -> None:
         value = getattr(request, name)
         if value < least:
             raise UsageError(f"{name} is {value}, less than {least}", hint=f"Raise {name}.")
-    for name in ("ram_bytes", "weights_bytes", "gpu_bytes"):
+    for name in ("ram_bytes", "weights_bytes", "gpu_bytes", "residual_bytes"):
         value = getattr(request, name)
         if value is not None and value < 0:
             raise UsageError(f"{name} is {value}, which is negative", hint=f"Raise {name}.")
@@ -99,7 +104,15 @@ def allowance(request: PlanRequest, hardware: HardwareProfile, process_bytes: in
     gpu, gpu_bytes = _gpu(request, hardware.gpus)
     if gpu is not None and len(hardware.gpus) > 1:
         notes.append(f"Of {len(hardware.gpus)} GPUs only {gpu.name} is used.")
-    return Allowance(ram, request.weights_bytes, process_bytes, gpu, gpu_bytes, tuple(notes))
+    return Allowance(
+        ram,
+        request.weights_bytes,
+        process_bytes,
+        gpu,
+        gpu_bytes,
+        tuple(notes),
+        request.residual_bytes,
+    )
 
 
 def _gpu(request: PlanRequest, gpus: Sequence[Gpu]) -> tuple[Gpu | None, int]:

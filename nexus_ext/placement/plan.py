@@ -27,6 +27,7 @@ ROWS: Final = (
     "ring",
     "scratch",
     "expert cache",
+    "residuals",
     "KV cache",
     "compute buffers",
     "runtime",
@@ -48,7 +49,7 @@ class PlanRequest:
     """What the user wants. The defaults are those of llama-cpp-python."""
 
     ram_bytes: int | None = None  # for all of the process; None: 80 % of what is available
-    weights_bytes: int | None = None  # for weights, ring and scratch alone
+    weights_bytes: int | None = None  # for weights, pools and residuals alone
     n_ctx: int = 512  # 0: as trained
     n_batch: int = 512
     n_ubatch: int = 512
@@ -63,6 +64,7 @@ class PlanRequest:
     n_outputs_max: int = 0  # rows of logits in a graph; 0: n_batch, as llama.cpp has it
     logits_all: bool = False
     kv_unified: bool = False  # all sequences share one KV cache
+    residual_bytes: int = 0  # of a residual correction, in memory beside the weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,7 @@ class Plan:
     @property
     def weights_bytes(self) -> int:
         """Bytes that count against a weights budget."""
-        return sum(self.breakdown[row] for row in ROWS[:5])
+        return sum(self.breakdown[row] for row in ROWS[:6])
 
     @property
     def ram_bytes(self) -> int:

@@ -182,7 +182,7 @@ class _Solver:
         needs = {}
         for n_gpu in (offload.least, offload.most):
             there = self._problem(n_gpu, offload, self.pinned)
-            needs[n_gpu] = closed_form.smallest_bytes(there)
+            needs[n_gpu] = closed_form.smallest_bytes(there) + self.allowed.residual_bytes
         need = min(needs.values())
         if weights is not None and weights < need:
             raise DoesNotFit(
@@ -266,8 +266,9 @@ class _Solver:
         tied_bytes = max(0, ring.tied_rows_bytes(through_ring) - scratch_bytes)
         scratch_bytes, ring_bytes = scratch_bytes + tied_bytes, choice.ring_bytes - tied_bytes
         cache_bytes = sum(cache.nbytes for cache in caches)
-        taken = (resident[HOST], resident[RAM], ring_bytes, scratch_bytes, cache_bytes, kv)
-        parts = (*taken, self.compute_bytes, runtime, shared)
+        taken = (resident[HOST], resident[RAM], ring_bytes, scratch_bytes, cache_bytes)
+        residuals = self.allowed.residual_bytes
+        parts = (*taken, residuals, kv, self.compute_bytes, runtime, shared)
         breakdown = dict(zip(ROWS, (*parts, ram - sum(parts)), strict=True))
         return Plan(
             fingerprint=self.catalog.fingerprint,

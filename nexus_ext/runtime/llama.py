@@ -160,7 +160,7 @@ class Llama(llama_cpp.Llama):
 
     Arguments beyond those of `llama_cpp.Llama`:
         ram: everything that the process may touch ("4G" or bytes); None: 80 % of what is free.
-        weights: resident weights and their pools only (for small models and tests).
+        weights: resident weights, their pools and residuals only (for small models and tests).
         plan: a `Plan`, or the file that `nexus plan -o` wrote, instead of a new one.
         policy: how streamed weights are read: "auto", "direct" or "buffered".
         pins: (regex, tier) pairs, or `Pin`s: tensors that the plan must not move.
@@ -175,8 +175,8 @@ class Llama(llama_cpp.Llama):
             request; None: unless NEXUS_WARM_START is 0.
         residual: a file that `nexus quantize --residual` made for this model: while decoding, part
             of what quantization lost is added back, which changes what the model says. True: an
-            NXF's own. It takes
-            its size of `ram`; without room for it nothing is corrected.
+            NXF's own. Its size counts against `ram` and `weights`; without room for it nothing is
+            corrected, and a `plan` without is refused.
         residual_share: part of the input channels to correct; None: as many as slow a token down
             by 5 %, measured when the model is opened.
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,12 +22,20 @@ from nexus_ext.errors import DoesNotFit, FormatError, UsageError
 from nexus_ext.formats import open_gguf
 from nexus_ext.formats.residuals import (
     ResidualTable,
+    StoredResidual,
     read_residual,
     row_nbytes,
     write_residuals,
 )
 from nexus_ext.placement import Plan, PlanRequest
 from nexus_ext.runtime.planning import Planned, hardware_profile, plan_model
+from nexus_ext.runtime.residual_tuning import (
+    Effect,
+    Floats,
+    Observed,
+    distribute,
+    observe,
+)
 from nexus_ext.runtime.weights import Weights
 from nexus_ext.types import Catalog, Role, TensorInfo
 from nexus_ext.units import format_bytes
@@ -41,10 +47,14 @@ _log = logging.getLogger("nexus_ext.runtime")
 
 SUFFIX = ".nxr"
 _FLOATS = ("F32", "F16", "BF16")
-# Shares of the input channels that are tried, the largest that keeps to the time wins.
-SHARES = (0.01, 0.02, 0.03, 0.06, 0.12, 0.25)
-_TIMED_TOKENS = 24
 DEFAULT_SLOWDOWN = 0.05
+_TUNED_TOKENS, _TUNED_S = 24, 20.0
+_PAGE = 4096
+_LAYER = re.compile(r"blk\.\d+\.")
+_SHARED = {  # matrices that multiply the same input, whose channels are chosen once for all
+    **dict.fromkeys(("attn_q", "attn_k", "attn_v"), "attn_qkv"),
+    **dict.fromkeys(("ffn_gate", "ffn_up"), "ffn_gate_up"),
+}
 
 
 def correctable(catalog: Catalog) -> list[TensorInfo]:
@@ -139,26 +149,65 @@ def plan_with_room(
 ) -> tuple[Planned, ResidualTable | None]:
     """Plan a model with residuals beside it; without room for them, plan it alone and say so.
 
-    A plan that is given is taken as it is. Raises what `plan_model` raises, and UsageError for
-    residuals of another model.
+    They count against whatever budget there is. A plan that is given keeps every weight where it
+    is: residuals take what it has set aside for them or leaves free. Raises what `plan_model`
+    raises, DoesNotFit when a given plan has no such room, and UsageError for residuals of another
+    model.
     """
     if table is None:
         return plan_model(path, request, hardware=hardware, plan=plan), None
+    need = memory_nbytes(table)
+    if plan is not None:
+        planned = plan_model(path, request, hardware=hardware, plan=plan)
+        name = "the plan" if isinstance(plan, Plan) else f"the plan {os.fspath(plan)!r}"
+        planned = replace(planned, plan=_with_residuals(planned.plan, name, table.path, need))
+        return planned, checked(table, planned.catalog)
     hardware = hardware or hardware_profile(path)
-    less = request
-    if plan is None and (request.ram_bytes is not None or request.weights_bytes is None):
-        ram_bytes = request.ram_bytes or int(0.8 * hardware.memory.available_bytes)
-        less = replace(request, ram_bytes=max(1, ram_bytes - table.nbytes))
     try:
-        planned = plan_model(path, less, hardware=hardware, plan=plan)
+        planned = plan_model(path, replace(request, residual_bytes=need), hardware=hardware)
     except DoesNotFit:
+        # Without a word when the model alone does not fit either: that is the error then.
+        planned = plan_model(path, request, hardware=hardware)
         _log.warning(
             "there is no room for the %s of residuals in %s: nothing is corrected",
-            format_bytes(table.nbytes),
+            format_bytes(need),
             table.path,
         )
-        return plan_model(path, request, hardware=hardware), None
+        return planned, None
     return planned, checked(table, planned.catalog)
+
+
+def memory_nbytes(table: ResidualTable) -> int:
+    """Return what residuals take in memory, in whole pages."""
+    return sum(
+        -(-part // _PAGE) * _PAGE for t in table.tensors for part in (t.codes_nbytes, 4 * t.n_out)
+    )
+
+
+def _with_residuals(plan: Plan, name: str, path: str, need: int) -> Plan:
+    """Return a plan that was given with `need` bytes for residuals, out of what it leaves free."""
+    more = max(0, need - plan.breakdown["residuals"])
+    free, limit = plan.breakdown["free"], plan.budget.weights_bytes
+    if limit is not None:
+        free = min(free, limit - plan.weights_bytes)
+    if more > free:
+        raise DoesNotFit(
+            f"{name} leaves {format_bytes(plan.breakdown['residuals'] + free)} for residuals, and "
+            f"those in {path} take {format_bytes(need)}",
+            hint="make a plan with room for them (`nexus plan MODEL --residual FILE -o PLAN`), or "
+            "run without residuals",
+            smallest_bytes=need,
+        )
+    parts = {**plan.breakdown}
+    parts["residuals"] += more
+    parts["free"] -= more
+    return replace(plan, breakdown=parts)
+
+
+def kind_of(name: str) -> str:
+    """Return what matrices of all layers are tuned together: attn_qkv, ffn_down, output, ..."""
+    stem = _LAYER.sub("", name).removesuffix(".weight")
+    return _SHARED.get(stem, stem)
 
 
 class Residuals:
@@ -173,7 +222,8 @@ class Residuals:
         """
         here = tuple(t for t in table.tensors if is_ours(t.name))
         self.table = replace(table, tensors=here)
-        self.share = 0.0
+        self.kinds = tuple(dict.fromkeys(kind_of(t.name) for t in here))
+        self.shares = dict.fromkeys(self.kinds, 0.0)
         self._model = model
         for stored in here:
             codes, scales = read_residual(table, stored)
@@ -184,68 +234,99 @@ class Residuals:
                 )
             model.attach_residual(stored.name, codes, scales, 0)
 
+    @property
+    def share(self) -> float:
+        """The part of all codes that a token reads."""
+        total = sum(t.codes_nbytes for t in self.table.tensors)
+        read = sum(self._k(t) * row_nbytes(t.n_out) for t in self.table.tensors)
+        return read / total if total else 0.0
+
     def set_share(self, share: float) -> None:
         """Correct this share of each matrix's input channels (0 to 1) from the next token on."""
-        if not 0 <= share <= 1:
-            raise UsageError(f"a share of channels is between 0 and 1, not {share:g}")
+        self.set_shares(dict.fromkeys(self.kinds, share))
+
+    def set_shares(self, shares: Mapping[str, float]) -> None:
+        """Correct a share of the input channels of each kind of matrix; kinds left out stay."""
+        for kind, share in shares.items():
+            if not 0 <= share <= 1:
+                raise UsageError(
+                    f"a share of channels is between 0 and 1, not {share:g} ({kind})",
+                    hint="0.06 corrects 6 % of them",
+                )
+            if kind not in self.kinds:
+                raise UsageError(
+                    f"there are no residuals of {kind!r}", hint=f"kinds are {', '.join(self.kinds)}"
+                )
+        self.shares.update(shares)
         for stored in self.table.tensors:
-            k = round(share * stored.n_in)
-            self._model.set_residual_k(stored.name, max(k, 1) if share else 0)
-        self.share = share
+            if kind_of(stored.name) in shares:
+                self._model.set_residual_k(stored.name, self._k(stored))
+
+    def _k(self, stored: StoredResidual) -> int:
+        share = self.shares[kind_of(stored.name)]
+        return max(round(share * stored.n_in), 1) if share else 0
 
     def bytes_per_token(self) -> int:
         """Return what is read of the residuals for a token."""
         return sum(
-            round(self.share * t.n_in) * row_nbytes(t.n_out) + 4 * t.n_out
-            for t in self.table.tensors
-            if self.share
+            self._k(t) * row_nbytes(t.n_out) + 4 * t.n_out for t in self.table.tensors if self._k(t)
         )
 
     def start(self, llm: Any, share: float | None) -> None:
         """Correct `share` of the channels; None: as many as a token has time for."""
-        if share is not None:
+        if share is None:
+            self.tune(llm)
+        else:
             self.set_share(share)
-            return
-        batch, token = llm._batch, max(0, int(llm.token_bos()))
 
-        def decode() -> None:
-            llm._ctx.kv_cache_clear()
-            batch.set_batch(batch=[token], n_past=0, logits_all=False)
+    def observe(self, llm: Any) -> Observed:
+        """Measure what each kind costs and repairs; what the context holds is forgotten."""
+        if llm.context_params.embeddings:
+            raise UsageError(
+                "shares of channels are tuned by what a model writes, and this one is open for "
+                "embeddings",
+                hint="give residual_share, for instance 0.06",
+            )
+        batch, n_vocab = llm._batch, llm.n_vocab()
+
+        def run(shares: Mapping[str, float], token: int, position: int) -> Floats:
+            self.set_shares(shares)
+            if not llm._ctx.kv_cache_seq_rm(0, position, -1):  # a recurrent model: each token alone
+                llm._ctx.kv_cache_clear()
+                position = 0
+            batch.set_batch(batch=[token], n_past=position, logits_all=False)
             llm._ctx.decode(batch)
+            return np.ctypeslib.as_array(llm._ctx.get_logits(), (n_vocab,))
 
-        self.tune(decode)
         llm._ctx.kv_cache_clear()
+        try:
+            return observe(
+                self.kinds,
+                run,
+                max(0, int(llm.token_bos())),
+                most_tokens=min(_TUNED_TOKENS, llm.n_ctx() - 1),
+                most_seconds=_TUNED_S,
+            )
+        finally:
+            llm._ctx.kv_cache_clear()
+            self.set_share(0.0)
 
-    def tune(
-        self, decode: Callable[[], None], slowdown: float = DEFAULT_SLOWDOWN, n: int = _TIMED_TOKENS
-    ) -> dict[float, float]:
-        """Take the largest share that slows a token down by no more than `slowdown`.
+    def tune(self, llm: Any, slowdown: float = DEFAULT_SLOWDOWN) -> Observed:
+        """Correct what repairs most while a token takes (1 + slowdown) times as long, measured."""
+        seen = self.observe(llm)
+        room_ns = int(1e9 * slowdown * seen.token_s)
+        self.set_shares(distribute(seen.effects, room_ns, lambda e, share: 1e9 * e.cost(share)))
+        chosen = ", ".join(f"{kind} {100 * share:g} %" for kind, share in self.shares.items())
+        _log.info("residuals: of the channels of %s", chosen)
+        return seen
 
-        `decode` computes one token. Shares take turns, so that a machine that is busy for a while
-        is busy for all of them; the median of each counts. Returns seconds a token by share.
-        """
-        shares = (0.0, *SHARES)
-        times: dict[float, list[float]] = {share: [] for share in shares}
-        for share in shares:  # pages and caches
-            self.set_share(share)
-            decode()
-        for _ in range(n):
-            for share in shares:
-                self.set_share(share)
-                begin = time.perf_counter()
-                decode()
-                times[share].append(time.perf_counter() - begin)
-        found = {share: median(values) for share, values in times.items()}
-        self.set_share(chosen_share(found, slowdown))
-        _log.info("residuals: %.0f %% of the channels", 100 * self.share)
-        return found
+    def spread(self, seen: Observed, share: float) -> None:
+        """Correct what repairs most for the bytes that `share` of all channels would take."""
+        nbytes = dict.fromkeys(self.kinds, 0)
+        for stored in self.table.tensors:
+            nbytes[kind_of(stored.name)] += stored.codes_nbytes
 
+        def cost(effect: Effect, at: float) -> float:
+            return at * nbytes[effect.kind]
 
-def chosen_share(times: dict[float, float], slowdown: float) -> float:
-    """Return the largest share below the first that takes more than (1 + slowdown) times 0's."""
-    limit, best = times[0.0] * (1 + slowdown), 0.0
-    for share in sorted(times):
-        if times[share] > limit:
-            break
-        best = share
-    return best
+        self.set_shares(distribute(seen.effects, int(share * sum(nbytes.values())), cost))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from nexus_ext import Llama
-from nexus_ext.errors import FormatError, UsageError
+from nexus_ext.errors import DoesNotFit, FormatError, UsageError
 from nexus_ext.formats import open_gguf
 from nexus_ext.formats.residuals import read_residual, read_residuals
 from nexus_ext.kernels import Residual
@@ -21,7 +22,12 @@ from nexus_ext.runtime.planning import plan_model
 from nexus_ext.runtime.predictions import opened
 from nexus_ext.runtime.quality import record_reference, scores_against
 from nexus_ext.runtime.quantize import planned_types, quantize
-from nexus_ext.runtime.residual import chosen_share, make_residuals, plan_with_room
+from nexus_ext.runtime.residual import (
+    make_residuals,
+    memory_nbytes,
+    plan_with_room,
+)
+from nexus_ext.runtime.residual_tuning import SHARES
 from nexus_ext.runtime.weights import Weights
 from tests.cli_support import call
 from tests.models_folder import find_model
@@ -79,7 +85,7 @@ def test_more_channels_bring_the_predictions_nearer(source: str, rough: str) -> 
         for share in (0.0, 0.25, 1.0):
             llm.nexus.residuals.set_share(share)
             divergences.append(float(scores_against(llm, kept).kl.mean()))
-        assert llm.nexus.residuals.bytes_per_token() <= llm.nexus.residuals.table.nbytes
+        assert llm.nexus.residuals.bytes_per_token() == llm.nexus.residuals.table.nbytes
         with pytest.raises(UsageError, match="between 0 and 1"):
             llm.nexus.residuals.set_share(1.5)
     assert divergences[1] < 0.8 * divergences[0]
@@ -90,24 +96,37 @@ def test_a_share_is_found_when_none_is_given(rough: str) -> None:
     llm = Llama(rough, residual=rough + ".nxr", **SMALL)
     try:
         assert llm.nexus.residuals is not None
-        assert llm.nexus.residuals.share in (0.0, *residual_module.SHARES)
+        shares = llm.nexus.residuals.shares
+        assert set(shares) == {"token_embd", "attn_qkv", "attn_output", "ffn_gate_up"}
+        assert all(share in SHARES for share in shares.values())
         assert llm("Once", max_tokens=4)["choices"][0]["text"]
     finally:
         llm.close()
 
 
-@pytest.mark.parametrize(
-    ("times", "share"),
-    [
-        ({0.0: 1.0, 0.01: 1.01, 0.06: 1.04, 0.25: 1.2}, 0.06),
-        ({0.0: 1.0, 0.01: 1.2, 0.06: 1.0, 0.25: 1.0}, 0.0),  # a lucky measurement behind a slow one
-        ({0.0: 1.0, 0.01: 0.9, 0.06: 0.9, 0.25: 0.9}, 0.25),
-    ],
-)
-def test_the_largest_share_within_the_time_is_taken(
-    times: dict[float, float], share: float
-) -> None:
-    assert chosen_share(times, 0.05) == share
+def test_what_each_kind_repairs_is_measured(rough: str) -> None:
+    with closing(Llama(rough, residual=rough + ".nxr", residual_share=0.0, **SMALL)) as llm:
+        residuals = llm.nexus.residuals
+        assert residuals is not None
+        seen = residuals.observe(llm)
+        assert residuals.share == 0.0 and seen.token_s > 0
+        assert [e.kind for e in seen.effects] == list(residuals.kinds)
+        # In Q4_0 something can be repaired, in Q8_0 (embedding and head) next to nothing.
+        repaired = {e.kind: e.repaired[1] / seen.divergence for e in seen.effects}
+        assert abs(repaired.pop("token_embd")) < 0.1 < max(repaired.values()) < 1
+        residuals.spread(seen, 0.06)
+        assert 0.04 < residuals.share < 0.08
+        assert len(set(residuals.shares.values())) > 1
+        before = residuals.shares.copy()
+        for wrong, message in (
+            ({"attn_qkv": 2.0}, "between 0 and 1"),
+            ({"ffn": 0.1}, "no residuals of"),
+        ):
+            with pytest.raises(UsageError, match=message):
+                residuals.set_shares(wrong)
+        assert residuals.shares == before
+    with pytest.raises(UsageError, match="open for embeddings"):
+        Llama(rough, residual=rough + ".nxr", embedding=True, **SMALL)
 
 
 def test_without_room_nothing_is_corrected_and_that_is_said(
@@ -116,14 +135,65 @@ def test_without_room_nothing_is_corrected_and_that_is_said(
     table = read_residuals(rough + ".nxr")
     planned, used = plan_with_room(rough, REQUEST, table)
     assert used is not None and planned.plan.everything_fits
-    with_room = replace(REQUEST, ram_bytes=planned.plan.ram_bytes + table.nbytes + (1 << 20))
-    assert plan_with_room(rough, with_room, table)[1] is not None
-    smallest = replace(REQUEST, ram_bytes=planned.plan.ram_bytes)
+    assert planned.plan.breakdown["residuals"] == memory_nbytes(table) >= table.nbytes
+    same = replace(REQUEST, ram_bytes=planned.plan.ram_bytes)
+    assert plan_with_room(rough, same, table)[1] is not None
     with caplog.at_level(logging.WARNING, "nexus_ext.runtime"):
         large = replace(table, tensors=table.tensors * 4000)
-        planned, used = plan_with_room(rough, smallest, large)
+        planned, used = plan_with_room(rough, same, large)
     assert used is None and planned.plan.everything_fits
+    assert planned.plan.breakdown["residuals"] == 0
     assert "there is no room for" in caplog.text
+
+
+def smallest_budget(path: str) -> int:
+    with pytest.raises(DoesNotFit) as wrong:
+        plan_model(path, replace(REQUEST, weights_bytes=1))
+    return wrong.value.smallest_bytes
+
+
+def test_residuals_count_against_a_budget_for_weights(rough: str) -> None:
+    table = read_residuals(rough + ".nxr")
+    nbytes = open_gguf(rough).nbytes
+    budget = nbytes + memory_nbytes(table) + (1 << 20)
+    planned, used = plan_with_room(rough, replace(REQUEST, weights_bytes=budget), table)
+    assert used is not None and planned.plan.everything_fits
+    assert planned.plan.weights_bytes >= nbytes + memory_nbytes(table)
+    # As much less as streams a part of the weights instead.
+    budget = smallest_budget(rough) + memory_nbytes(table)
+    planned, used = plan_with_room(rough, replace(REQUEST, weights_bytes=budget), table)
+    assert used is not None and not planned.plan.everything_fits
+    assert planned.plan.weights_bytes <= budget
+    with opened(rough, planned, REQUEST, residual=rough + ".nxr", residual_share=0.5) as llm:
+        assert llm.nexus.model.attached_bytes() <= planned.plan.breakdown["residuals"]
+    with pytest.raises(DoesNotFit, match="but the weights budget is") as wrong:
+        plan_model(rough, replace(REQUEST, weights_bytes=1 << 16, residual_bytes=1 << 16))
+    enough = replace(REQUEST, weights_bytes=wrong.value.smallest_bytes, residual_bytes=1 << 16)
+    assert plan_model(rough, enough).plan.weights_bytes <= wrong.value.smallest_bytes
+
+
+def test_a_plan_that_is_given_is_kept_or_refused(rough: str, tmp_path: Path) -> None:
+    table = read_residuals(rough + ".nxr")
+    need = memory_nbytes(table)
+    roomy = plan_model(rough, replace(REQUEST, ram_bytes=1 << 30)).plan
+    planned, used = plan_with_room(rough, REQUEST, table, plan=roomy)
+    assert used is not None and planned.plan.tiers == roomy.tiers
+    assert planned.plan.breakdown["residuals"] == need
+    assert planned.plan.breakdown["free"] == roomy.breakdown["free"] - need
+    assert plan_with_room(rough, REQUEST, table, plan=planned.plan)[0].plan == planned.plan
+    file = tmp_path / "tight.json"
+    small = replace(REQUEST, weights_bytes=smallest_budget(rough))
+    file.write_text(plan_model(rough, small).plan.to_json())
+    with pytest.raises(DoesNotFit, match=r"the plan '.*tight\.json' leaves .* for residuals") as no:
+        Llama(rough, plan=file, residual=rough + ".nxr", **SMALL)
+    assert "nexus plan MODEL --residual" in no.value.hint and no.value.smallest_bytes == need
+    made = call(
+        "plan", rough, "--weights", "1M", "--residual", f"{rough}.nxr", "-o", file, "-c", "64"
+    )
+    assert made.status == 0, made.err
+    with closing(Llama(rough, plan=file, residual=rough + ".nxr", **SMALL)) as llm:
+        assert llm.nexus.residuals is not None
+        assert llm.nexus.plan.breakdown["residuals"] == need
 
 
 def test_residuals_of_another_model_are_refused(source: str, rough: str, tmp_path: Path) -> None:
