@@ -45,6 +45,8 @@ class CacheInfo:
     n_experts: int  # of a layer
     n_experts_used: int  # of a layer, by one token
     slots: int  # of a layer
+    fingerprint: str = ""  # of the model, as Catalog.fingerprint; "": not known
+    layers: tuple[int, ...] = ()  # numbers of the layers with a cache, in order
 
 
 @runtime_checkable

@@ -46,7 +46,15 @@ class PagedModel:
         if not cache_slots:
             return
         shape = catalog.shape
-        info = CacheInfo(len(cache_slots), shape.n_experts, shape.n_experts_used, cache_slots[0])
+        cached = [catalog.tensors[extent].layer for extent in self.core.popularity()]
+        info = CacheInfo(
+            len(cache_slots),
+            shape.n_experts,
+            shape.n_experts_used,
+            cache_slots[0],
+            fingerprint=catalog.fingerprint,
+            layers=tuple(layer for layer in cached if layer is not None),
+        )
         try:
             plugins().choose_cache(info, self.core.set_cache_policy)
             plugins().choose_predictor(info, self.core.set_predictor)

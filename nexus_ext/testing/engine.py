@@ -231,7 +231,16 @@ class FakeEngine:
         plan, shape = planned.plan, planned.catalog.shape
         cache_policy = predictor = None
         if caches := plan.expert_caches:
-            told = CacheInfo(len(caches), shape.n_experts, shape.n_experts_used, caches[0].slots)
+            layer_of = {t.name: t.layer for t in planned.catalog.tensors}
+            cached = [layer_of[cache.tensors[0]] for cache in caches]
+            told = CacheInfo(
+                len(caches),
+                shape.n_experts,
+                shape.n_experts_used,
+                caches[0].slots,
+                fingerprint=planned.catalog.fingerprint,
+                layers=tuple(layer for layer in cached if layer is not None),
+            )
             with self._watched():
                 cache_policy = name_of(self.plugins.choose_cache(told))
                 predictor = name_of(self.plugins.choose_predictor(told))
@@ -292,7 +301,8 @@ def cache_info(trace: RoutingTrace, share: float) -> CacheInfo:
     slots = max(n_used, round(share * n_experts))
     if not 0 < share <= 1:
         raise UsageError(f"share is {share}, not above 0 and at most 1")
-    return CacheInfo(len(trace.layers), n_experts, n_used, slots)
+    layers = tuple(layer.layer for layer in trace.layers)
+    return CacheInfo(len(layers), n_experts, n_used, slots, trace.fingerprint, layers)
 
 
 def assert_healthy(plugins: Plugins) -> None:

@@ -5,7 +5,7 @@ What they change is seen in statistics, and answers stay those of the model alon
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -212,13 +212,13 @@ def test_residuals_are_a_part_of_the_budget(rough: str) -> None:
 def test_the_hooks_of_experts_decide(moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[CacheInfo] = []
 
-    def choose_cache(info: CacheInfo) -> str:
+    def choose_cache(info: CacheInfo, use: Callable[[str], None]) -> None:
         asked.append(info)
-        return "lru"
+        use("lru")
 
     chosen: list[str] = []
     monkeypatch.setattr(plugins(), "choose_cache", choose_cache)
-    monkeypatch.setattr(plugins(), "choose_predictor", lambda info: "gate")
+    monkeypatch.setattr(plugins(), "choose_predictor", lambda info, use: use("gate"))
     monkeypatch.setattr(
         "nexus_ext.core.Model.set_cache_policy", lambda _, name: chosen.append(name)
     )
@@ -228,7 +228,9 @@ def test_the_hooks_of_experts_decide(moe: Path, monkeypatch: pytest.MonkeyPatch)
     expected = alone.greedy(prompt, 8)
     alone.close()
     with opened(plan) as (model, context):
-        assert asked == [CacheInfo(len(plan.caches), 16, 2, 16)] and chosen == ["lru"]
+        layers = tuple(range(len(plan.caches)))
+        expected_info = CacheInfo(len(layers), 16, 2, 16, plan.catalog.fingerprint, layers)
+        assert asked == [expected_info] and chosen == ["lru"]
         for n in (len(plan.units) - 10, 0, plan.n_dense + 3):  # six slots, none, three
             model.set_resident(n)
             found = decode(context, prompt, 8)
