@@ -37,6 +37,11 @@ def why() -> str:
     return str(ffi.string(lib.nx_kernels_why()).decode())
 
 
+def dots_per_second() -> float:
+    """Measure the rate of instructions that sum 64 products of bytes, of one core; 0: not known."""
+    return float(lib.nx_kernels_dots_per_second())
+
+
 def use_isa(name: str) -> None:
     """Use another implementation, in the whole process. UsageError when this machine cannot."""
     if name not in ISAS or not lib.nx_kernels_isa_usable(ISAS[name]):

@@ -63,6 +63,11 @@ nx_isa nx_kernels_isa(void) {
     return (nx_isa)isa;
 }
 
+double nx_kernels_dots_per_second(void) {
+    const nx_kernel_table *table = nx_kernels_table();
+    return table->dots_per_second ? table->dots_per_second() : 0;
+}
+
 nx_status nx_kernels_use_isa(nx_isa isa) {
     if ((unsigned)isa >= NX_ISA_COUNT) return NX_E_INVALID;
     if (!nx_kernels_isa_usable(isa)) return NX_E_UNSUPPORTED;

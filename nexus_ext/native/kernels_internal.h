@@ -43,6 +43,7 @@ typedef struct nx_kernel_table {
     /* One tile of 16 rows of bits: out[16 c + r]. */
     void (*bits)(const uint8_t *codes, const uint16_t *scales, float scale, size_t n_blocks,
                  const nx_act_128 *const *columns, size_t n_columns, float *out);
+    double (*dots_per_second)(void); /* NULL: see nexus_kernels.h */
     /* By type; NULL: none that is worth it. */
     nx_stored_fn *stored[NX_TERNARY_TYPES];
 } nx_kernel_table;

@@ -1,9 +1,10 @@
 """A ternary model of two billion weights end to end: our kernels beside stock llama.cpp.
 
-    python -m tests.bench.ternary_decode [--quant tq2_0] [--weights 400M] [--pin-cores]
+    python -m tests.bench.ternary_decode [--quant tq2_0] [--weights 300M] [--experts] [--pin-cores]
 
 Writes a synthetic model with the shapes of BitNet-b1.58-2B-4T (0.9 GB, output Q6_K), loads it twice
-in one process and lets both decode in turn. With --weights both stream what that leaves out, one
+in one process and lets both decode in turn; with --experts, a mixture of 64 experts of which 6 are
+used (0.6 GB). With --weights both stream what that leaves out, one
 with ggml's kernels and one with ours. Prints tokens a second of prefill and decode, their medians
 and ratios, and whether the logits are the same bits.
 """
@@ -22,7 +23,9 @@ import numpy as np
 
 from nexus_ext import Llama
 from nexus_ext.runtime.stock import stock_llama
-from nexus_ext.testing.synthetic.models import LLAMA_PRESETS, write_llama
+from nexus_ext.testing.synthetic.models import LLAMA_PRESETS, MoeDims, write_llama, write_moe
+
+MIXTURE = MoeDims(12, 1024, 1024, 16, 4, 32000, n_experts=64, n_used=6)
 
 
 def run(llm: Any, prompt: list[int], n_decode: int) -> tuple[float, float, Any]:
@@ -52,10 +55,14 @@ def main() -> None:
     parser.add_argument(
         "--pin-cores", action="store_true", help="our threads on cores of their own"
     )
+    parser.add_argument("--experts", action="store_true", help="a mixture of experts instead")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        path = (args.folder or Path(temporary)) / f"bitnet-2b-{args.quant}.gguf"
-        if not path.exists():
+        name = "mixture" if args.experts else "bitnet-2b"
+        path = (args.folder or Path(temporary)) / f"{name}-{args.quant}.gguf"
+        if not path.exists() and args.experts:
+            write_moe(path, quant=args.quant, dims=MIXTURE)
+        elif not path.exists():
             dims = asdict(LLAMA_PRESETS["bitnet-2b"])
             write_llama(path, **dims, quant=args.quant, output_quant="Q6_K")
         print(f"{path.stat().st_size / 1e9:.2f} GB")

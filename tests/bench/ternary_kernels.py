@@ -8,6 +8,13 @@ a column of 2560), ours the same blocks after packing ("packed": resident weight
 packed weights, again and again; "DRAM": a matrix of --dram packed bytes, passed once for each
 measurement. Medians over the rounds. GB/s are of the bytes that are read, beside what memory was
 measured to give just before.
+
+"of ports": the bound of what comes out of a cache, on a core that runs each 512-bit operation on
+one of two ports. A packed block of 8 rows of TQ2_0 or TQ1_0 (2048 weights) takes for c columns 24
+operations to unpack, 32 c that sum 64 products of bytes each, and 12 c to scale; the column says
+which part of the rate of such operations with nothing else (measured before and after) that is.
+By the same count four columns cannot cost less than (24 + 44 * 4) / (24 + 44) = 2.9 times one,
+where memory is not the limit.
 """
 
 from __future__ import annotations
@@ -184,6 +191,15 @@ def measure(
     }
 
 
+def of_ports(type_name: str, layout: str, n_columns: int, g_weights_s: float, dots: float) -> str:
+    """Return the part of a core's bound that was reached, see above; "" where none is known."""
+    if layout != "packed" or type_name not in ("tq1_0", "tq2_0") or not dots:
+        return ""
+    columns = min(n_columns, 4)  # of one pass
+    operations = (24 + 44 * columns) / (2048 * columns)  # for one weight and column
+    return f"{g_weights_s * 1e9 * operations / dots:.0%}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--types", default=",".join(TYPES))
@@ -200,7 +216,8 @@ def main() -> None:
     print("memory:", ", ".join(f"{n} threads {rate:.1f} GB/s" for n, rate in memory.items()))
     print(
         f"{'type':<6} {'layout':<6} {'from':<6} {'thr':>3} {'col':>3} "
-        f"{'ggml':>8} {'ours':>8} {'ratio':>6} {'GB/s':>6} {'of memory':>9} {'to 1 col':>8}  bits"
+        f"{'ggml':>8} {'ours':>8} {'ratio':>6} {'GB/s':>6} {'of memory':>9} "
+        f"{'of ports':>8} {'to 1 col':>8}  bits"
     )
     sizes = {"cache": CACHE_ROWS, "DRAM": large}
     for type_name, layout, place, (n_threads, rate) in itertools.product(
@@ -211,13 +228,17 @@ def main() -> None:
             slow = 20 if type_name == "q2_0" else 1
             repeat = max(1, 200 // slow // n_columns) if place == "cache" else 1
             rounds = args.rounds if place == "cache" or slow == 1 else 3
+            dots = kernels.dots_per_second()
             row = measure(type_name, sizes[place], n_columns, n_threads, rounds, repeat, layout)
+            dots = max(dots, kernels.dots_per_second())
             per_pass = row["seconds"] / repeat
             one = one or per_pass
             print(
                 f"{type_name:<6} {layout:<6} {place:<6} {n_threads:>3} {n_columns:>3} "
                 f"{row['ggml']:>8.1f} {row['ours']:>8.1f} {row['ratio']:>6.2f} "
-                f"{row['gb_s']:>6.1f} {row['gb_s'] / rate:>9.0%} {per_pass / one:>8.2f}  "
+                f"{row['gb_s']:>6.1f} {row['gb_s'] / rate:>9.0%} "
+                f"{of_ports(type_name, layout, n_columns, row['ours'] / n_threads, dots):>8} "
+                f"{per_pass / one:>8.2f}  "
                 f"{'same' if row['same'] else 'differ'}",
                 flush=True,
             )

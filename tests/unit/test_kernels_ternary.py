@@ -72,3 +72,13 @@ def test_which_types_have_a_kernel_for_stored_rows() -> None:
         assert not kernels.stored_is_fast("q4_0")
     finally:
         kernels.use_isa(before)
+
+
+def test_the_rate_of_dot_products_is_measured_where_it_is_known() -> None:
+    before = kernels.current_isa()
+    try:
+        for isa in kernels.usable_isas():
+            kernels.use_isa(isa)
+            assert (kernels.dots_per_second() > 1e6) == (isa == "avx512-vnni")
+    finally:
+        kernels.use_isa(before)

@@ -1,4 +1,4 @@
-/* Written by build.py with cffi 2.1.1 from ba5c8956192d4002e87c6f08e1befb6c2617ee75f5cbfcbeef8e72ed5e5d5ce1. */
+/* Written by build.py with cffi 2.1.1 from 926573feef2d6ce78544b44d51a5a58ab16fad58e1da8491a4add7eca5af4821. */
 #define _CFFI_
 
 /* We try to define Py_LIMITED_API before including Python.h.
@@ -600,532 +600,534 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 /************************************************************/
 
 static void *_cffi_types[] = {
-/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 335), // FILE *()(nx_model *, int *)
-/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 495), // nx_model *
-/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 167), // int *
+/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 337), // FILE *()(nx_model *, int *)
+/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 497), // nx_model *
+/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 169), // int *
 /*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 466), // _Bool()(void *)
-/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 525), // void *
+/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 468), // _Bool()(void *)
+/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 527), // void *
 /*  6 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  7 */ _CFFI_OP(_CFFI_OP_FUNCTION, 67), // char const *()(nx_isa)
+/*  7 */ _CFFI_OP(_CFFI_OP_FUNCTION, 69), // char const *()(nx_isa)
 /*  8 */ _CFFI_OP(_CFFI_OP_ENUM, 3), // nx_isa
 /*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION, 67), // char const *()(nx_model const *)
-/* 11 */ _CFFI_OP(_CFFI_OP_POINTER, 495), // nx_model const *
+/* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION, 69), // char const *()(nx_model const *)
+/* 11 */ _CFFI_OP(_CFFI_OP_POINTER, 497), // nx_model const *
 /* 12 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION, 67), // char const *()(nx_status)
+/* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION, 69), // char const *()(nx_status)
 /* 14 */ _CFFI_OP(_CFFI_OP_ENUM, 5), // nx_status
 /* 15 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 67), // char const *()(void)
+/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 69), // char const *()(void)
 /* 17 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION, 167), // int()(nx_ans_path)
-/* 19 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // nx_ans_path
-/* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 21 */ _CFFI_OP(_CFFI_OP_FUNCTION, 167), // int()(nx_isa)
-/* 22 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
-/* 23 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 24 */ _CFFI_OP(_CFFI_OP_FUNCTION, 167), // int()(nx_model *, uint64_t)
-/* 25 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 26 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
-/* 27 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 28 */ _CFFI_OP(_CFFI_OP_FUNCTION, 167), // int()(nx_model const *, uint32_t)
-/* 29 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 30 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
-/* 31 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 32 */ _CFFI_OP(_CFFI_OP_FUNCTION, 167), // int()(nx_ternary_type)
-/* 33 */ _CFFI_OP(_CFFI_OP_ENUM, 6), // nx_ternary_type
-/* 34 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 35 */ _CFFI_OP(_CFFI_OP_FUNCTION, 167), // int()(void *)
-/* 36 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 37 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 38 */ _CFFI_OP(_CFFI_OP_FUNCTION, 167), // int()(void *, nxp_cache_ask const *, int32_t *)
-/* 39 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 40 */ _CFFI_OP(_CFFI_OP_POINTER, 504), // nxp_cache_ask const *
-/* 41 */ _CFFI_OP(_CFFI_OP_POINTER, 483), // int32_t *
-/* 42 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 43 */ _CFFI_OP(_CFFI_OP_FUNCTION, 167), // int()(void *, uint64_t, uint64_t)
-/* 44 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 45 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 46 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 47 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 48 */ _CFFI_OP(_CFFI_OP_FUNCTION, 167), // int()(void *, void const *, size_t, void *, size_t)
-/* 49 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 50 */ _CFFI_OP(_CFFI_OP_POINTER, 525), // void const *
-/* 51 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
-/* 52 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 53 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 54 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 55 */ _CFFI_OP(_CFFI_OP_FUNCTION, 167), // int()(void)
+/* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION, 481), // double()(void)
+/* 19 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION, 169), // int()(nx_ans_path)
+/* 21 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // nx_ans_path
+/* 22 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 23 */ _CFFI_OP(_CFFI_OP_FUNCTION, 169), // int()(nx_isa)
+/* 24 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
+/* 25 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 26 */ _CFFI_OP(_CFFI_OP_FUNCTION, 169), // int()(nx_model *, uint64_t)
+/* 27 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 28 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
+/* 29 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 30 */ _CFFI_OP(_CFFI_OP_FUNCTION, 169), // int()(nx_model const *, uint32_t)
+/* 31 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 32 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
+/* 33 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 34 */ _CFFI_OP(_CFFI_OP_FUNCTION, 169), // int()(nx_ternary_type)
+/* 35 */ _CFFI_OP(_CFFI_OP_ENUM, 6), // nx_ternary_type
+/* 36 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 37 */ _CFFI_OP(_CFFI_OP_FUNCTION, 169), // int()(void *)
+/* 38 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION, 169), // int()(void *, nxp_cache_ask const *, int32_t *)
+/* 41 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 42 */ _CFFI_OP(_CFFI_OP_POINTER, 506), // nxp_cache_ask const *
+/* 43 */ _CFFI_OP(_CFFI_OP_POINTER, 485), // int32_t *
+/* 44 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 45 */ _CFFI_OP(_CFFI_OP_FUNCTION, 169), // int()(void *, uint64_t, uint64_t)
+/* 46 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 47 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 48 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 49 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 50 */ _CFFI_OP(_CFFI_OP_FUNCTION, 169), // int()(void *, void const *, size_t, void *, size_t)
+/* 51 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 52 */ _CFFI_OP(_CFFI_OP_POINTER, 527), // void const *
+/* 53 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
+/* 54 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 55 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 56 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 57 */ _CFFI_OP(_CFFI_OP_FUNCTION, 483), // int32_t()(void *, nxp_predict_ask const *, int32_t *)
-/* 58 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 59 */ _CFFI_OP(_CFFI_OP_POINTER, 511), // nxp_predict_ask const *
-/* 60 */ _CFFI_OP(_CFFI_OP_NOOP, 41),
-/* 61 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 62 */ _CFFI_OP(_CFFI_OP_FUNCTION, 19), // nx_ans_path()(void)
+/* 57 */ _CFFI_OP(_CFFI_OP_FUNCTION, 169), // int()(void)
+/* 58 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 59 */ _CFFI_OP(_CFFI_OP_FUNCTION, 485), // int32_t()(void *, nxp_predict_ask const *, int32_t *)
+/* 60 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 61 */ _CFFI_OP(_CFFI_OP_POINTER, 513), // nxp_predict_ask const *
+/* 62 */ _CFFI_OP(_CFFI_OP_NOOP, 43),
 /* 63 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 64 */ _CFFI_OP(_CFFI_OP_FUNCTION, 8), // nx_isa()(void)
+/* 64 */ _CFFI_OP(_CFFI_OP_FUNCTION, 21), // nx_ans_path()(void)
 /* 65 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_io_mode, nx_file * *)
-/* 67 */ _CFFI_OP(_CFFI_OP_POINTER, 467), // char const *
-/* 68 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // nx_io_mode
-/* 69 */ _CFFI_OP(_CFFI_OP_POINTER, 347), // nx_file * *
-/* 70 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 71 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_probe_options const *, nx_probe_result *)
-/* 72 */ _CFFI_OP(_CFFI_OP_NOOP, 67),
-/* 73 */ _CFFI_OP(_CFFI_OP_POINTER, 499), // nx_probe_options const *
-/* 74 */ _CFFI_OP(_CFFI_OP_POINTER, 500), // nx_probe_result *
-/* 75 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 76 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, size_t, void const *, size_t, nx_model * *, nx_error *)
-/* 77 */ _CFFI_OP(_CFFI_OP_NOOP, 67),
-/* 78 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 79 */ _CFFI_OP(_CFFI_OP_NOOP, 50),
+/* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION, 8), // nx_isa()(void)
+/* 67 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 68 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_io_mode, nx_file * *)
+/* 69 */ _CFFI_OP(_CFFI_OP_POINTER, 469), // char const *
+/* 70 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // nx_io_mode
+/* 71 */ _CFFI_OP(_CFFI_OP_POINTER, 349), // nx_file * *
+/* 72 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 73 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_probe_options const *, nx_probe_result *)
+/* 74 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
+/* 75 */ _CFFI_OP(_CFFI_OP_POINTER, 501), // nx_probe_options const *
+/* 76 */ _CFFI_OP(_CFFI_OP_POINTER, 502), // nx_probe_result *
+/* 77 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 78 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, size_t, void const *, size_t, nx_model * *, nx_error *)
+/* 79 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
 /* 80 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 81 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // nx_model * *
-/* 82 */ _CFFI_OP(_CFFI_OP_POINTER, 487), // nx_error *
-/* 83 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 84 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(float const *, size_t, uint32_t, uint32_t, uint32_t, uint32_t, uint8_t *, float *)
-/* 85 */ _CFFI_OP(_CFFI_OP_POINTER, 255), // float const *
-/* 86 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 87 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 88 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 81 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 82 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 83 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // nx_model * *
+/* 84 */ _CFFI_OP(_CFFI_OP_POINTER, 489), // nx_error *
+/* 85 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 86 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(float const *, size_t, uint32_t, uint32_t, uint32_t, uint32_t, uint8_t *, float *)
+/* 87 */ _CFFI_OP(_CFFI_OP_POINTER, 257), // float const *
+/* 88 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 89 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 90 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 91 */ _CFFI_OP(_CFFI_OP_POINTER, 517), // uint8_t *
-/* 92 */ _CFFI_OP(_CFFI_OP_POINTER, 255), // float *
-/* 93 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 94 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ans_layout const *, void const *, size_t, void *, size_t, size_t *)
-/* 95 */ _CFFI_OP(_CFFI_OP_POINTER, 485), // nx_ans_layout const *
-/* 96 */ _CFFI_OP(_CFFI_OP_NOOP, 50),
-/* 97 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 98 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 91 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 92 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 93 */ _CFFI_OP(_CFFI_OP_POINTER, 519), // uint8_t *
+/* 94 */ _CFFI_OP(_CFFI_OP_POINTER, 257), // float *
+/* 95 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 96 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ans_layout const *, void const *, size_t, void *, size_t, size_t *)
+/* 97 */ _CFFI_OP(_CFFI_OP_POINTER, 487), // nx_ans_layout const *
+/* 98 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
 /* 99 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 100 */ _CFFI_OP(_CFFI_OP_POINTER, 51), // size_t *
-/* 101 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 102 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ans_path, void const *, size_t, void *, size_t)
-/* 103 */ _CFFI_OP(_CFFI_OP_NOOP, 19),
-/* 104 */ _CFFI_OP(_CFFI_OP_NOOP, 50),
-/* 105 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 106 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 100 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 101 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 102 */ _CFFI_OP(_CFFI_OP_POINTER, 53), // size_t *
+/* 103 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 104 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ans_path, void const *, size_t, void *, size_t)
+/* 105 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
+/* 106 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
 /* 107 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 108 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 109 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix * *)
-/* 110 */ _CFFI_OP(_CFFI_OP_POINTER, 354), // nx_imatrix * *
-/* 111 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 112 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix const *)
-/* 113 */ _CFFI_OP(_CFFI_OP_POINTER, 492), // nx_imatrix const *
-/* 114 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 115 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix const *, size_t, char *, uint32_t *, uint32_t *, double const * *, uint64_t const * *)
-/* 116 */ _CFFI_OP(_CFFI_OP_NOOP, 113),
-/* 117 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 118 */ _CFFI_OP(_CFFI_OP_POINTER, 467), // char *
-/* 119 */ _CFFI_OP(_CFFI_OP_POINTER, 30), // uint32_t *
-/* 120 */ _CFFI_OP(_CFFI_OP_NOOP, 119),
-/* 121 */ _CFFI_OP(_CFFI_OP_POINTER, 478), // double const * *
-/* 122 */ _CFFI_OP(_CFFI_OP_POINTER, 387), // uint64_t const * *
-/* 123 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 124 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_isa)
-/* 125 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
-/* 126 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 127 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_membench_options const *, nx_membench_result *)
-/* 128 */ _CFFI_OP(_CFFI_OP_POINTER, 493), // nx_membench_options const *
-/* 129 */ _CFFI_OP(_CFFI_OP_POINTER, 494), // nx_membench_result *
-/* 130 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 131 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *)
-/* 132 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 133 */ _CFFI_OP(_CFFI_OP_NOOP, 67),
-/* 134 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 135 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, uint32_t)
-/* 136 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 137 */ _CFFI_OP(_CFFI_OP_NOOP, 67),
-/* 138 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 139 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 140 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, void const *, uint64_t, float const *, uint64_t, uint32_t, nx_error *)
-/* 141 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 142 */ _CFFI_OP(_CFFI_OP_NOOP, 67),
-/* 143 */ _CFFI_OP(_CFFI_OP_NOOP, 50),
-/* 144 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 145 */ _CFFI_OP(_CFFI_OP_NOOP, 85),
+/* 108 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 109 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 110 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 111 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix * *)
+/* 112 */ _CFFI_OP(_CFFI_OP_POINTER, 356), // nx_imatrix * *
+/* 113 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 114 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix const *)
+/* 115 */ _CFFI_OP(_CFFI_OP_POINTER, 494), // nx_imatrix const *
+/* 116 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 117 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix const *, size_t, char *, uint32_t *, uint32_t *, double const * *, uint64_t const * *)
+/* 118 */ _CFFI_OP(_CFFI_OP_NOOP, 115),
+/* 119 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 120 */ _CFFI_OP(_CFFI_OP_POINTER, 469), // char *
+/* 121 */ _CFFI_OP(_CFFI_OP_POINTER, 32), // uint32_t *
+/* 122 */ _CFFI_OP(_CFFI_OP_NOOP, 121),
+/* 123 */ _CFFI_OP(_CFFI_OP_POINTER, 480), // double const * *
+/* 124 */ _CFFI_OP(_CFFI_OP_POINTER, 389), // uint64_t const * *
+/* 125 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 126 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_isa)
+/* 127 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
+/* 128 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 129 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_membench_options const *, nx_membench_result *)
+/* 130 */ _CFFI_OP(_CFFI_OP_POINTER, 495), // nx_membench_options const *
+/* 131 */ _CFFI_OP(_CFFI_OP_POINTER, 496), // nx_membench_result *
+/* 132 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 133 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *)
+/* 134 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 135 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
+/* 136 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 137 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, uint32_t)
+/* 138 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 139 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
+/* 140 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 141 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 142 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, void const *, uint64_t, float const *, uint64_t, uint32_t, nx_error *)
+/* 143 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 144 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
+/* 145 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
 /* 146 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 147 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 148 */ _CFFI_OP(_CFFI_OP_NOOP, 82),
-/* 149 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 150 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, int(*)(void *, uint64_t, uint64_t), void *)
-/* 151 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 152 */ _CFFI_OP(_CFFI_OP_POINTER, 43), // int(*)(void *, uint64_t, uint64_t)
-/* 153 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 154 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 155 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nx_fault const *)
-/* 156 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 157 */ _CFFI_OP(_CFFI_OP_POINTER, 489), // nx_fault const *
-/* 158 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 159 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nxp_cache_policy const *, nx_error *)
-/* 160 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 161 */ _CFFI_OP(_CFFI_OP_POINTER, 506), // nxp_cache_policy const *
-/* 162 */ _CFFI_OP(_CFFI_OP_NOOP, 82),
-/* 163 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 164 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nxp_predictor const *, int, nx_error *)
-/* 165 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 166 */ _CFFI_OP(_CFFI_OP_POINTER, 512), // nxp_predictor const *
-/* 167 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
-/* 168 */ _CFFI_OP(_CFFI_OP_NOOP, 82),
-/* 169 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 170 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t)
-/* 171 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 172 */ _CFFI_OP(_CFFI_OP_POINTER, 30), // uint32_t const *
-/* 173 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 174 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 175 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, int(*)(void *), void *, uint64_t *)
-/* 176 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 177 */ _CFFI_OP(_CFFI_OP_NOOP, 172),
-/* 178 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 179 */ _CFFI_OP(_CFFI_OP_POINTER, 35), // int(*)(void *)
-/* 180 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 181 */ _CFFI_OP(_CFFI_OP_POINTER, 26), // uint64_t *
-/* 182 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 183 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, uint64_t *)
-/* 184 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 185 */ _CFFI_OP(_CFFI_OP_NOOP, 172),
-/* 186 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 187 */ _CFFI_OP(_CFFI_OP_NOOP, 181),
-/* 188 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 189 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t, uint32_t)
-/* 190 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 191 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 192 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 193 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 194 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
-/* 195 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 196 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 197 */ _CFFI_OP(_CFFI_OP_POINTER, 491), // nx_file_info *
-/* 198 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 199 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_opencl_matrix const *, void const *, uint32_t, float *, size_t)
-/* 200 */ _CFFI_OP(_CFFI_OP_POINTER, 496), // nx_opencl_matrix const *
-/* 201 */ _CFFI_OP(_CFFI_OP_NOOP, 50),
-/* 202 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 203 */ _CFFI_OP(_CFFI_OP_NOOP, 92),
-/* 204 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 205 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 206 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ternary_type, uint32_t, uint32_t, nx_ternary *)
-/* 207 */ _CFFI_OP(_CFFI_OP_NOOP, 33),
-/* 208 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 209 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 210 */ _CFFI_OP(_CFFI_OP_POINTER, 503), // nx_ternary *
-/* 211 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 212 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ternary_type, void const *, size_t, uint32_t, uint32_t, nx_opencl_matrix * *)
-/* 213 */ _CFFI_OP(_CFFI_OP_NOOP, 33),
-/* 214 */ _CFFI_OP(_CFFI_OP_NOOP, 50),
-/* 215 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 216 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 217 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 218 */ _CFFI_OP(_CFFI_OP_POINTER, 390), // nx_opencl_matrix * *
-/* 219 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 220 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nxp_cache_policy const *, uint32_t, uint32_t, uint32_t, int32_t const *, size_t, size_t, uint64_t *, nx_plugin_info *, nx_error *)
-/* 221 */ _CFFI_OP(_CFFI_OP_NOOP, 161),
-/* 222 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 223 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 147 */ _CFFI_OP(_CFFI_OP_NOOP, 87),
+/* 148 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 149 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 150 */ _CFFI_OP(_CFFI_OP_NOOP, 84),
+/* 151 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 152 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, int(*)(void *, uint64_t, uint64_t), void *)
+/* 153 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 154 */ _CFFI_OP(_CFFI_OP_POINTER, 45), // int(*)(void *, uint64_t, uint64_t)
+/* 155 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 156 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 157 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nx_fault const *)
+/* 158 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 159 */ _CFFI_OP(_CFFI_OP_POINTER, 491), // nx_fault const *
+/* 160 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 161 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nxp_cache_policy const *, nx_error *)
+/* 162 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 163 */ _CFFI_OP(_CFFI_OP_POINTER, 508), // nxp_cache_policy const *
+/* 164 */ _CFFI_OP(_CFFI_OP_NOOP, 84),
+/* 165 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 166 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nxp_predictor const *, int, nx_error *)
+/* 167 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 168 */ _CFFI_OP(_CFFI_OP_POINTER, 514), // nxp_predictor const *
+/* 169 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
+/* 170 */ _CFFI_OP(_CFFI_OP_NOOP, 84),
+/* 171 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 172 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t)
+/* 173 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 174 */ _CFFI_OP(_CFFI_OP_POINTER, 32), // uint32_t const *
+/* 175 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 176 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 177 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, int(*)(void *), void *, uint64_t *)
+/* 178 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 179 */ _CFFI_OP(_CFFI_OP_NOOP, 174),
+/* 180 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 181 */ _CFFI_OP(_CFFI_OP_POINTER, 37), // int(*)(void *)
+/* 182 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 183 */ _CFFI_OP(_CFFI_OP_POINTER, 28), // uint64_t *
+/* 184 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 185 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, uint64_t *)
+/* 186 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 187 */ _CFFI_OP(_CFFI_OP_NOOP, 174),
+/* 188 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 189 */ _CFFI_OP(_CFFI_OP_NOOP, 183),
+/* 190 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 191 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t, uint32_t)
+/* 192 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 193 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 194 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 195 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 196 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
+/* 197 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 198 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 199 */ _CFFI_OP(_CFFI_OP_POINTER, 493), // nx_file_info *
+/* 200 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 201 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_opencl_matrix const *, void const *, uint32_t, float *, size_t)
+/* 202 */ _CFFI_OP(_CFFI_OP_POINTER, 498), // nx_opencl_matrix const *
+/* 203 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 204 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 205 */ _CFFI_OP(_CFFI_OP_NOOP, 94),
+/* 206 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 207 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 208 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ternary_type, uint32_t, uint32_t, nx_ternary *)
+/* 209 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 210 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 211 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 212 */ _CFFI_OP(_CFFI_OP_POINTER, 505), // nx_ternary *
+/* 213 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 214 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ternary_type, void const *, size_t, uint32_t, uint32_t, nx_opencl_matrix * *)
+/* 215 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 216 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 217 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 218 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 219 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 220 */ _CFFI_OP(_CFFI_OP_POINTER, 392), // nx_opencl_matrix * *
+/* 221 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 222 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nxp_cache_policy const *, uint32_t, uint32_t, uint32_t, int32_t const *, size_t, size_t, uint64_t *, nx_plugin_info *, nx_error *)
+/* 223 */ _CFFI_OP(_CFFI_OP_NOOP, 163),
 /* 224 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 225 */ _CFFI_OP(_CFFI_OP_POINTER, 483), // int32_t const *
-/* 226 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 227 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 228 */ _CFFI_OP(_CFFI_OP_NOOP, 181),
-/* 229 */ _CFFI_OP(_CFFI_OP_POINTER, 497), // nx_plugin_info *
-/* 230 */ _CFFI_OP(_CFFI_OP_NOOP, 82),
-/* 231 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 232 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nxp_codec const *, int, nx_error *)
-/* 233 */ _CFFI_OP(_CFFI_OP_POINTER, 508), // nxp_codec const *
-/* 234 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
-/* 235 */ _CFFI_OP(_CFFI_OP_NOOP, 82),
-/* 236 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 237 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(void const *, size_t, void *, size_t)
-/* 238 */ _CFFI_OP(_CFFI_OP_NOOP, 50),
-/* 239 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 240 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 225 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 226 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 227 */ _CFFI_OP(_CFFI_OP_POINTER, 485), // int32_t const *
+/* 228 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 229 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 230 */ _CFFI_OP(_CFFI_OP_NOOP, 183),
+/* 231 */ _CFFI_OP(_CFFI_OP_POINTER, 499), // nx_plugin_info *
+/* 232 */ _CFFI_OP(_CFFI_OP_NOOP, 84),
+/* 233 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 234 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nxp_codec const *, int, nx_error *)
+/* 235 */ _CFFI_OP(_CFFI_OP_POINTER, 510), // nxp_codec const *
+/* 236 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 237 */ _CFFI_OP(_CFFI_OP_NOOP, 84),
+/* 238 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 239 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(void const *, size_t, void *, size_t)
+/* 240 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
 /* 241 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 242 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 243 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(void)
+/* 242 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 243 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 244 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 245 */ _CFFI_OP(_CFFI_OP_FUNCTION, 33), // nx_ternary_type()(char const *)
-/* 246 */ _CFFI_OP(_CFFI_OP_NOOP, 67),
-/* 247 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 248 */ _CFFI_OP(_CFFI_OP_FUNCTION, 161), // nxp_cache_policy const *()(char const *)
-/* 249 */ _CFFI_OP(_CFFI_OP_NOOP, 67),
-/* 250 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 251 */ _CFFI_OP(_CFFI_OP_FUNCTION, 51), // size_t()(float const *, uint32_t, uint32_t, float, float, uint32_t *)
-/* 252 */ _CFFI_OP(_CFFI_OP_NOOP, 85),
-/* 253 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 254 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 255 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13), // float
-/* 256 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13),
-/* 257 */ _CFFI_OP(_CFFI_OP_NOOP, 119),
-/* 258 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 259 */ _CFFI_OP(_CFFI_OP_FUNCTION, 51), // size_t()(float const *, uint32_t, uint32_t, uint32_t *)
-/* 260 */ _CFFI_OP(_CFFI_OP_NOOP, 85),
-/* 261 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 262 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 263 */ _CFFI_OP(_CFFI_OP_NOOP, 119),
-/* 264 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 265 */ _CFFI_OP(_CFFI_OP_FUNCTION, 51), // size_t()(nx_imatrix const *)
-/* 266 */ _CFFI_OP(_CFFI_OP_NOOP, 113),
-/* 267 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 268 */ _CFFI_OP(_CFFI_OP_FUNCTION, 51), // size_t()(nx_model *, int32_t *, size_t)
-/* 269 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 270 */ _CFFI_OP(_CFFI_OP_NOOP, 41),
-/* 271 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 272 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 273 */ _CFFI_OP(_CFFI_OP_FUNCTION, 51), // size_t()(nx_model *, nx_event *, size_t)
-/* 274 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 275 */ _CFFI_OP(_CFFI_OP_POINTER, 488), // nx_event *
-/* 276 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 277 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 278 */ _CFFI_OP(_CFFI_OP_FUNCTION, 51), // size_t()(nx_model *, uint32_t *)
-/* 279 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 280 */ _CFFI_OP(_CFFI_OP_NOOP, 119),
-/* 281 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 282 */ _CFFI_OP(_CFFI_OP_FUNCTION, 51), // size_t()(size_t)
-/* 283 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 284 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 285 */ _CFFI_OP(_CFFI_OP_FUNCTION, 30), // uint32_t()(nx_model const *)
-/* 286 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 287 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 288 */ _CFFI_OP(_CFFI_OP_FUNCTION, 30), // uint32_t()(nx_model const *, uint32_t, uint32_t *)
-/* 289 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 290 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 291 */ _CFFI_OP(_CFFI_OP_NOOP, 119),
-/* 292 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 293 */ _CFFI_OP(_CFFI_OP_FUNCTION, 30), // uint32_t()(nx_ternary_type)
-/* 294 */ _CFFI_OP(_CFFI_OP_NOOP, 33),
-/* 295 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 296 */ _CFFI_OP(_CFFI_OP_FUNCTION, 26), // uint64_t()(nx_model const *)
-/* 297 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 298 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 299 */ _CFFI_OP(_CFFI_OP_FUNCTION, 26), // uint64_t()(nx_model const *, nx_own_kind)
-/* 300 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 301 */ _CFFI_OP(_CFFI_OP_ENUM, 4), // nx_own_kind
-/* 302 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 303 */ _CFFI_OP(_CFFI_OP_FUNCTION, 26), // uint64_t()(nx_model const *, uint32_t)
-/* 304 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 305 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 306 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 307 */ _CFFI_OP(_CFFI_OP_FUNCTION, 26), // uint64_t()(nx_opencl_matrix const *)
-/* 308 */ _CFFI_OP(_CFFI_OP_NOOP, 200),
-/* 309 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 310 */ _CFFI_OP(_CFFI_OP_FUNCTION, 26), // uint64_t()(nx_ternary_type, uint32_t)
-/* 311 */ _CFFI_OP(_CFFI_OP_NOOP, 33),
-/* 312 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 313 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 314 */ _CFFI_OP(_CFFI_OP_FUNCTION, 26), // uint64_t()(nx_ternary_type, uint32_t, uint32_t)
-/* 315 */ _CFFI_OP(_CFFI_OP_NOOP, 33),
-/* 316 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 317 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 318 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 319 */ _CFFI_OP(_CFFI_OP_FUNCTION, 26), // uint64_t()(uint32_t)
-/* 320 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 321 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 322 */ _CFFI_OP(_CFFI_OP_FUNCTION, 26), // uint64_t()(void const *, size_t)
-/* 323 */ _CFFI_OP(_CFFI_OP_NOOP, 50),
-/* 324 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 325 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 326 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // void *()(void *, nxp_cache_layer const *)
-/* 327 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 328 */ _CFFI_OP(_CFFI_OP_POINTER, 505), // nxp_cache_layer const *
-/* 329 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 330 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // void *()(void *, nxp_layers const *)
-/* 331 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 332 */ _CFFI_OP(_CFFI_OP_POINTER, 510), // nxp_layers const *
-/* 333 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 334 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(FILE *)
-/* 335 */ _CFFI_OP(_CFFI_OP_POINTER, 465), // FILE *
-/* 336 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 337 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(float const *, uint32_t const *, size_t, float *)
-/* 338 */ _CFFI_OP(_CFFI_OP_NOOP, 85),
-/* 339 */ _CFFI_OP(_CFFI_OP_NOOP, 172),
-/* 340 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 341 */ _CFFI_OP(_CFFI_OP_NOOP, 92),
-/* 342 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 343 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(int)
-/* 344 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
-/* 345 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 346 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(nx_file *)
-/* 347 */ _CFFI_OP(_CFFI_OP_POINTER, 490), // nx_file *
-/* 348 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 349 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(nx_file const *, nx_file_info *)
-/* 350 */ _CFFI_OP(_CFFI_OP_POINTER, 490), // nx_file const *
-/* 351 */ _CFFI_OP(_CFFI_OP_NOOP, 197),
-/* 352 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 353 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(nx_imatrix *)
-/* 354 */ _CFFI_OP(_CFFI_OP_POINTER, 492), // nx_imatrix *
-/* 355 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 356 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(nx_model *)
-/* 357 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 358 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 359 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(nx_model *, int)
-/* 360 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 361 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
-/* 362 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 363 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(nx_model *, nx_error *)
-/* 364 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 365 */ _CFFI_OP(_CFFI_OP_NOOP, 82),
-/* 366 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 367 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(nx_model *, nx_plugin_info *)
-/* 368 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 369 */ _CFFI_OP(_CFFI_OP_NOOP, 229),
-/* 370 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 371 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(nx_model *, nx_prediction *)
-/* 372 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 373 */ _CFFI_OP(_CFFI_OP_POINTER, 498), // nx_prediction *
-/* 374 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 375 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(nx_model *, nx_stats *)
-/* 376 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 377 */ _CFFI_OP(_CFFI_OP_POINTER, 502), // nx_stats *
-/* 378 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 379 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(nx_model *, uint32_t, uint64_t *)
-/* 380 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 381 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 382 */ _CFFI_OP(_CFFI_OP_NOOP, 181),
-/* 383 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 384 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(nx_model *, uint32_t, uint64_t const *)
-/* 385 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 386 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 387 */ _CFFI_OP(_CFFI_OP_POINTER, 26), // uint64_t const *
-/* 388 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 389 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(nx_opencl_matrix *)
-/* 390 */ _CFFI_OP(_CFFI_OP_POINTER, 496), // nx_opencl_matrix *
-/* 391 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 392 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(nx_residual_matrix const *, uint32_t const *, float const *, size_t, uint32_t, uint32_t, float *, float *)
-/* 393 */ _CFFI_OP(_CFFI_OP_POINTER, 501), // nx_residual_matrix const *
-/* 394 */ _CFFI_OP(_CFFI_OP_NOOP, 172),
-/* 395 */ _CFFI_OP(_CFFI_OP_NOOP, 85),
-/* 396 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 397 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 398 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 399 */ _CFFI_OP(_CFFI_OP_NOOP, 92),
-/* 400 */ _CFFI_OP(_CFFI_OP_NOOP, 92),
-/* 401 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 402 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(nx_residual_matrix const *, uint32_t, uint32_t, float *, size_t)
-/* 403 */ _CFFI_OP(_CFFI_OP_NOOP, 393),
-/* 404 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 405 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 406 */ _CFFI_OP(_CFFI_OP_NOOP, 92),
-/* 407 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 408 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 409 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(nx_ternary *)
-/* 410 */ _CFFI_OP(_CFFI_OP_NOOP, 210),
-/* 411 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 412 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(nx_ternary *, void const *, size_t, uint32_t, uint32_t)
-/* 413 */ _CFFI_OP(_CFFI_OP_NOOP, 210),
-/* 414 */ _CFFI_OP(_CFFI_OP_NOOP, 50),
-/* 415 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 416 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 417 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 418 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 419 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(nx_ternary const *, uint32_t, uint32_t, float *)
-/* 420 */ _CFFI_OP(_CFFI_OP_POINTER, 503), // nx_ternary const *
-/* 421 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 422 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 423 */ _CFFI_OP(_CFFI_OP_NOOP, 92),
-/* 424 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 425 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(nx_ternary const *, void const *, uint32_t, uint32_t, uint32_t, float *, size_t)
-/* 426 */ _CFFI_OP(_CFFI_OP_NOOP, 420),
-/* 427 */ _CFFI_OP(_CFFI_OP_NOOP, 50),
-/* 428 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 429 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 245 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(void)
+/* 246 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 247 */ _CFFI_OP(_CFFI_OP_FUNCTION, 35), // nx_ternary_type()(char const *)
+/* 248 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
+/* 249 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 250 */ _CFFI_OP(_CFFI_OP_FUNCTION, 163), // nxp_cache_policy const *()(char const *)
+/* 251 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
+/* 252 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 253 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(float const *, uint32_t, uint32_t, float, float, uint32_t *)
+/* 254 */ _CFFI_OP(_CFFI_OP_NOOP, 87),
+/* 255 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 256 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 257 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13), // float
+/* 258 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13),
+/* 259 */ _CFFI_OP(_CFFI_OP_NOOP, 121),
+/* 260 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 261 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(float const *, uint32_t, uint32_t, uint32_t *)
+/* 262 */ _CFFI_OP(_CFFI_OP_NOOP, 87),
+/* 263 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 264 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 265 */ _CFFI_OP(_CFFI_OP_NOOP, 121),
+/* 266 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 267 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(nx_imatrix const *)
+/* 268 */ _CFFI_OP(_CFFI_OP_NOOP, 115),
+/* 269 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 270 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(nx_model *, int32_t *, size_t)
+/* 271 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 272 */ _CFFI_OP(_CFFI_OP_NOOP, 43),
+/* 273 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 274 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 275 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(nx_model *, nx_event *, size_t)
+/* 276 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 277 */ _CFFI_OP(_CFFI_OP_POINTER, 490), // nx_event *
+/* 278 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 279 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 280 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(nx_model *, uint32_t *)
+/* 281 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 282 */ _CFFI_OP(_CFFI_OP_NOOP, 121),
+/* 283 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 284 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(size_t)
+/* 285 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 286 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 287 */ _CFFI_OP(_CFFI_OP_FUNCTION, 32), // uint32_t()(nx_model const *)
+/* 288 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 289 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 290 */ _CFFI_OP(_CFFI_OP_FUNCTION, 32), // uint32_t()(nx_model const *, uint32_t, uint32_t *)
+/* 291 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 292 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 293 */ _CFFI_OP(_CFFI_OP_NOOP, 121),
+/* 294 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 295 */ _CFFI_OP(_CFFI_OP_FUNCTION, 32), // uint32_t()(nx_ternary_type)
+/* 296 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 297 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 298 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_model const *)
+/* 299 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 300 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 301 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_model const *, nx_own_kind)
+/* 302 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 303 */ _CFFI_OP(_CFFI_OP_ENUM, 4), // nx_own_kind
+/* 304 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 305 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_model const *, uint32_t)
+/* 306 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 307 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 308 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 309 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_opencl_matrix const *)
+/* 310 */ _CFFI_OP(_CFFI_OP_NOOP, 202),
+/* 311 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 312 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_ternary_type, uint32_t)
+/* 313 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 314 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 315 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 316 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_ternary_type, uint32_t, uint32_t)
+/* 317 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 318 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 319 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 320 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 321 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(uint32_t)
+/* 322 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 323 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 324 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(void const *, size_t)
+/* 325 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 326 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 327 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 328 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // void *()(void *, nxp_cache_layer const *)
+/* 329 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 330 */ _CFFI_OP(_CFFI_OP_POINTER, 507), // nxp_cache_layer const *
+/* 331 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 332 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // void *()(void *, nxp_layers const *)
+/* 333 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 334 */ _CFFI_OP(_CFFI_OP_POINTER, 512), // nxp_layers const *
+/* 335 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 336 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(FILE *)
+/* 337 */ _CFFI_OP(_CFFI_OP_POINTER, 467), // FILE *
+/* 338 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 339 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(float const *, uint32_t const *, size_t, float *)
+/* 340 */ _CFFI_OP(_CFFI_OP_NOOP, 87),
+/* 341 */ _CFFI_OP(_CFFI_OP_NOOP, 174),
+/* 342 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 343 */ _CFFI_OP(_CFFI_OP_NOOP, 94),
+/* 344 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 345 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(int)
+/* 346 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 347 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 348 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_file *)
+/* 349 */ _CFFI_OP(_CFFI_OP_POINTER, 492), // nx_file *
+/* 350 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 351 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_file const *, nx_file_info *)
+/* 352 */ _CFFI_OP(_CFFI_OP_POINTER, 492), // nx_file const *
+/* 353 */ _CFFI_OP(_CFFI_OP_NOOP, 199),
+/* 354 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 355 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_imatrix *)
+/* 356 */ _CFFI_OP(_CFFI_OP_POINTER, 494), // nx_imatrix *
+/* 357 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 358 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_model *)
+/* 359 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 360 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 361 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_model *, int)
+/* 362 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 363 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 364 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 365 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_model *, nx_error *)
+/* 366 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 367 */ _CFFI_OP(_CFFI_OP_NOOP, 84),
+/* 368 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 369 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_model *, nx_plugin_info *)
+/* 370 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 371 */ _CFFI_OP(_CFFI_OP_NOOP, 231),
+/* 372 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 373 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_model *, nx_prediction *)
+/* 374 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 375 */ _CFFI_OP(_CFFI_OP_POINTER, 500), // nx_prediction *
+/* 376 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 377 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_model *, nx_stats *)
+/* 378 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 379 */ _CFFI_OP(_CFFI_OP_POINTER, 504), // nx_stats *
+/* 380 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 381 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_model *, uint32_t, uint64_t *)
+/* 382 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 383 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 384 */ _CFFI_OP(_CFFI_OP_NOOP, 183),
+/* 385 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 386 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_model *, uint32_t, uint64_t const *)
+/* 387 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 388 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 389 */ _CFFI_OP(_CFFI_OP_POINTER, 28), // uint64_t const *
+/* 390 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 391 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_opencl_matrix *)
+/* 392 */ _CFFI_OP(_CFFI_OP_POINTER, 498), // nx_opencl_matrix *
+/* 393 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 394 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_residual_matrix const *, uint32_t const *, float const *, size_t, uint32_t, uint32_t, float *, float *)
+/* 395 */ _CFFI_OP(_CFFI_OP_POINTER, 503), // nx_residual_matrix const *
+/* 396 */ _CFFI_OP(_CFFI_OP_NOOP, 174),
+/* 397 */ _CFFI_OP(_CFFI_OP_NOOP, 87),
+/* 398 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 399 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 400 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 401 */ _CFFI_OP(_CFFI_OP_NOOP, 94),
+/* 402 */ _CFFI_OP(_CFFI_OP_NOOP, 94),
+/* 403 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 404 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_residual_matrix const *, uint32_t, uint32_t, float *, size_t)
+/* 405 */ _CFFI_OP(_CFFI_OP_NOOP, 395),
+/* 406 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 407 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 408 */ _CFFI_OP(_CFFI_OP_NOOP, 94),
+/* 409 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 410 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 411 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_ternary *)
+/* 412 */ _CFFI_OP(_CFFI_OP_NOOP, 212),
+/* 413 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 414 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_ternary *, void const *, size_t, uint32_t, uint32_t)
+/* 415 */ _CFFI_OP(_CFFI_OP_NOOP, 212),
+/* 416 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 417 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 418 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 419 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 420 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 421 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_ternary const *, uint32_t, uint32_t, float *)
+/* 422 */ _CFFI_OP(_CFFI_OP_POINTER, 505), // nx_ternary const *
+/* 423 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 424 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 425 */ _CFFI_OP(_CFFI_OP_NOOP, 94),
+/* 426 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 427 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_ternary const *, void const *, uint32_t, uint32_t, uint32_t, float *, size_t)
+/* 428 */ _CFFI_OP(_CFFI_OP_NOOP, 422),
+/* 429 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
 /* 430 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 431 */ _CFFI_OP(_CFFI_OP_NOOP, 92),
-/* 432 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 433 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 434 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(nx_ternary_type, float const *, uint32_t, uint32_t, void *)
-/* 435 */ _CFFI_OP(_CFFI_OP_NOOP, 33),
-/* 436 */ _CFFI_OP(_CFFI_OP_NOOP, 85),
-/* 437 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 438 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 439 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 440 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 441 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(nx_ternary_type, void const *, size_t, uint32_t, void const * const *, uint32_t, uint32_t, uint32_t, float * const *)
-/* 442 */ _CFFI_OP(_CFFI_OP_NOOP, 33),
-/* 443 */ _CFFI_OP(_CFFI_OP_NOOP, 50),
-/* 444 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 445 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 446 */ _CFFI_OP(_CFFI_OP_POINTER, 50), // void const * const *
+/* 431 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 432 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 433 */ _CFFI_OP(_CFFI_OP_NOOP, 94),
+/* 434 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 435 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 436 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_ternary_type, float const *, uint32_t, uint32_t, void *)
+/* 437 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 438 */ _CFFI_OP(_CFFI_OP_NOOP, 87),
+/* 439 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 440 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 441 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 442 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 443 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_ternary_type, void const *, size_t, uint32_t, void const * const *, uint32_t, uint32_t, uint32_t, float * const *)
+/* 444 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 445 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 446 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 447 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 448 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 448 */ _CFFI_OP(_CFFI_OP_POINTER, 52), // void const * const *
 /* 449 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 450 */ _CFFI_OP(_CFFI_OP_POINTER, 92), // float * const *
-/* 451 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 452 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(void *)
-/* 453 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 454 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 455 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(void *, nxp_cache_use const *)
-/* 456 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 457 */ _CFFI_OP(_CFFI_OP_POINTER, 507), // nxp_cache_use const *
-/* 458 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 459 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(void *, nxp_routed const *)
-/* 460 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 461 */ _CFFI_OP(_CFFI_OP_POINTER, 513), // nxp_routed const *
-/* 462 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 463 */ _CFFI_OP(_CFFI_OP_FUNCTION, 525), // void()(void)
+/* 450 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 451 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 452 */ _CFFI_OP(_CFFI_OP_POINTER, 94), // float * const *
+/* 453 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 454 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(void *)
+/* 455 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 456 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 457 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(void *, nxp_cache_use const *)
+/* 458 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 459 */ _CFFI_OP(_CFFI_OP_POINTER, 509), // nxp_cache_use const *
+/* 460 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 461 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(void *, nxp_routed const *)
+/* 462 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 463 */ _CFFI_OP(_CFFI_OP_POINTER, 515), // nxp_routed const *
 /* 464 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 465 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 24), // FILE
-/* 466 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
-/* 467 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
-/* 468 */ _CFFI_OP(_CFFI_OP_ARRAY, 467), // char[128]
-/* 469 */ (_cffi_opcode_t)(128),
-/* 470 */ _CFFI_OP(_CFFI_OP_ARRAY, 467), // char[256]
-/* 471 */ (_cffi_opcode_t)(256),
-/* 472 */ _CFFI_OP(_CFFI_OP_ARRAY, 467), // char[512]
-/* 473 */ (_cffi_opcode_t)(512),
-/* 474 */ _CFFI_OP(_CFFI_OP_ARRAY, 467), // char[64]
-/* 475 */ (_cffi_opcode_t)(64),
-/* 476 */ _CFFI_OP(_CFFI_OP_ARRAY, 467), // char[96]
-/* 477 */ (_cffi_opcode_t)(96),
-/* 478 */ _CFFI_OP(_CFFI_OP_POINTER, 479), // double const *
-/* 479 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
-/* 480 */ _CFFI_OP(_CFFI_OP_POINTER, 38), // int(*)(void *, nxp_cache_ask const *, int32_t *)
-/* 481 */ _CFFI_OP(_CFFI_OP_POINTER, 48), // int(*)(void *, void const *, size_t, void *, size_t)
-/* 482 */ _CFFI_OP(_CFFI_OP_POINTER, 57), // int32_t(*)(void *, nxp_predict_ask const *, int32_t *)
-/* 483 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
-/* 484 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
-/* 485 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_ans_layout
-/* 486 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_control_state
-/* 487 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_error
-/* 488 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_event
-/* 489 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_fault
-/* 490 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 25), // nx_file
-/* 491 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_file_info
-/* 492 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 26), // nx_imatrix
-/* 493 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_options
-/* 494 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_membench_result
-/* 495 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 27), // nx_model
-/* 496 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 28), // nx_opencl_matrix
-/* 497 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_plugin_info
-/* 498 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_prediction
-/* 499 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // nx_probe_options
-/* 500 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_probe_result
-/* 501 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // nx_residual_matrix
-/* 502 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // nx_stats
-/* 503 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // nx_ternary
-/* 504 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 14), // nxp_cache_ask
-/* 505 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 15), // nxp_cache_layer
-/* 506 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 16), // nxp_cache_policy
-/* 507 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 17), // nxp_cache_use
-/* 508 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 18), // nxp_codec
-/* 509 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 19), // nxp_head
-/* 510 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 20), // nxp_layers
-/* 511 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 21), // nxp_predict_ask
-/* 512 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 22), // nxp_predictor
-/* 513 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 23), // nxp_routed
-/* 514 */ _CFFI_OP(_CFFI_OP_POINTER, 515), // uint16_t *
-/* 515 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 20), // uint16_t
-/* 516 */ _CFFI_OP(_CFFI_OP_POINTER, 517), // uint8_t const *
-/* 517 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
-/* 518 */ _CFFI_OP(_CFFI_OP_ARRAY, 517), // uint8_t[16]
-/* 519 */ (_cffi_opcode_t)(16),
-/* 520 */ _CFFI_OP(_CFFI_OP_POINTER, 326), // void *(*)(void *, nxp_cache_layer const *)
-/* 521 */ _CFFI_OP(_CFFI_OP_POINTER, 330), // void *(*)(void *, nxp_layers const *)
-/* 522 */ _CFFI_OP(_CFFI_OP_POINTER, 452), // void(*)(void *)
-/* 523 */ _CFFI_OP(_CFFI_OP_POINTER, 455), // void(*)(void *, nxp_cache_use const *)
-/* 524 */ _CFFI_OP(_CFFI_OP_POINTER, 459), // void(*)(void *, nxp_routed const *)
-/* 525 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
+/* 465 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(void)
+/* 466 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 467 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 24), // FILE
+/* 468 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
+/* 469 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/* 470 */ _CFFI_OP(_CFFI_OP_ARRAY, 469), // char[128]
+/* 471 */ (_cffi_opcode_t)(128),
+/* 472 */ _CFFI_OP(_CFFI_OP_ARRAY, 469), // char[256]
+/* 473 */ (_cffi_opcode_t)(256),
+/* 474 */ _CFFI_OP(_CFFI_OP_ARRAY, 469), // char[512]
+/* 475 */ (_cffi_opcode_t)(512),
+/* 476 */ _CFFI_OP(_CFFI_OP_ARRAY, 469), // char[64]
+/* 477 */ (_cffi_opcode_t)(64),
+/* 478 */ _CFFI_OP(_CFFI_OP_ARRAY, 469), // char[96]
+/* 479 */ (_cffi_opcode_t)(96),
+/* 480 */ _CFFI_OP(_CFFI_OP_POINTER, 481), // double const *
+/* 481 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
+/* 482 */ _CFFI_OP(_CFFI_OP_POINTER, 40), // int(*)(void *, nxp_cache_ask const *, int32_t *)
+/* 483 */ _CFFI_OP(_CFFI_OP_POINTER, 50), // int(*)(void *, void const *, size_t, void *, size_t)
+/* 484 */ _CFFI_OP(_CFFI_OP_POINTER, 59), // int32_t(*)(void *, nxp_predict_ask const *, int32_t *)
+/* 485 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
+/* 486 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
+/* 487 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_ans_layout
+/* 488 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_control_state
+/* 489 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_error
+/* 490 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_event
+/* 491 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_fault
+/* 492 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 25), // nx_file
+/* 493 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_file_info
+/* 494 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 26), // nx_imatrix
+/* 495 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_options
+/* 496 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_membench_result
+/* 497 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 27), // nx_model
+/* 498 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 28), // nx_opencl_matrix
+/* 499 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_plugin_info
+/* 500 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_prediction
+/* 501 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // nx_probe_options
+/* 502 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_probe_result
+/* 503 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // nx_residual_matrix
+/* 504 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // nx_stats
+/* 505 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // nx_ternary
+/* 506 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 14), // nxp_cache_ask
+/* 507 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 15), // nxp_cache_layer
+/* 508 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 16), // nxp_cache_policy
+/* 509 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 17), // nxp_cache_use
+/* 510 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 18), // nxp_codec
+/* 511 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 19), // nxp_head
+/* 512 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 20), // nxp_layers
+/* 513 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 21), // nxp_predict_ask
+/* 514 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 22), // nxp_predictor
+/* 515 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 23), // nxp_routed
+/* 516 */ _CFFI_OP(_CFFI_OP_POINTER, 517), // uint16_t *
+/* 517 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 20), // uint16_t
+/* 518 */ _CFFI_OP(_CFFI_OP_POINTER, 519), // uint8_t const *
+/* 519 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
+/* 520 */ _CFFI_OP(_CFFI_OP_ARRAY, 519), // uint8_t[16]
+/* 521 */ (_cffi_opcode_t)(16),
+/* 522 */ _CFFI_OP(_CFFI_OP_POINTER, 328), // void *(*)(void *, nxp_cache_layer const *)
+/* 523 */ _CFFI_OP(_CFFI_OP_POINTER, 332), // void *(*)(void *, nxp_layers const *)
+/* 524 */ _CFFI_OP(_CFFI_OP_POINTER, 454), // void(*)(void *)
+/* 525 */ _CFFI_OP(_CFFI_OP_POINTER, 457), // void(*)(void *, nxp_cache_use const *)
+/* 526 */ _CFFI_OP(_CFFI_OP_POINTER, 461), // void(*)(void *, nxp_routed const *)
+/* 527 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
 
 _CFFI_UNUSED_FN
@@ -1875,7 +1877,7 @@ _cffi_f_nx_ans_best(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(19));
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(21));
   return pyresult;
 }
 #else
@@ -1937,10 +1939,10 @@ _cffi_f_nx_ans_decode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(50), arg0, (char **)&x0);
+      _cffi_type(52), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(50), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(52), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2003,14 +2005,14 @@ _cffi_f_nx_ans_decode_by(PyObject *self, PyObject *args)
   if (!PyArg_UnpackTuple(args, "nx_ans_decode_by", 5, 5, &arg0, &arg1, &arg2, &arg3, &arg4))
     return NULL;
 
-  if (_cffi_to_c((char *)&x0, _cffi_type(19), arg0) < 0)
+  if (_cffi_to_c((char *)&x0, _cffi_type(21), arg0) < 0)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(50), arg1, (char **)&x1);
+      _cffi_type(52), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(50), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(52), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2076,19 +2078,19 @@ _cffi_f_nx_ans_encode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(95), arg0, (char **)&x0);
+      _cffi_type(97), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ans_layout const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(95), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(97), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(50), arg1, (char **)&x1);
+      _cffi_type(52), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(50), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(52), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2111,10 +2113,10 @@ _cffi_f_nx_ans_encode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(100), arg5, (char **)&x5);
+      _cffi_type(102), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (size_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(100), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(102), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2146,7 +2148,7 @@ _cffi_f_nx_ans_has(PyObject *self, PyObject *arg0)
   int result;
   PyObject *pyresult;
 
-  if (_cffi_to_c((char *)&x0, _cffi_type(19), arg0) < 0)
+  if (_cffi_to_c((char *)&x0, _cffi_type(21), arg0) < 0)
     return NULL;
 
   Py_BEGIN_ALLOW_THREADS
@@ -2178,10 +2180,10 @@ _cffi_f_nx_cache_builtin(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(67), arg0, (char **)&x0);
+      _cffi_type(69), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(67), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(69), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2193,7 +2195,7 @@ _cffi_f_nx_cache_builtin(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(161));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(163));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -2229,10 +2231,10 @@ _cffi_f_nx_cache_policy_get(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(229), arg1, (char **)&x1);
+      _cffi_type(231), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_plugin_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(229), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(231), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2337,10 +2339,10 @@ _cffi_f_nx_cache_replay(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(161), arg0, (char **)&x0);
+      _cffi_type(163), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nxp_cache_policy const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(161), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(163), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2358,10 +2360,10 @@ _cffi_f_nx_cache_replay(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(225), arg4, (char **)&x4);
+      _cffi_type(227), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (int32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(225), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(227), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2375,28 +2377,28 @@ _cffi_f_nx_cache_replay(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(181), arg7, (char **)&x7);
+      _cffi_type(183), arg7, (char **)&x7);
   if (datasize != 0) {
     x7 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(181), arg7, (char **)&x7,
+    if (_cffi_convert_array_argument(_cffi_type(183), arg7, (char **)&x7,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(229), arg8, (char **)&x8);
+      _cffi_type(231), arg8, (char **)&x8);
   if (datasize != 0) {
     x8 = ((size_t)datasize) <= 640 ? (nx_plugin_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(229), arg8, (char **)&x8,
+    if (_cffi_convert_array_argument(_cffi_type(231), arg8, (char **)&x8,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(82), arg9, (char **)&x9);
+      _cffi_type(84), arg9, (char **)&x9);
   if (datasize != 0) {
     x9 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(82), arg9, (char **)&x9,
+    if (_cffi_convert_array_argument(_cffi_type(84), arg9, (char **)&x9,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2446,10 +2448,10 @@ _cffi_f_nx_cache_set_policy(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(67), arg1, (char **)&x1);
+      _cffi_type(69), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(67), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(69), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2501,19 +2503,19 @@ _cffi_f_nx_cache_use_policy(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(161), arg1, (char **)&x1);
+      _cffi_type(163), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nxp_cache_policy const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(161), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(163), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(82), arg2, (char **)&x2);
+      _cffi_type(84), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(82), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(84), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2584,10 +2586,10 @@ _cffi_f_nx_codec_register(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(233), arg0, (char **)&x0);
+      _cffi_type(235), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nxp_codec const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(233), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(235), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2597,10 +2599,10 @@ _cffi_f_nx_codec_register(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(82), arg2, (char **)&x2);
+      _cffi_type(84), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(82), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(84), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2654,10 +2656,10 @@ _cffi_f_nx_demote(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(172), arg1, (char **)&x1);
+      _cffi_type(174), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(172), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(174), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2667,10 +2669,10 @@ _cffi_f_nx_demote(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(181), arg3, (char **)&x3);
+      _cffi_type(183), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(181), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(183), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2799,10 +2801,10 @@ _cffi_f_nx_file_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(347), arg0, (char **)&x0);
+      _cffi_type(349), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(347), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(349), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2841,19 +2843,19 @@ _cffi_f_nx_file_get_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(350), arg0, (char **)&x0);
+      _cffi_type(352), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(350), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(352), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(197), arg1, (char **)&x1);
+      _cffi_type(199), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_file_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(197), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(199), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2896,22 +2898,22 @@ _cffi_f_nx_file_open(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(67), arg0, (char **)&x0);
+      _cffi_type(69), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(67), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(69), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
-  if (_cffi_to_c((char *)&x1, _cffi_type(68), arg1) < 0)
+  if (_cffi_to_c((char *)&x1, _cffi_type(70), arg1) < 0)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(69), arg2, (char **)&x2);
+      _cffi_type(71), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_file * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(69), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(71), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3043,10 +3045,10 @@ _cffi_f_nx_group_experts(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(119), arg2, (char **)&x2);
+      _cffi_type(121), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(119), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(121), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3199,10 +3201,10 @@ _cffi_f_nx_imatrix_at(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(113), arg0, (char **)&x0);
+      _cffi_type(115), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(113), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(115), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3212,46 +3214,46 @@ _cffi_f_nx_imatrix_at(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(118), arg2, (char **)&x2);
+      _cffi_type(120), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(118), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(120), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(119), arg3, (char **)&x3);
+      _cffi_type(121), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(119), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(121), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(119), arg4, (char **)&x4);
+      _cffi_type(121), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(119), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(121), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(121), arg5, (char **)&x5);
+      _cffi_type(123), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (double const * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(121), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(123), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(122), arg6, (char **)&x6);
+      _cffi_type(124), arg6, (char **)&x6);
   if (datasize != 0) {
     x6 = ((size_t)datasize) <= 640 ? (uint64_t const * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(122), arg6, (char **)&x6,
+    if (_cffi_convert_array_argument(_cffi_type(124), arg6, (char **)&x6,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3286,10 +3288,10 @@ _cffi_f_nx_imatrix_count(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(113), arg0, (char **)&x0);
+      _cffi_type(115), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(113), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(115), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3324,10 +3326,10 @@ _cffi_f_nx_imatrix_create(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(110), arg0, (char **)&x0);
+      _cffi_type(112), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(110), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(112), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3360,10 +3362,10 @@ _cffi_f_nx_imatrix_free(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(354), arg0, (char **)&x0);
+      _cffi_type(356), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(354), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(356), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3398,10 +3400,10 @@ _cffi_f_nx_imatrix_status(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(113), arg0, (char **)&x0);
+      _cffi_type(115), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(113), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(115), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3580,28 +3582,28 @@ _cffi_f_nx_io_probe(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(67), arg0, (char **)&x0);
+      _cffi_type(69), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(67), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(69), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(73), arg1, (char **)&x1);
+      _cffi_type(75), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_probe_options const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(73), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(75), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(74), arg2, (char **)&x2);
+      _cffi_type(76), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_probe_result *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(74), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(76), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3619,6 +3621,32 @@ _cffi_f_nx_io_probe(PyObject *self, PyObject *args)
 }
 #else
 #  define _cffi_f_nx_io_probe _cffi_d_nx_io_probe
+#endif
+
+static double _cffi_d_nx_kernels_dots_per_second(void)
+{
+  return nx_kernels_dots_per_second();
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_kernels_dots_per_second(PyObject *self, PyObject *noarg)
+{
+  double result;
+  PyObject *pyresult;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_kernels_dots_per_second(); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  (void)noarg; /* unused */
+  pyresult = _cffi_from_c_double(result);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_kernels_dots_per_second _cffi_d_nx_kernels_dots_per_second
 #endif
 
 static nx_isa _cffi_d_nx_kernels_isa(void)
@@ -3669,7 +3697,7 @@ _cffi_f_nx_kernels_isa_name(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(67));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(69));
   return pyresult;
 }
 #else
@@ -3753,7 +3781,7 @@ _cffi_f_nx_kernels_why(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(67));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(69));
   return pyresult;
 }
 #else
@@ -3817,19 +3845,19 @@ _cffi_f_nx_membench_read(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(128), arg0, (char **)&x0);
+      _cffi_type(130), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_membench_options const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(128), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(130), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(129), arg1, (char **)&x1);
+      _cffi_type(131), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_membench_result *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(129), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(131), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3891,19 +3919,19 @@ _cffi_f_nx_model_attach_residual(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(67), arg1, (char **)&x1);
+      _cffi_type(69), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(67), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(69), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(50), arg2, (char **)&x2);
+      _cffi_type(52), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(50), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(52), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3913,10 +3941,10 @@ _cffi_f_nx_model_attach_residual(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(85), arg4, (char **)&x4);
+      _cffi_type(87), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(85), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(87), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3930,10 +3958,10 @@ _cffi_f_nx_model_attach_residual(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(82), arg7, (char **)&x7);
+      _cffi_type(84), arg7, (char **)&x7);
   if (datasize != 0) {
     x7 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(82), arg7, (char **)&x7,
+    if (_cffi_convert_array_argument(_cffi_type(84), arg7, (char **)&x7,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4129,10 +4157,10 @@ _cffi_f_nx_model_cores(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(119), arg1, (char **)&x1);
+      _cffi_type(121), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(119), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(121), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4181,10 +4209,10 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(67), arg0, (char **)&x0);
+      _cffi_type(69), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(67), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(69), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4194,10 +4222,10 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(50), arg2, (char **)&x2);
+      _cffi_type(52), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(50), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(52), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4207,19 +4235,19 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(81), arg4, (char **)&x4);
+      _cffi_type(83), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (nx_model * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(81), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(83), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(82), arg5, (char **)&x5);
+      _cffi_type(84), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(82), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(84), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4271,10 +4299,10 @@ _cffi_f_nx_model_events(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(275), arg1, (char **)&x1);
+      _cffi_type(277), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_event *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(275), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(277), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4334,10 +4362,10 @@ _cffi_f_nx_model_file_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(197), arg2, (char **)&x2);
+      _cffi_type(199), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_file_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(197), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(199), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4388,7 +4416,7 @@ _cffi_f_nx_model_finish_load(PyObject *self, PyObject *args)
       return NULL;
   }
 
-  x1 = (int(*)(void *, uint64_t, uint64_t))_cffi_to_c_pointer(arg1, _cffi_type(152));
+  x1 = (int(*)(void *, uint64_t, uint64_t))_cffi_to_c_pointer(arg1, _cffi_type(154));
   if (x1 == (int(*)(void *, uint64_t, uint64_t))NULL && PyErr_Occurred())
     return NULL;
 
@@ -4444,10 +4472,10 @@ _cffi_f_nx_model_get_stats(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(377), arg1, (char **)&x1);
+      _cffi_type(379), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_stats *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(377), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(379), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4497,10 +4525,10 @@ _cffi_f_nx_model_inject(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(157), arg1, (char **)&x1);
+      _cffi_type(159), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_fault const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(157), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(159), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4550,7 +4578,7 @@ _cffi_f_nx_model_io_engine(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(67));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(69));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -4586,10 +4614,10 @@ _cffi_f_nx_model_last_error(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(82), arg1, (char **)&x1);
+      _cffi_type(84), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(82), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(84), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4676,7 +4704,7 @@ _cffi_f_nx_model_n_own(PyObject *self, PyObject *args)
       return NULL;
   }
 
-  if (_cffi_to_c((char *)&x1, _cffi_type(301), arg1) < 0)
+  if (_cffi_to_c((char *)&x1, _cffi_type(303), arg1) < 0)
     return NULL;
 
   Py_BEGIN_ALLOW_THREADS
@@ -4882,10 +4910,10 @@ _cffi_f_nx_model_set_cores(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(172), arg1, (char **)&x1);
+      _cffi_type(174), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(172), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(174), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4941,10 +4969,10 @@ _cffi_f_nx_model_set_residual_k(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(67), arg1, (char **)&x1);
+      _cffi_type(69), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(67), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(69), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5013,7 +5041,7 @@ _cffi_f_nx_model_stream(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(335));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(337));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -5034,10 +5062,10 @@ _cffi_f_nx_model_stream_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(335), arg0, (char **)&x0);
+      _cffi_type(337), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (FILE *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(335), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(337), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5122,7 +5150,7 @@ _cffi_f_nx_opencl_error(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(67));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(69));
   return pyresult;
 }
 #else
@@ -5144,10 +5172,10 @@ _cffi_f_nx_opencl_matrix_bytes(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(200), arg0, (char **)&x0);
+      _cffi_type(202), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_opencl_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(200), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(202), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5195,14 +5223,14 @@ _cffi_f_nx_opencl_matrix_create(PyObject *self, PyObject *args)
   if (!PyArg_UnpackTuple(args, "nx_opencl_matrix_create", 6, 6, &arg0, &arg1, &arg2, &arg3, &arg4, &arg5))
     return NULL;
 
-  if (_cffi_to_c((char *)&x0, _cffi_type(33), arg0) < 0)
+  if (_cffi_to_c((char *)&x0, _cffi_type(35), arg0) < 0)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(50), arg1, (char **)&x1);
+      _cffi_type(52), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(50), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(52), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5220,10 +5248,10 @@ _cffi_f_nx_opencl_matrix_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(218), arg5, (char **)&x5);
+      _cffi_type(220), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (nx_opencl_matrix * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(218), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(220), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5256,10 +5284,10 @@ _cffi_f_nx_opencl_matrix_free(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(390), arg0, (char **)&x0);
+      _cffi_type(392), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_opencl_matrix *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(390), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(392), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5306,19 +5334,19 @@ _cffi_f_nx_opencl_multiply(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(200), arg0, (char **)&x0);
+      _cffi_type(202), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_opencl_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(200), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(202), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(50), arg1, (char **)&x1);
+      _cffi_type(52), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(50), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(52), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5328,10 +5356,10 @@ _cffi_f_nx_opencl_multiply(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(92), arg3, (char **)&x3);
+      _cffi_type(94), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(92), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(94), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5400,7 +5428,7 @@ _cffi_f_nx_opencl_why(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(67));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(69));
   return pyresult;
 }
 #else
@@ -5441,10 +5469,10 @@ _cffi_f_nx_popularity_get(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(181), arg2, (char **)&x2);
+      _cffi_type(183), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(181), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(183), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5498,10 +5526,10 @@ _cffi_f_nx_popularity_set(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(387), arg2, (char **)&x2);
+      _cffi_type(389), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (uint64_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(387), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(389), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5549,10 +5577,10 @@ _cffi_f_nx_predict_get(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(373), arg1, (char **)&x1);
+      _cffi_type(375), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_prediction *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(373), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(375), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5600,10 +5628,10 @@ _cffi_f_nx_predict_plugin_get(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(229), arg1, (char **)&x1);
+      _cffi_type(231), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_plugin_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(229), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(231), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5653,10 +5681,10 @@ _cffi_f_nx_predict_set(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(67), arg1, (char **)&x1);
+      _cffi_type(69), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(67), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(69), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5710,10 +5738,10 @@ _cffi_f_nx_predict_use(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(166), arg1, (char **)&x1);
+      _cffi_type(168), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nxp_predictor const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(166), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(168), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5723,10 +5751,10 @@ _cffi_f_nx_predict_use(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(82), arg3, (char **)&x3);
+      _cffi_type(84), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(82), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(84), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5784,10 +5812,10 @@ _cffi_f_nx_promote(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(172), arg1, (char **)&x1);
+      _cffi_type(174), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(172), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(174), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5796,7 +5824,7 @@ _cffi_f_nx_promote(PyObject *self, PyObject *args)
   if (x2 == (size_t)-1 && PyErr_Occurred())
     return NULL;
 
-  x3 = (int(*)(void *))_cffi_to_c_pointer(arg3, _cffi_type(179));
+  x3 = (int(*)(void *))_cffi_to_c_pointer(arg3, _cffi_type(181));
   if (x3 == (int(*)(void *))NULL && PyErr_Occurred())
     return NULL;
 
@@ -5810,10 +5838,10 @@ _cffi_f_nx_promote(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(181), arg5, (char **)&x5);
+      _cffi_type(183), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(181), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(183), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5902,28 +5930,28 @@ _cffi_f_nx_residual_add(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(393), arg0, (char **)&x0);
+      _cffi_type(395), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_residual_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(393), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(395), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(172), arg1, (char **)&x1);
+      _cffi_type(174), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(172), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(174), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(85), arg2, (char **)&x2);
+      _cffi_type(87), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(85), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(87), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5941,19 +5969,19 @@ _cffi_f_nx_residual_add(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(92), arg6, (char **)&x6);
+      _cffi_type(94), arg6, (char **)&x6);
   if (datasize != 0) {
     x6 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(92), arg6, (char **)&x6,
+    if (_cffi_convert_array_argument(_cffi_type(94), arg6, (char **)&x6,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(92), arg7, (char **)&x7);
+      _cffi_type(94), arg7, (char **)&x7);
   if (datasize != 0) {
     x7 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(92), arg7, (char **)&x7,
+    if (_cffi_convert_array_argument(_cffi_type(94), arg7, (char **)&x7,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5998,10 +6026,10 @@ _cffi_f_nx_residual_decode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(393), arg0, (char **)&x0);
+      _cffi_type(395), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_residual_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(393), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(395), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6015,10 +6043,10 @@ _cffi_f_nx_residual_decode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(92), arg3, (char **)&x3);
+      _cffi_type(94), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(92), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(94), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6075,10 +6103,10 @@ _cffi_f_nx_residual_encode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(85), arg0, (char **)&x0);
+      _cffi_type(87), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(85), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(87), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6104,19 +6132,19 @@ _cffi_f_nx_residual_encode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(91), arg6, (char **)&x6);
+      _cffi_type(93), arg6, (char **)&x6);
   if (datasize != 0) {
     x6 = ((size_t)datasize) <= 640 ? (uint8_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(91), arg6, (char **)&x6,
+    if (_cffi_convert_array_argument(_cffi_type(93), arg6, (char **)&x6,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(92), arg7, (char **)&x7);
+      _cffi_type(94), arg7, (char **)&x7);
   if (datasize != 0) {
     x7 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(92), arg7, (char **)&x7,
+    if (_cffi_convert_array_argument(_cffi_type(94), arg7, (char **)&x7,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6159,19 +6187,19 @@ _cffi_f_nx_residual_products(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(85), arg0, (char **)&x0);
+      _cffi_type(87), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(85), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(87), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(172), arg1, (char **)&x1);
+      _cffi_type(174), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(172), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(174), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6181,10 +6209,10 @@ _cffi_f_nx_residual_products(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(92), arg3, (char **)&x3);
+      _cffi_type(94), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(92), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(94), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6259,10 +6287,10 @@ _cffi_f_nx_residual_select(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(85), arg0, (char **)&x0);
+      _cffi_type(87), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(85), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(87), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6276,10 +6304,10 @@ _cffi_f_nx_residual_select(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(119), arg3, (char **)&x3);
+      _cffi_type(121), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(119), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(121), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6328,10 +6356,10 @@ _cffi_f_nx_residual_select_buckets(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(85), arg0, (char **)&x0);
+      _cffi_type(87), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(85), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(87), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6353,10 +6381,10 @@ _cffi_f_nx_residual_select_buckets(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(119), arg5, (char **)&x5);
+      _cffi_type(121), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(119), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(121), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6492,10 +6520,10 @@ _cffi_f_nx_routing_take(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(41), arg1, (char **)&x1);
+      _cffi_type(43), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (int32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(41), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(43), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6541,7 +6569,7 @@ _cffi_f_nx_status_text(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(67));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(69));
   return pyresult;
 }
 #else
@@ -6572,14 +6600,14 @@ _cffi_f_nx_ternary_activate(PyObject *self, PyObject *args)
   if (!PyArg_UnpackTuple(args, "nx_ternary_activate", 5, 5, &arg0, &arg1, &arg2, &arg3, &arg4))
     return NULL;
 
-  if (_cffi_to_c((char *)&x0, _cffi_type(33), arg0) < 0)
+  if (_cffi_to_c((char *)&x0, _cffi_type(35), arg0) < 0)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(85), arg1, (char **)&x1);
+      _cffi_type(87), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(85), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(87), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6634,7 +6662,7 @@ _cffi_f_nx_ternary_activation_bytes(PyObject *self, PyObject *args)
   if (!PyArg_UnpackTuple(args, "nx_ternary_activation_bytes", 2, 2, &arg0, &arg1))
     return NULL;
 
-  if (_cffi_to_c((char *)&x0, _cffi_type(33), arg0) < 0)
+  if (_cffi_to_c((char *)&x0, _cffi_type(35), arg0) < 0)
     return NULL;
 
   x1 = _cffi_to_c_int(arg1, uint32_t);
@@ -6667,7 +6695,7 @@ _cffi_f_nx_ternary_block(PyObject *self, PyObject *arg0)
   uint32_t result;
   PyObject *pyresult;
 
-  if (_cffi_to_c((char *)&x0, _cffi_type(33), arg0) < 0)
+  if (_cffi_to_c((char *)&x0, _cffi_type(35), arg0) < 0)
     return NULL;
 
   Py_BEGIN_ALLOW_THREADS
@@ -6696,7 +6724,7 @@ _cffi_f_nx_ternary_block_bytes(PyObject *self, PyObject *arg0)
   uint32_t result;
   PyObject *pyresult;
 
-  if (_cffi_to_c((char *)&x0, _cffi_type(33), arg0) < 0)
+  if (_cffi_to_c((char *)&x0, _cffi_type(35), arg0) < 0)
     return NULL;
 
   Py_BEGIN_ALLOW_THREADS
@@ -6737,7 +6765,7 @@ _cffi_f_nx_ternary_create(PyObject *self, PyObject *args)
   if (!PyArg_UnpackTuple(args, "nx_ternary_create", 4, 4, &arg0, &arg1, &arg2, &arg3))
     return NULL;
 
-  if (_cffi_to_c((char *)&x0, _cffi_type(33), arg0) < 0)
+  if (_cffi_to_c((char *)&x0, _cffi_type(35), arg0) < 0)
     return NULL;
 
   x1 = _cffi_to_c_int(arg1, uint32_t);
@@ -6749,10 +6777,10 @@ _cffi_f_nx_ternary_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(210), arg3, (char **)&x3);
+      _cffi_type(212), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (nx_ternary *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(210), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(212), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6785,10 +6813,10 @@ _cffi_f_nx_ternary_finish(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(210), arg0, (char **)&x0);
+      _cffi_type(212), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(210), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(212), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6821,10 +6849,10 @@ _cffi_f_nx_ternary_free(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(210), arg0, (char **)&x0);
+      _cffi_type(212), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(210), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(212), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6873,19 +6901,19 @@ _cffi_f_nx_ternary_multiply(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(420), arg0, (char **)&x0);
+      _cffi_type(422), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(420), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(422), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(50), arg1, (char **)&x1);
+      _cffi_type(52), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(50), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(52), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6903,10 +6931,10 @@ _cffi_f_nx_ternary_multiply(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(92), arg5, (char **)&x5);
+      _cffi_type(94), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(92), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(94), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6962,14 +6990,14 @@ _cffi_f_nx_ternary_multiply_stored(PyObject *self, PyObject *args)
   if (!PyArg_UnpackTuple(args, "nx_ternary_multiply_stored", 9, 9, &arg0, &arg1, &arg2, &arg3, &arg4, &arg5, &arg6, &arg7, &arg8))
     return NULL;
 
-  if (_cffi_to_c((char *)&x0, _cffi_type(33), arg0) < 0)
+  if (_cffi_to_c((char *)&x0, _cffi_type(35), arg0) < 0)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(50), arg1, (char **)&x1);
+      _cffi_type(52), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(50), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(52), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6983,10 +7011,10 @@ _cffi_f_nx_ternary_multiply_stored(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(446), arg4, (char **)&x4);
+      _cffi_type(448), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (void const * const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(446), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(448), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7004,10 +7032,10 @@ _cffi_f_nx_ternary_multiply_stored(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(450), arg8, (char **)&x8);
+      _cffi_type(452), arg8, (char **)&x8);
   if (datasize != 0) {
     x8 = ((size_t)datasize) <= 640 ? (float * const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(450), arg8, (char **)&x8,
+    if (_cffi_convert_array_argument(_cffi_type(452), arg8, (char **)&x8,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7052,19 +7080,19 @@ _cffi_f_nx_ternary_pack(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(210), arg0, (char **)&x0);
+      _cffi_type(212), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(210), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(212), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(50), arg1, (char **)&x1);
+      _cffi_type(52), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(50), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(52), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7116,7 +7144,7 @@ _cffi_f_nx_ternary_packed_bytes(PyObject *self, PyObject *args)
   if (!PyArg_UnpackTuple(args, "nx_ternary_packed_bytes", 3, 3, &arg0, &arg1, &arg2))
     return NULL;
 
-  if (_cffi_to_c((char *)&x0, _cffi_type(33), arg0) < 0)
+  if (_cffi_to_c((char *)&x0, _cffi_type(35), arg0) < 0)
     return NULL;
 
   x1 = _cffi_to_c_int(arg1, uint32_t);
@@ -7153,7 +7181,7 @@ _cffi_f_nx_ternary_row_unit(PyObject *self, PyObject *arg0)
   uint32_t result;
   PyObject *pyresult;
 
-  if (_cffi_to_c((char *)&x0, _cffi_type(33), arg0) < 0)
+  if (_cffi_to_c((char *)&x0, _cffi_type(35), arg0) < 0)
     return NULL;
 
   Py_BEGIN_ALLOW_THREADS
@@ -7182,7 +7210,7 @@ _cffi_f_nx_ternary_stored_usable(PyObject *self, PyObject *arg0)
   int result;
   PyObject *pyresult;
 
-  if (_cffi_to_c((char *)&x0, _cffi_type(33), arg0) < 0)
+  if (_cffi_to_c((char *)&x0, _cffi_type(35), arg0) < 0)
     return NULL;
 
   Py_BEGIN_ALLOW_THREADS
@@ -7214,10 +7242,10 @@ _cffi_f_nx_ternary_type_of(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(67), arg0, (char **)&x0);
+      _cffi_type(69), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(67), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(69), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7229,7 +7257,7 @@ _cffi_f_nx_ternary_type_of(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(33));
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(35));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -7260,10 +7288,10 @@ _cffi_f_nx_ternary_unpack(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(420), arg0, (char **)&x0);
+      _cffi_type(422), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(420), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(422), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7277,10 +7305,10 @@ _cffi_f_nx_ternary_unpack(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(92), arg3, (char **)&x3);
+      _cffi_type(94), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(92), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(94), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7319,7 +7347,7 @@ _cffi_f_nx_version(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(67));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(69));
   return pyresult;
 }
 #else
@@ -7347,10 +7375,10 @@ _cffi_f_nx_xxh3_64(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(50), arg0, (char **)&x0);
+      _cffi_type(52), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(50), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(52), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7575,729 +7603,730 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "NX_TERNARY_TYPES", (void *)_cffi_const_NX_TERNARY_TYPES, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_TQ1_0", (void *)_cffi_const_NX_TQ1_0, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_TQ2_0", (void *)_cffi_const_NX_TQ2_0, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
-  { "nx_ans_best", (void *)_cffi_f_nx_ans_best, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 62), (void *)_cffi_d_nx_ans_best },
-  { "nx_ans_bound", (void *)_cffi_f_nx_ans_bound, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 282), (void *)_cffi_d_nx_ans_bound },
-  { "nx_ans_decode", (void *)_cffi_f_nx_ans_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 237), (void *)_cffi_d_nx_ans_decode },
-  { "nx_ans_decode_by", (void *)_cffi_f_nx_ans_decode_by, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 102), (void *)_cffi_d_nx_ans_decode_by },
-  { "nx_ans_encode", (void *)_cffi_f_nx_ans_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 94), (void *)_cffi_d_nx_ans_encode },
-  { "nx_ans_has", (void *)_cffi_f_nx_ans_has, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 18), (void *)_cffi_d_nx_ans_has },
-  { "nx_cache_builtin", (void *)_cffi_f_nx_cache_builtin, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 248), (void *)_cffi_d_nx_cache_builtin },
-  { "nx_cache_policy_get", (void *)_cffi_f_nx_cache_policy_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 367), (void *)_cffi_d_nx_cache_policy_get },
-  { "nx_cache_preload", (void *)_cffi_f_nx_cache_preload, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 24), (void *)_cffi_d_nx_cache_preload },
-  { "nx_cache_replay", (void *)_cffi_f_nx_cache_replay, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 220), (void *)_cffi_d_nx_cache_replay },
-  { "nx_cache_set_policy", (void *)_cffi_f_nx_cache_set_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 131), (void *)_cffi_d_nx_cache_set_policy },
-  { "nx_cache_use_policy", (void *)_cffi_f_nx_cache_use_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 159), (void *)_cffi_d_nx_cache_use_policy },
-  { "nx_codec_gate", (void *)_cffi_f_nx_codec_gate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 343), (void *)_cffi_d_nx_codec_gate },
-  { "nx_codec_register", (void *)_cffi_f_nx_codec_register, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 232), (void *)_cffi_d_nx_codec_register },
-  { "nx_demote", (void *)_cffi_f_nx_demote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 183), (void *)_cffi_d_nx_demote },
-  { "nx_extent_is_resident", (void *)_cffi_f_nx_extent_is_resident, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 28), (void *)_cffi_d_nx_extent_is_resident },
-  { "nx_extent_span", (void *)_cffi_f_nx_extent_span, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 303), (void *)_cffi_d_nx_extent_span },
-  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 346), (void *)_cffi_d_nx_file_close },
-  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 349), (void *)_cffi_d_nx_file_get_info },
-  { "nx_file_open", (void *)_cffi_f_nx_file_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 66), (void *)_cffi_d_nx_file_open },
+  { "nx_ans_best", (void *)_cffi_f_nx_ans_best, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 64), (void *)_cffi_d_nx_ans_best },
+  { "nx_ans_bound", (void *)_cffi_f_nx_ans_bound, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 284), (void *)_cffi_d_nx_ans_bound },
+  { "nx_ans_decode", (void *)_cffi_f_nx_ans_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 239), (void *)_cffi_d_nx_ans_decode },
+  { "nx_ans_decode_by", (void *)_cffi_f_nx_ans_decode_by, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 104), (void *)_cffi_d_nx_ans_decode_by },
+  { "nx_ans_encode", (void *)_cffi_f_nx_ans_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 96), (void *)_cffi_d_nx_ans_encode },
+  { "nx_ans_has", (void *)_cffi_f_nx_ans_has, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 20), (void *)_cffi_d_nx_ans_has },
+  { "nx_cache_builtin", (void *)_cffi_f_nx_cache_builtin, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 250), (void *)_cffi_d_nx_cache_builtin },
+  { "nx_cache_policy_get", (void *)_cffi_f_nx_cache_policy_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 369), (void *)_cffi_d_nx_cache_policy_get },
+  { "nx_cache_preload", (void *)_cffi_f_nx_cache_preload, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 26), (void *)_cffi_d_nx_cache_preload },
+  { "nx_cache_replay", (void *)_cffi_f_nx_cache_replay, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 222), (void *)_cffi_d_nx_cache_replay },
+  { "nx_cache_set_policy", (void *)_cffi_f_nx_cache_set_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 133), (void *)_cffi_d_nx_cache_set_policy },
+  { "nx_cache_use_policy", (void *)_cffi_f_nx_cache_use_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 161), (void *)_cffi_d_nx_cache_use_policy },
+  { "nx_codec_gate", (void *)_cffi_f_nx_codec_gate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 345), (void *)_cffi_d_nx_codec_gate },
+  { "nx_codec_register", (void *)_cffi_f_nx_codec_register, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 234), (void *)_cffi_d_nx_codec_register },
+  { "nx_demote", (void *)_cffi_f_nx_demote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 185), (void *)_cffi_d_nx_demote },
+  { "nx_extent_is_resident", (void *)_cffi_f_nx_extent_is_resident, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 30), (void *)_cffi_d_nx_extent_is_resident },
+  { "nx_extent_span", (void *)_cffi_f_nx_extent_span, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 305), (void *)_cffi_d_nx_extent_span },
+  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 348), (void *)_cffi_d_nx_file_close },
+  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 351), (void *)_cffi_d_nx_file_get_info },
+  { "nx_file_open", (void *)_cffi_f_nx_file_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 68), (void *)_cffi_d_nx_file_open },
   { "nx_flag_callback", (void *)_cffi_f_nx_flag_callback, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 4), (void *)_cffi_d_nx_flag_callback },
-  { "nx_flag_stop", (void *)_cffi_f_nx_flag_stop, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 35), (void *)_cffi_d_nx_flag_stop },
-  { "nx_group_experts", (void *)_cffi_f_nx_group_experts, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 288), (void *)_cffi_d_nx_group_experts },
-  { "nx_group_resize", (void *)_cffi_f_nx_group_resize, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 189), (void *)_cffi_d_nx_group_resize },
-  { "nx_group_slot_bytes", (void *)_cffi_f_nx_group_slot_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 303), (void *)_cffi_d_nx_group_slot_bytes },
-  { "nx_imatrix_at", (void *)_cffi_f_nx_imatrix_at, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 115), (void *)_cffi_d_nx_imatrix_at },
-  { "nx_imatrix_count", (void *)_cffi_f_nx_imatrix_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 265), (void *)_cffi_d_nx_imatrix_count },
-  { "nx_imatrix_create", (void *)_cffi_f_nx_imatrix_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 109), (void *)_cffi_d_nx_imatrix_create },
-  { "nx_imatrix_free", (void *)_cffi_f_nx_imatrix_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 353), (void *)_cffi_d_nx_imatrix_free },
-  { "nx_imatrix_status", (void *)_cffi_f_nx_imatrix_status, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 112), (void *)_cffi_d_nx_imatrix_status },
-  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 463), (void *)_cffi_d_nx_interrupt_arm },
-  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 463), (void *)_cffi_d_nx_interrupt_disarm },
-  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 463), (void *)_cffi_d_nx_interrupt_request },
-  { "nx_interrupted", (void *)_cffi_f_nx_interrupted, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 55), (void *)_cffi_d_nx_interrupted },
+  { "nx_flag_stop", (void *)_cffi_f_nx_flag_stop, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 37), (void *)_cffi_d_nx_flag_stop },
+  { "nx_group_experts", (void *)_cffi_f_nx_group_experts, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 290), (void *)_cffi_d_nx_group_experts },
+  { "nx_group_resize", (void *)_cffi_f_nx_group_resize, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 191), (void *)_cffi_d_nx_group_resize },
+  { "nx_group_slot_bytes", (void *)_cffi_f_nx_group_slot_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 305), (void *)_cffi_d_nx_group_slot_bytes },
+  { "nx_imatrix_at", (void *)_cffi_f_nx_imatrix_at, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 117), (void *)_cffi_d_nx_imatrix_at },
+  { "nx_imatrix_count", (void *)_cffi_f_nx_imatrix_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 267), (void *)_cffi_d_nx_imatrix_count },
+  { "nx_imatrix_create", (void *)_cffi_f_nx_imatrix_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 111), (void *)_cffi_d_nx_imatrix_create },
+  { "nx_imatrix_free", (void *)_cffi_f_nx_imatrix_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 355), (void *)_cffi_d_nx_imatrix_free },
+  { "nx_imatrix_status", (void *)_cffi_f_nx_imatrix_status, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 114), (void *)_cffi_d_nx_imatrix_status },
+  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 465), (void *)_cffi_d_nx_interrupt_arm },
+  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 465), (void *)_cffi_d_nx_interrupt_disarm },
+  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 465), (void *)_cffi_d_nx_interrupt_request },
+  { "nx_interrupted", (void *)_cffi_f_nx_interrupted, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 57), (void *)_cffi_d_nx_interrupted },
   { "nx_interrupted_callback", (void *)_cffi_f_nx_interrupted_callback, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 4), (void *)_cffi_d_nx_interrupted_callback },
-  { "nx_io_probe", (void *)_cffi_f_nx_io_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 71), (void *)_cffi_d_nx_io_probe },
-  { "nx_kernels_isa", (void *)_cffi_f_nx_kernels_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 64), (void *)_cffi_d_nx_kernels_isa },
+  { "nx_io_probe", (void *)_cffi_f_nx_io_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 73), (void *)_cffi_d_nx_io_probe },
+  { "nx_kernels_dots_per_second", (void *)_cffi_f_nx_kernels_dots_per_second, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 18), (void *)_cffi_d_nx_kernels_dots_per_second },
+  { "nx_kernels_isa", (void *)_cffi_f_nx_kernels_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 66), (void *)_cffi_d_nx_kernels_isa },
   { "nx_kernels_isa_name", (void *)_cffi_f_nx_kernels_isa_name, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 7), (void *)_cffi_d_nx_kernels_isa_name },
-  { "nx_kernels_isa_usable", (void *)_cffi_f_nx_kernels_isa_usable, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 21), (void *)_cffi_d_nx_kernels_isa_usable },
-  { "nx_kernels_use_isa", (void *)_cffi_f_nx_kernels_use_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 124), (void *)_cffi_d_nx_kernels_use_isa },
+  { "nx_kernels_isa_usable", (void *)_cffi_f_nx_kernels_isa_usable, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 23), (void *)_cffi_d_nx_kernels_isa_usable },
+  { "nx_kernels_use_isa", (void *)_cffi_f_nx_kernels_use_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 126), (void *)_cffi_d_nx_kernels_use_isa },
   { "nx_kernels_why", (void *)_cffi_f_nx_kernels_why, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_kernels_why },
-  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 356), (void *)_cffi_d_nx_loading_set },
-  { "nx_membench_read", (void *)_cffi_f_nx_membench_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 127), (void *)_cffi_d_nx_membench_read },
-  { "nx_model_attach_residual", (void *)_cffi_f_nx_model_attach_residual, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 140), (void *)_cffi_d_nx_model_attach_residual },
-  { "nx_model_attached_bytes", (void *)_cffi_f_nx_model_attached_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 296), (void *)_cffi_d_nx_model_attached_bytes },
-  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 356), (void *)_cffi_d_nx_model_clear_error },
-  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 356), (void *)_cffi_d_nx_model_clear_faults },
-  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 356), (void *)_cffi_d_nx_model_close },
-  { "nx_model_cores", (void *)_cffi_f_nx_model_cores, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 278), (void *)_cffi_d_nx_model_cores },
-  { "nx_model_create", (void *)_cffi_f_nx_model_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 76), (void *)_cffi_d_nx_model_create },
-  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 273), (void *)_cffi_d_nx_model_events },
-  { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 194), (void *)_cffi_d_nx_model_file_info },
-  { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 150), (void *)_cffi_d_nx_model_finish_load },
-  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 375), (void *)_cffi_d_nx_model_get_stats },
-  { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 155), (void *)_cffi_d_nx_model_inject },
+  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 358), (void *)_cffi_d_nx_loading_set },
+  { "nx_membench_read", (void *)_cffi_f_nx_membench_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 129), (void *)_cffi_d_nx_membench_read },
+  { "nx_model_attach_residual", (void *)_cffi_f_nx_model_attach_residual, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 142), (void *)_cffi_d_nx_model_attach_residual },
+  { "nx_model_attached_bytes", (void *)_cffi_f_nx_model_attached_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 298), (void *)_cffi_d_nx_model_attached_bytes },
+  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 358), (void *)_cffi_d_nx_model_clear_error },
+  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 358), (void *)_cffi_d_nx_model_clear_faults },
+  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 358), (void *)_cffi_d_nx_model_close },
+  { "nx_model_cores", (void *)_cffi_f_nx_model_cores, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 280), (void *)_cffi_d_nx_model_cores },
+  { "nx_model_create", (void *)_cffi_f_nx_model_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 78), (void *)_cffi_d_nx_model_create },
+  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 275), (void *)_cffi_d_nx_model_events },
+  { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 196), (void *)_cffi_d_nx_model_file_info },
+  { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 152), (void *)_cffi_d_nx_model_finish_load },
+  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 377), (void *)_cffi_d_nx_model_get_stats },
+  { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 157), (void *)_cffi_d_nx_model_inject },
   { "nx_model_io_engine", (void *)_cffi_f_nx_model_io_engine, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 10), (void *)_cffi_d_nx_model_io_engine },
-  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 363), (void *)_cffi_d_nx_model_last_error },
-  { "nx_model_n_groups", (void *)_cffi_f_nx_model_n_groups, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 285), (void *)_cffi_d_nx_model_n_groups },
-  { "nx_model_n_own", (void *)_cffi_f_nx_model_n_own, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 299), (void *)_cffi_d_nx_model_n_own },
-  { "nx_model_n_packed", (void *)_cffi_f_nx_model_n_packed, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 285), (void *)_cffi_d_nx_model_n_packed },
-  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 356), (void *)_cffi_d_nx_model_release },
-  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 356), (void *)_cffi_d_nx_model_reset_stats },
-  { "nx_model_set_columns", (void *)_cffi_f_nx_model_set_columns, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 359), (void *)_cffi_d_nx_model_set_columns },
-  { "nx_model_set_cores", (void *)_cffi_f_nx_model_set_cores, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 170), (void *)_cffi_d_nx_model_set_cores },
-  { "nx_model_set_residual_k", (void *)_cffi_f_nx_model_set_residual_k, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 135), (void *)_cffi_d_nx_model_set_residual_k },
+  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 365), (void *)_cffi_d_nx_model_last_error },
+  { "nx_model_n_groups", (void *)_cffi_f_nx_model_n_groups, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 287), (void *)_cffi_d_nx_model_n_groups },
+  { "nx_model_n_own", (void *)_cffi_f_nx_model_n_own, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 301), (void *)_cffi_d_nx_model_n_own },
+  { "nx_model_n_packed", (void *)_cffi_f_nx_model_n_packed, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 287), (void *)_cffi_d_nx_model_n_packed },
+  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 358), (void *)_cffi_d_nx_model_release },
+  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 358), (void *)_cffi_d_nx_model_reset_stats },
+  { "nx_model_set_columns", (void *)_cffi_f_nx_model_set_columns, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 361), (void *)_cffi_d_nx_model_set_columns },
+  { "nx_model_set_cores", (void *)_cffi_f_nx_model_set_cores, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 172), (void *)_cffi_d_nx_model_set_cores },
+  { "nx_model_set_residual_k", (void *)_cffi_f_nx_model_set_residual_k, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 137), (void *)_cffi_d_nx_model_set_residual_k },
   { "nx_model_stream", (void *)_cffi_f_nx_model_stream, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 0), (void *)_cffi_d_nx_model_stream },
-  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 334), (void *)_cffi_d_nx_model_stream_close },
-  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 359), (void *)_cffi_d_nx_model_trace },
+  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 336), (void *)_cffi_d_nx_model_stream_close },
+  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 361), (void *)_cffi_d_nx_model_trace },
   { "nx_opencl_error", (void *)_cffi_f_nx_opencl_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_opencl_error },
-  { "nx_opencl_matrix_bytes", (void *)_cffi_f_nx_opencl_matrix_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 307), (void *)_cffi_d_nx_opencl_matrix_bytes },
-  { "nx_opencl_matrix_create", (void *)_cffi_f_nx_opencl_matrix_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 212), (void *)_cffi_d_nx_opencl_matrix_create },
-  { "nx_opencl_matrix_free", (void *)_cffi_f_nx_opencl_matrix_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 389), (void *)_cffi_d_nx_opencl_matrix_free },
-  { "nx_opencl_multiply", (void *)_cffi_f_nx_opencl_multiply, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 199), (void *)_cffi_d_nx_opencl_multiply },
-  { "nx_opencl_open", (void *)_cffi_f_nx_opencl_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 243), (void *)_cffi_d_nx_opencl_open },
+  { "nx_opencl_matrix_bytes", (void *)_cffi_f_nx_opencl_matrix_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 309), (void *)_cffi_d_nx_opencl_matrix_bytes },
+  { "nx_opencl_matrix_create", (void *)_cffi_f_nx_opencl_matrix_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 214), (void *)_cffi_d_nx_opencl_matrix_create },
+  { "nx_opencl_matrix_free", (void *)_cffi_f_nx_opencl_matrix_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 391), (void *)_cffi_d_nx_opencl_matrix_free },
+  { "nx_opencl_multiply", (void *)_cffi_f_nx_opencl_multiply, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 201), (void *)_cffi_d_nx_opencl_multiply },
+  { "nx_opencl_open", (void *)_cffi_f_nx_opencl_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 245), (void *)_cffi_d_nx_opencl_open },
   { "nx_opencl_why", (void *)_cffi_f_nx_opencl_why, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_opencl_why },
-  { "nx_popularity_get", (void *)_cffi_f_nx_popularity_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 379), (void *)_cffi_d_nx_popularity_get },
-  { "nx_popularity_set", (void *)_cffi_f_nx_popularity_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 384), (void *)_cffi_d_nx_popularity_set },
-  { "nx_predict_get", (void *)_cffi_f_nx_predict_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 371), (void *)_cffi_d_nx_predict_get },
-  { "nx_predict_plugin_get", (void *)_cffi_f_nx_predict_plugin_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 367), (void *)_cffi_d_nx_predict_plugin_get },
-  { "nx_predict_set", (void *)_cffi_f_nx_predict_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 131), (void *)_cffi_d_nx_predict_set },
-  { "nx_predict_use", (void *)_cffi_f_nx_predict_use, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 164), (void *)_cffi_d_nx_predict_use },
-  { "nx_promote", (void *)_cffi_f_nx_promote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 175), (void *)_cffi_d_nx_promote },
-  { "nx_python_cache_create", (void *)&_cffi_externpy__nx_python_cache_create, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 520), (void *)nx_python_cache_create },
-  { "nx_python_cache_used", (void *)&_cffi_externpy__nx_python_cache_used, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 523), (void *)nx_python_cache_used },
-  { "nx_python_cache_victims", (void *)&_cffi_externpy__nx_python_cache_victims, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 480), (void *)nx_python_cache_victims },
-  { "nx_python_decode", (void *)&_cffi_externpy__nx_python_decode, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 481), (void *)nx_python_decode },
-  { "nx_python_predict", (void *)&_cffi_externpy__nx_python_predict, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 482), (void *)nx_python_predict },
-  { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 152), (void *)nx_python_progress },
-  { "nx_python_routed", (void *)&_cffi_externpy__nx_python_routed, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 524), (void *)nx_python_routed },
-  { "nx_resident_bytes", (void *)_cffi_f_nx_resident_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 296), (void *)_cffi_d_nx_resident_bytes },
-  { "nx_residual_add", (void *)_cffi_f_nx_residual_add, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 392), (void *)_cffi_d_nx_residual_add },
-  { "nx_residual_decode", (void *)_cffi_f_nx_residual_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 402), (void *)_cffi_d_nx_residual_decode },
-  { "nx_residual_encode", (void *)_cffi_f_nx_residual_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 84), (void *)_cffi_d_nx_residual_encode },
-  { "nx_residual_products", (void *)_cffi_f_nx_residual_products, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 337), (void *)_cffi_d_nx_residual_products },
-  { "nx_residual_row_bytes", (void *)_cffi_f_nx_residual_row_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 319), (void *)_cffi_d_nx_residual_row_bytes },
-  { "nx_residual_select", (void *)_cffi_f_nx_residual_select, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 259), (void *)_cffi_d_nx_residual_select },
-  { "nx_residual_select_buckets", (void *)_cffi_f_nx_residual_select_buckets, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 251), (void *)_cffi_d_nx_residual_select_buckets },
-  { "nx_routing_lost", (void *)_cffi_f_nx_routing_lost, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 296), (void *)_cffi_d_nx_routing_lost },
-  { "nx_routing_record", (void *)_cffi_f_nx_routing_record, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 359), (void *)_cffi_d_nx_routing_record },
-  { "nx_routing_take", (void *)_cffi_f_nx_routing_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 268), (void *)_cffi_d_nx_routing_take },
+  { "nx_popularity_get", (void *)_cffi_f_nx_popularity_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 381), (void *)_cffi_d_nx_popularity_get },
+  { "nx_popularity_set", (void *)_cffi_f_nx_popularity_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 386), (void *)_cffi_d_nx_popularity_set },
+  { "nx_predict_get", (void *)_cffi_f_nx_predict_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 373), (void *)_cffi_d_nx_predict_get },
+  { "nx_predict_plugin_get", (void *)_cffi_f_nx_predict_plugin_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 369), (void *)_cffi_d_nx_predict_plugin_get },
+  { "nx_predict_set", (void *)_cffi_f_nx_predict_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 133), (void *)_cffi_d_nx_predict_set },
+  { "nx_predict_use", (void *)_cffi_f_nx_predict_use, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 166), (void *)_cffi_d_nx_predict_use },
+  { "nx_promote", (void *)_cffi_f_nx_promote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 177), (void *)_cffi_d_nx_promote },
+  { "nx_python_cache_create", (void *)&_cffi_externpy__nx_python_cache_create, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 522), (void *)nx_python_cache_create },
+  { "nx_python_cache_used", (void *)&_cffi_externpy__nx_python_cache_used, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 525), (void *)nx_python_cache_used },
+  { "nx_python_cache_victims", (void *)&_cffi_externpy__nx_python_cache_victims, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 482), (void *)nx_python_cache_victims },
+  { "nx_python_decode", (void *)&_cffi_externpy__nx_python_decode, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 483), (void *)nx_python_decode },
+  { "nx_python_predict", (void *)&_cffi_externpy__nx_python_predict, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 484), (void *)nx_python_predict },
+  { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 154), (void *)nx_python_progress },
+  { "nx_python_routed", (void *)&_cffi_externpy__nx_python_routed, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 526), (void *)nx_python_routed },
+  { "nx_resident_bytes", (void *)_cffi_f_nx_resident_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 298), (void *)_cffi_d_nx_resident_bytes },
+  { "nx_residual_add", (void *)_cffi_f_nx_residual_add, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 394), (void *)_cffi_d_nx_residual_add },
+  { "nx_residual_decode", (void *)_cffi_f_nx_residual_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 404), (void *)_cffi_d_nx_residual_decode },
+  { "nx_residual_encode", (void *)_cffi_f_nx_residual_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 86), (void *)_cffi_d_nx_residual_encode },
+  { "nx_residual_products", (void *)_cffi_f_nx_residual_products, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 339), (void *)_cffi_d_nx_residual_products },
+  { "nx_residual_row_bytes", (void *)_cffi_f_nx_residual_row_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 321), (void *)_cffi_d_nx_residual_row_bytes },
+  { "nx_residual_select", (void *)_cffi_f_nx_residual_select, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 261), (void *)_cffi_d_nx_residual_select },
+  { "nx_residual_select_buckets", (void *)_cffi_f_nx_residual_select_buckets, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 253), (void *)_cffi_d_nx_residual_select_buckets },
+  { "nx_routing_lost", (void *)_cffi_f_nx_routing_lost, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 298), (void *)_cffi_d_nx_routing_lost },
+  { "nx_routing_record", (void *)_cffi_f_nx_routing_record, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 361), (void *)_cffi_d_nx_routing_record },
+  { "nx_routing_take", (void *)_cffi_f_nx_routing_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 270), (void *)_cffi_d_nx_routing_take },
   { "nx_status_text", (void *)_cffi_f_nx_status_text, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 13), (void *)_cffi_d_nx_status_text },
-  { "nx_ternary_activate", (void *)_cffi_f_nx_ternary_activate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 434), (void *)_cffi_d_nx_ternary_activate },
-  { "nx_ternary_activation_bytes", (void *)_cffi_f_nx_ternary_activation_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 310), (void *)_cffi_d_nx_ternary_activation_bytes },
-  { "nx_ternary_block", (void *)_cffi_f_nx_ternary_block, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 293), (void *)_cffi_d_nx_ternary_block },
-  { "nx_ternary_block_bytes", (void *)_cffi_f_nx_ternary_block_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 293), (void *)_cffi_d_nx_ternary_block_bytes },
-  { "nx_ternary_create", (void *)_cffi_f_nx_ternary_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 206), (void *)_cffi_d_nx_ternary_create },
-  { "nx_ternary_finish", (void *)_cffi_f_nx_ternary_finish, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 409), (void *)_cffi_d_nx_ternary_finish },
-  { "nx_ternary_free", (void *)_cffi_f_nx_ternary_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 409), (void *)_cffi_d_nx_ternary_free },
-  { "nx_ternary_multiply", (void *)_cffi_f_nx_ternary_multiply, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 425), (void *)_cffi_d_nx_ternary_multiply },
-  { "nx_ternary_multiply_stored", (void *)_cffi_f_nx_ternary_multiply_stored, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 441), (void *)_cffi_d_nx_ternary_multiply_stored },
-  { "nx_ternary_pack", (void *)_cffi_f_nx_ternary_pack, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 412), (void *)_cffi_d_nx_ternary_pack },
-  { "nx_ternary_packed_bytes", (void *)_cffi_f_nx_ternary_packed_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 314), (void *)_cffi_d_nx_ternary_packed_bytes },
-  { "nx_ternary_row_unit", (void *)_cffi_f_nx_ternary_row_unit, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 293), (void *)_cffi_d_nx_ternary_row_unit },
-  { "nx_ternary_stored_usable", (void *)_cffi_f_nx_ternary_stored_usable, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 32), (void *)_cffi_d_nx_ternary_stored_usable },
-  { "nx_ternary_type_of", (void *)_cffi_f_nx_ternary_type_of, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 245), (void *)_cffi_d_nx_ternary_type_of },
-  { "nx_ternary_unpack", (void *)_cffi_f_nx_ternary_unpack, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 419), (void *)_cffi_d_nx_ternary_unpack },
+  { "nx_ternary_activate", (void *)_cffi_f_nx_ternary_activate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 436), (void *)_cffi_d_nx_ternary_activate },
+  { "nx_ternary_activation_bytes", (void *)_cffi_f_nx_ternary_activation_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 312), (void *)_cffi_d_nx_ternary_activation_bytes },
+  { "nx_ternary_block", (void *)_cffi_f_nx_ternary_block, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 295), (void *)_cffi_d_nx_ternary_block },
+  { "nx_ternary_block_bytes", (void *)_cffi_f_nx_ternary_block_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 295), (void *)_cffi_d_nx_ternary_block_bytes },
+  { "nx_ternary_create", (void *)_cffi_f_nx_ternary_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 208), (void *)_cffi_d_nx_ternary_create },
+  { "nx_ternary_finish", (void *)_cffi_f_nx_ternary_finish, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 411), (void *)_cffi_d_nx_ternary_finish },
+  { "nx_ternary_free", (void *)_cffi_f_nx_ternary_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 411), (void *)_cffi_d_nx_ternary_free },
+  { "nx_ternary_multiply", (void *)_cffi_f_nx_ternary_multiply, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 427), (void *)_cffi_d_nx_ternary_multiply },
+  { "nx_ternary_multiply_stored", (void *)_cffi_f_nx_ternary_multiply_stored, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 443), (void *)_cffi_d_nx_ternary_multiply_stored },
+  { "nx_ternary_pack", (void *)_cffi_f_nx_ternary_pack, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 414), (void *)_cffi_d_nx_ternary_pack },
+  { "nx_ternary_packed_bytes", (void *)_cffi_f_nx_ternary_packed_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 316), (void *)_cffi_d_nx_ternary_packed_bytes },
+  { "nx_ternary_row_unit", (void *)_cffi_f_nx_ternary_row_unit, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 295), (void *)_cffi_d_nx_ternary_row_unit },
+  { "nx_ternary_stored_usable", (void *)_cffi_f_nx_ternary_stored_usable, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 34), (void *)_cffi_d_nx_ternary_stored_usable },
+  { "nx_ternary_type_of", (void *)_cffi_f_nx_ternary_type_of, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 247), (void *)_cffi_d_nx_ternary_type_of },
+  { "nx_ternary_unpack", (void *)_cffi_f_nx_ternary_unpack, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 421), (void *)_cffi_d_nx_ternary_unpack },
   { "nx_version", (void *)_cffi_f_nx_version, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_version },
-  { "nx_xxh3_64", (void *)_cffi_f_nx_xxh3_64, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 322), (void *)_cffi_d_nx_xxh3_64 },
+  { "nx_xxh3_64", (void *)_cffi_f_nx_xxh3_64, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 324), (void *)_cffi_d_nx_xxh3_64 },
 };
 
 static const struct _cffi_field_s _cffi_fields[] = {
   { "rotate", offsetof(nx_ans_layout, rotate),
               sizeof(((nx_ans_layout *)0)->rotate),
-              _CFFI_OP(_CFFI_OP_NOOP, 517) },
+              _CFFI_OP(_CFFI_OP_NOOP, 519) },
   { "block", offsetof(nx_ans_layout, block),
              sizeof(((nx_ans_layout *)0)->block),
-             _CFFI_OP(_CFFI_OP_NOOP, 517) },
+             _CFFI_OP(_CFFI_OP_NOOP, 519) },
   { "n_planes", offsetof(nx_ans_layout, n_planes),
                 sizeof(((nx_ans_layout *)0)->n_planes),
-                _CFFI_OP(_CFFI_OP_NOOP, 517) },
+                _CFFI_OP(_CFFI_OP_NOOP, 519) },
   { "offset", offsetof(nx_ans_layout, offset),
               sizeof(((nx_ans_layout *)0)->offset),
-              _CFFI_OP(_CFFI_OP_NOOP, 518) },
+              _CFFI_OP(_CFFI_OP_NOOP, 520) },
   { "width", offsetof(nx_ans_layout, width),
              sizeof(((nx_ans_layout *)0)->width),
-             _CFFI_OP(_CFFI_OP_NOOP, 518) },
+             _CFFI_OP(_CFFI_OP_NOOP, 520) },
   { "status", offsetof(nx_error, status),
               sizeof(((nx_error *)0)->status),
               _CFFI_OP(_CFFI_OP_NOOP, 14) },
   { "sys_errno", offsetof(nx_error, sys_errno),
                  sizeof(((nx_error *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 167) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 169) },
   { "offset", offsetof(nx_error, offset),
               sizeof(((nx_error *)0)->offset),
-              _CFFI_OP(_CFFI_OP_NOOP, 26) },
+              _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "nbytes", offsetof(nx_error, nbytes),
               sizeof(((nx_error *)0)->nbytes),
-              _CFFI_OP(_CFFI_OP_NOOP, 26) },
+              _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "path", offsetof(nx_error, path),
             sizeof(((nx_error *)0)->path),
-            _CFFI_OP(_CFFI_OP_NOOP, 472) },
+            _CFFI_OP(_CFFI_OP_NOOP, 474) },
   { "tensor", offsetof(nx_error, tensor),
               sizeof(((nx_error *)0)->tensor),
-              _CFFI_OP(_CFFI_OP_NOOP, 468) },
+              _CFFI_OP(_CFFI_OP_NOOP, 470) },
   { "text", offsetof(nx_error, text),
             sizeof(((nx_error *)0)->text),
-            _CFFI_OP(_CFFI_OP_NOOP, 470) },
+            _CFFI_OP(_CFFI_OP_NOOP, 472) },
   { "t_ns", offsetof(nx_event, t_ns),
             sizeof(((nx_event *)0)->t_ns),
-            _CFFI_OP(_CFFI_OP_NOOP, 26) },
+            _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "kind", offsetof(nx_event, kind),
             sizeof(((nx_event *)0)->kind),
-            _CFFI_OP(_CFFI_OP_NOOP, 30) },
+            _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "a", offsetof(nx_event, a),
          sizeof(((nx_event *)0)->a),
-         _CFFI_OP(_CFFI_OP_NOOP, 30) },
+         _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "b", offsetof(nx_event, b),
          sizeof(((nx_event *)0)->b),
-         _CFFI_OP(_CFFI_OP_NOOP, 26) },
+         _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "offset_begin", offsetof(nx_fault, offset_begin),
                     sizeof(((nx_fault *)0)->offset_begin),
-                    _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "offset_end", offsetof(nx_fault, offset_end),
                   sizeof(((nx_fault *)0)->offset_end),
-                  _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "kind", offsetof(nx_fault, kind),
             sizeof(((nx_fault *)0)->kind),
-            _CFFI_OP(_CFFI_OP_NOOP, 167) },
+            _CFFI_OP(_CFFI_OP_NOOP, 169) },
   { "count", offsetof(nx_fault, count),
              sizeof(((nx_fault *)0)->count),
-             _CFFI_OP(_CFFI_OP_NOOP, 483) },
+             _CFFI_OP(_CFFI_OP_NOOP, 485) },
   { "nbytes", offsetof(nx_file_info, nbytes),
               sizeof(((nx_file_info *)0)->nbytes),
-              _CFFI_OP(_CFFI_OP_NOOP, 26) },
+              _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "device", offsetof(nx_file_info, device),
               sizeof(((nx_file_info *)0)->device),
-              _CFFI_OP(_CFFI_OP_NOOP, 26) },
+              _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "inode", offsetof(nx_file_info, inode),
              sizeof(((nx_file_info *)0)->inode),
-             _CFFI_OP(_CFFI_OP_NOOP, 26) },
+             _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "mtime_ns", offsetof(nx_file_info, mtime_ns),
                 sizeof(((nx_file_info *)0)->mtime_ns),
-                _CFFI_OP(_CFFI_OP_NOOP, 484) },
+                _CFFI_OP(_CFFI_OP_NOOP, 486) },
   { "offset_align", offsetof(nx_file_info, offset_align),
                     sizeof(((nx_file_info *)0)->offset_align),
-                    _CFFI_OP(_CFFI_OP_NOOP, 30) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "mem_align", offsetof(nx_file_info, mem_align),
                  sizeof(((nx_file_info *)0)->mem_align),
-                 _CFFI_OP(_CFFI_OP_NOOP, 30) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "direct", offsetof(nx_file_info, direct),
               sizeof(((nx_file_info *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 167) },
+              _CFFI_OP(_CFFI_OP_NOOP, 169) },
   { "reason", offsetof(nx_file_info, reason),
               sizeof(((nx_file_info *)0)->reason),
-              _CFFI_OP(_CFFI_OP_NOOP, 476) },
+              _CFFI_OP(_CFFI_OP_NOOP, 478) },
   { "sys_errno", offsetof(nx_file_info, sys_errno),
                  sizeof(((nx_file_info *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 167) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 169) },
   { "n_threads", offsetof(nx_membench_options, n_threads),
                  sizeof(((nx_membench_options *)0)->n_threads),
-                 _CFFI_OP(_CFFI_OP_NOOP, 30) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "buffer_bytes", offsetof(nx_membench_options, buffer_bytes),
                     sizeof(((nx_membench_options *)0)->buffer_bytes),
-                    _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "max_ns", offsetof(nx_membench_options, max_ns),
               sizeof(((nx_membench_options *)0)->max_ns),
-              _CFFI_OP(_CFFI_OP_NOOP, 26) },
+              _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "bytes_s", offsetof(nx_membench_result, bytes_s),
                sizeof(((nx_membench_result *)0)->bytes_s),
-               _CFFI_OP(_CFFI_OP_NOOP, 479) },
+               _CFFI_OP(_CFFI_OP_NOOP, 481) },
   { "bytes", offsetof(nx_membench_result, bytes),
              sizeof(((nx_membench_result *)0)->bytes),
-             _CFFI_OP(_CFFI_OP_NOOP, 26) },
+             _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "ns", offsetof(nx_membench_result, ns),
           sizeof(((nx_membench_result *)0)->ns),
-          _CFFI_OP(_CFFI_OP_NOOP, 26) },
+          _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "buffer_bytes", offsetof(nx_membench_result, buffer_bytes),
                     sizeof(((nx_membench_result *)0)->buffer_bytes),
-                    _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "n_threads", offsetof(nx_membench_result, n_threads),
                  sizeof(((nx_membench_result *)0)->n_threads),
-                 _CFFI_OP(_CFFI_OP_NOOP, 30) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "n_passes", offsetof(nx_membench_result, n_passes),
                 sizeof(((nx_membench_result *)0)->n_passes),
-                _CFFI_OP(_CFFI_OP_NOOP, 30) },
+                _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "checksum", offsetof(nx_membench_result, checksum),
                 sizeof(((nx_membench_result *)0)->checksum),
-                _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "name", offsetof(nx_plugin_info, name),
             sizeof(((nx_plugin_info *)0)->name),
-            _CFFI_OP(_CFFI_OP_NOOP, 474) },
+            _CFFI_OP(_CFFI_OP_NOOP, 476) },
   { "disabled", offsetof(nx_plugin_info, disabled),
                 sizeof(((nx_plugin_info *)0)->disabled),
-                _CFFI_OP(_CFFI_OP_NOOP, 167) },
+                _CFFI_OP(_CFFI_OP_NOOP, 169) },
   { "why", offsetof(nx_plugin_info, why),
            sizeof(((nx_plugin_info *)0)->why),
-           _CFFI_OP(_CFFI_OP_NOOP, 470) },
+           _CFFI_OP(_CFFI_OP_NOOP, 472) },
   { "calls", offsetof(nx_plugin_info, calls),
              sizeof(((nx_plugin_info *)0)->calls),
-             _CFFI_OP(_CFFI_OP_NOOP, 26) },
+             _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "ns", offsetof(nx_plugin_info, ns),
           sizeof(((nx_plugin_info *)0)->ns),
-          _CFFI_OP(_CFFI_OP_NOOP, 26) },
+          _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "state", offsetof(nx_prediction, state),
              sizeof(((nx_prediction *)0)->state),
-             _CFFI_OP(_CFFI_OP_NOOP, 486) },
+             _CFFI_OP(_CFFI_OP_NOOP, 488) },
   { "on", offsetof(nx_prediction, on),
           sizeof(((nx_prediction *)0)->on),
-          _CFFI_OP(_CFFI_OP_NOOP, 167) },
+          _CFFI_OP(_CFFI_OP_NOOP, 169) },
   { "trials", offsetof(nx_prediction, trials),
               sizeof(((nx_prediction *)0)->trials),
-              _CFFI_OP(_CFFI_OP_NOOP, 26) },
+              _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "switches", offsetof(nx_prediction, switches),
                 sizeof(((nx_prediction *)0)->switches),
-                _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "idle", offsetof(nx_prediction, idle),
             sizeof(((nx_prediction *)0)->idle),
-            _CFFI_OP(_CFFI_OP_NOOP, 479) },
+            _CFFI_OP(_CFFI_OP_NOOP, 481) },
   { "stall", offsetof(nx_prediction, stall),
              sizeof(((nx_prediction *)0)->stall),
-             _CFFI_OP(_CFFI_OP_NOOP, 479) },
+             _CFFI_OP(_CFFI_OP_NOOP, 481) },
   { "on_ns", offsetof(nx_prediction, on_ns),
              sizeof(((nx_prediction *)0)->on_ns),
-             _CFFI_OP(_CFFI_OP_NOOP, 479) },
+             _CFFI_OP(_CFFI_OP_NOOP, 481) },
   { "off_ns", offsetof(nx_prediction, off_ns),
               sizeof(((nx_prediction *)0)->off_ns),
-              _CFFI_OP(_CFFI_OP_NOOP, 479) },
+              _CFFI_OP(_CFFI_OP_NOOP, 481) },
   { "block_bytes", offsetof(nx_probe_options, block_bytes),
                    sizeof(((nx_probe_options *)0)->block_bytes),
-                   _CFFI_OP(_CFFI_OP_NOOP, 30) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "depth", offsetof(nx_probe_options, depth),
              sizeof(((nx_probe_options *)0)->depth),
-             _CFFI_OP(_CFFI_OP_NOOP, 30) },
+             _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "random", offsetof(nx_probe_options, random),
               sizeof(((nx_probe_options *)0)->random),
-              _CFFI_OP(_CFFI_OP_NOOP, 167) },
+              _CFFI_OP(_CFFI_OP_NOOP, 169) },
   { "max_bytes", offsetof(nx_probe_options, max_bytes),
                  sizeof(((nx_probe_options *)0)->max_bytes),
-                 _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "max_ns", offsetof(nx_probe_options, max_ns),
               sizeof(((nx_probe_options *)0)->max_ns),
-              _CFFI_OP(_CFFI_OP_NOOP, 26) },
+              _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "engine", offsetof(nx_probe_options, engine),
               sizeof(((nx_probe_options *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 167) },
+              _CFFI_OP(_CFFI_OP_NOOP, 169) },
   { "seed", offsetof(nx_probe_options, seed),
             sizeof(((nx_probe_options *)0)->seed),
-            _CFFI_OP(_CFFI_OP_NOOP, 26) },
+            _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "bytes", offsetof(nx_probe_result, bytes),
              sizeof(((nx_probe_result *)0)->bytes),
-             _CFFI_OP(_CFFI_OP_NOOP, 26) },
+             _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "ns", offsetof(nx_probe_result, ns),
           sizeof(((nx_probe_result *)0)->ns),
-          _CFFI_OP(_CFFI_OP_NOOP, 26) },
+          _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "direct", offsetof(nx_probe_result, direct),
               sizeof(((nx_probe_result *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 167) },
+              _CFFI_OP(_CFFI_OP_NOOP, 169) },
   { "engine", offsetof(nx_probe_result, engine),
               sizeof(((nx_probe_result *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 167) },
+              _CFFI_OP(_CFFI_OP_NOOP, 169) },
   { "how_cold", offsetof(nx_probe_result, how_cold),
                 sizeof(((nx_probe_result *)0)->how_cold),
-                _CFFI_OP(_CFFI_OP_NOOP, 476) },
+                _CFFI_OP(_CFFI_OP_NOOP, 478) },
   { "sys_errno", offsetof(nx_probe_result, sys_errno),
                  sizeof(((nx_probe_result *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 167) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 169) },
   { "n_in", offsetof(nx_residual_matrix, n_in),
             sizeof(((nx_residual_matrix *)0)->n_in),
-            _CFFI_OP(_CFFI_OP_NOOP, 30) },
+            _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "n_out", offsetof(nx_residual_matrix, n_out),
              sizeof(((nx_residual_matrix *)0)->n_out),
-             _CFFI_OP(_CFFI_OP_NOOP, 30) },
+             _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "codes", offsetof(nx_residual_matrix, codes),
              sizeof(((nx_residual_matrix *)0)->codes),
-             _CFFI_OP(_CFFI_OP_NOOP, 516) },
+             _CFFI_OP(_CFFI_OP_NOOP, 518) },
   { "scales", offsetof(nx_residual_matrix, scales),
               sizeof(((nx_residual_matrix *)0)->scales),
-              _CFFI_OP(_CFFI_OP_NOOP, 85) },
+              _CFFI_OP(_CFFI_OP_NOOP, 87) },
   { "passes", offsetof(nx_stats, passes),
               sizeof(((nx_stats *)0)->passes),
-              _CFFI_OP(_CFFI_OP_NOOP, 26) },
+              _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "segments", offsetof(nx_stats, segments),
                 sizeof(((nx_stats *)0)->segments),
-                _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "bytes_read", offsetof(nx_stats, bytes_read),
                   sizeof(((nx_stats *)0)->bytes_read),
-                  _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "bytes_loaded", offsetof(nx_stats, bytes_loaded),
                     sizeof(((nx_stats *)0)->bytes_loaded),
-                    _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "bytes_used", offsetof(nx_stats, bytes_used),
                   sizeof(((nx_stats *)0)->bytes_used),
-                  _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "pieces", offsetof(nx_stats, pieces),
               sizeof(((nx_stats *)0)->pieces),
-              _CFFI_OP(_CFFI_OP_NOOP, 26) },
+              _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "pieces_ready", offsetof(nx_stats, pieces_ready),
                     sizeof(((nx_stats *)0)->pieces_ready),
-                    _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "pieces_dropped", offsetof(nx_stats, pieces_dropped),
                       sizeof(((nx_stats *)0)->pieces_dropped),
-                      _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                      _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "demand_reads", offsetof(nx_stats, demand_reads),
                     sizeof(((nx_stats *)0)->demand_reads),
-                    _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "whole_tensors", offsetof(nx_stats, whole_tensors),
                      sizeof(((nx_stats *)0)->whole_tensors),
-                     _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                     _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "wait_ns", offsetof(nx_stats, wait_ns),
                sizeof(((nx_stats *)0)->wait_ns),
-               _CFFI_OP(_CFFI_OP_NOOP, 26) },
+               _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "compute_ns", offsetof(nx_stats, compute_ns),
                   sizeof(((nx_stats *)0)->compute_ns),
-                  _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "pass_ns", offsetof(nx_stats, pass_ns),
                sizeof(((nx_stats *)0)->pass_ns),
-               _CFFI_OP(_CFFI_OP_NOOP, 26) },
+               _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "load_ns", offsetof(nx_stats, load_ns),
                sizeof(((nx_stats *)0)->load_ns),
-               _CFFI_OP(_CFFI_OP_NOOP, 26) },
+               _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "retries", offsetof(nx_stats, retries),
                sizeof(((nx_stats *)0)->retries),
-               _CFFI_OP(_CFFI_OP_NOOP, 26) },
+               _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "short_reads", offsetof(nx_stats, short_reads),
                    sizeof(((nx_stats *)0)->short_reads),
-                   _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "bounces", offsetof(nx_stats, bounces),
                sizeof(((nx_stats *)0)->bounces),
-               _CFFI_OP(_CFFI_OP_NOOP, 26) },
+               _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "expert_uses", offsetof(nx_stats, expert_uses),
                    sizeof(((nx_stats *)0)->expert_uses),
-                   _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "expert_misses", offsetof(nx_stats, expert_misses),
                      sizeof(((nx_stats *)0)->expert_misses),
-                     _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                     _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "expert_evictions", offsetof(nx_stats, expert_evictions),
                         sizeof(((nx_stats *)0)->expert_evictions),
-                        _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                        _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "prefetched", offsetof(nx_stats, prefetched),
                   sizeof(((nx_stats *)0)->prefetched),
-                  _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "prefetch_used", offsetof(nx_stats, prefetch_used),
                      sizeof(((nx_stats *)0)->prefetch_used),
-                     _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                     _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "prefetch_wasted", offsetof(nx_stats, prefetch_wasted),
                        sizeof(((nx_stats *)0)->prefetch_wasted),
-                       _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                       _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "preloaded", offsetof(nx_stats, preloaded),
                  sizeof(((nx_stats *)0)->preloaded),
-                 _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "idle_ns", offsetof(nx_stats, idle_ns),
                sizeof(((nx_stats *)0)->idle_ns),
-               _CFFI_OP(_CFFI_OP_NOOP, 26) },
+               _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "predict_ns", offsetof(nx_stats, predict_ns),
                   sizeof(((nx_stats *)0)->predict_ns),
-                  _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "pinned_bytes", offsetof(nx_stats, pinned_bytes),
                     sizeof(((nx_stats *)0)->pinned_bytes),
-                    _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "ring_bytes", offsetof(nx_stats, ring_bytes),
                   sizeof(((nx_stats *)0)->ring_bytes),
-                  _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "scratch_bytes", offsetof(nx_stats, scratch_bytes),
                      sizeof(((nx_stats *)0)->scratch_bytes),
-                     _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                     _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "host_bytes", offsetof(nx_stats, host_bytes),
                   sizeof(((nx_stats *)0)->host_bytes),
-                  _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "cache_bytes", offsetof(nx_stats, cache_bytes),
                    sizeof(((nx_stats *)0)->cache_bytes),
-                   _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "bounce_bytes", offsetof(nx_stats, bounce_bytes),
                     sizeof(((nx_stats *)0)->bounce_bytes),
-                    _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "stored_bytes", offsetof(nx_stats, stored_bytes),
                     sizeof(((nx_stats *)0)->stored_bytes),
-                    _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "raw_bytes", offsetof(nx_stats, raw_bytes),
                  sizeof(((nx_stats *)0)->raw_bytes),
-                 _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "decode_ns", offsetof(nx_stats, decode_ns),
                  sizeof(((nx_stats *)0)->decode_ns),
-                 _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "type", offsetof(nx_ternary, type),
             sizeof(((nx_ternary *)0)->type),
-            _CFFI_OP(_CFFI_OP_NOOP, 33) },
+            _CFFI_OP(_CFFI_OP_NOOP, 35) },
   { "n_in", offsetof(nx_ternary, n_in),
             sizeof(((nx_ternary *)0)->n_in),
-            _CFFI_OP(_CFFI_OP_NOOP, 30) },
+            _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "n_out", offsetof(nx_ternary, n_out),
              sizeof(((nx_ternary *)0)->n_out),
-             _CFFI_OP(_CFFI_OP_NOOP, 30) },
+             _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "codes", offsetof(nx_ternary, codes),
              sizeof(((nx_ternary *)0)->codes),
-             _CFFI_OP(_CFFI_OP_NOOP, 91) },
+             _CFFI_OP(_CFFI_OP_NOOP, 93) },
   { "scales", offsetof(nx_ternary, scales),
               sizeof(((nx_ternary *)0)->scales),
-              _CFFI_OP(_CFFI_OP_NOOP, 514) },
+              _CFFI_OP(_CFFI_OP_NOOP, 516) },
   { "scale", offsetof(nx_ternary, scale),
              sizeof(((nx_ternary *)0)->scale),
-             _CFFI_OP(_CFFI_OP_NOOP, 255) },
+             _CFFI_OP(_CFFI_OP_NOOP, 257) },
   { "codes_bytes", offsetof(nx_ternary, codes_bytes),
                    sizeof(((nx_ternary *)0)->codes_bytes),
-                   _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "scales_bytes", offsetof(nx_ternary, scales_bytes),
                     sizeof(((nx_ternary *)0)->scales_bytes),
-                    _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "reason", offsetof(nxp_cache_ask, reason),
               sizeof(((nxp_cache_ask *)0)->reason),
-              _CFFI_OP(_CFFI_OP_NOOP, 30) },
+              _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "n_wanted", offsetof(nxp_cache_ask, n_wanted),
                 sizeof(((nxp_cache_ask *)0)->n_wanted),
-                _CFFI_OP(_CFFI_OP_NOOP, 30) },
+                _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "n_candidates", offsetof(nxp_cache_ask, n_candidates),
                     sizeof(((nxp_cache_ask *)0)->n_candidates),
-                    _CFFI_OP(_CFFI_OP_NOOP, 30) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "clock", offsetof(nxp_cache_ask, clock),
              sizeof(((nxp_cache_ask *)0)->clock),
-             _CFFI_OP(_CFFI_OP_NOOP, 26) },
+             _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "experts", offsetof(nxp_cache_ask, experts),
                sizeof(((nxp_cache_ask *)0)->experts),
-               _CFFI_OP(_CFFI_OP_NOOP, 225) },
+               _CFFI_OP(_CFFI_OP_NOOP, 227) },
   { "ages", offsetof(nxp_cache_ask, ages),
             sizeof(((nxp_cache_ask *)0)->ages),
-            _CFFI_OP(_CFFI_OP_NOOP, 387) },
+            _CFFI_OP(_CFFI_OP_NOOP, 389) },
   { "frequencies", offsetof(nxp_cache_ask, frequencies),
                    sizeof(((nxp_cache_ask *)0)->frequencies),
-                   _CFFI_OP(_CFFI_OP_NOOP, 85) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 87) },
   { "incoming", offsetof(nxp_cache_ask, incoming),
                 sizeof(((nxp_cache_ask *)0)->incoming),
-                _CFFI_OP(_CFFI_OP_NOOP, 225) },
+                _CFFI_OP(_CFFI_OP_NOOP, 227) },
   { "layer", offsetof(nxp_cache_layer, layer),
              sizeof(((nxp_cache_layer *)0)->layer),
-             _CFFI_OP(_CFFI_OP_NOOP, 30) },
+             _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "n_layers", offsetof(nxp_cache_layer, n_layers),
                 sizeof(((nxp_cache_layer *)0)->n_layers),
-                _CFFI_OP(_CFFI_OP_NOOP, 30) },
+                _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "n_experts", offsetof(nxp_cache_layer, n_experts),
                  sizeof(((nxp_cache_layer *)0)->n_experts),
-                 _CFFI_OP(_CFFI_OP_NOOP, 30) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "n_slots", offsetof(nxp_cache_layer, n_slots),
                sizeof(((nxp_cache_layer *)0)->n_slots),
-               _CFFI_OP(_CFFI_OP_NOOP, 30) },
+               _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "record_bytes", offsetof(nxp_cache_layer, record_bytes),
                     sizeof(((nxp_cache_layer *)0)->record_bytes),
-                    _CFFI_OP(_CFFI_OP_NOOP, 26) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "head", offsetof(nxp_cache_policy, head),
             sizeof(((nxp_cache_policy *)0)->head),
-            _CFFI_OP(_CFFI_OP_NOOP, 509) },
+            _CFFI_OP(_CFFI_OP_NOOP, 511) },
   { "user", offsetof(nxp_cache_policy, user),
             sizeof(((nxp_cache_policy *)0)->user),
             _CFFI_OP(_CFFI_OP_NOOP, 5) },
   { "create", offsetof(nxp_cache_policy, create),
               sizeof(((nxp_cache_policy *)0)->create),
-              _CFFI_OP(_CFFI_OP_NOOP, 520) },
+              _CFFI_OP(_CFFI_OP_NOOP, 522) },
   { "destroy", offsetof(nxp_cache_policy, destroy),
                sizeof(((nxp_cache_policy *)0)->destroy),
-               _CFFI_OP(_CFFI_OP_NOOP, 522) },
+               _CFFI_OP(_CFFI_OP_NOOP, 524) },
   { "used", offsetof(nxp_cache_policy, used),
             sizeof(((nxp_cache_policy *)0)->used),
-            _CFFI_OP(_CFFI_OP_NOOP, 523) },
+            _CFFI_OP(_CFFI_OP_NOOP, 525) },
   { "victims", offsetof(nxp_cache_policy, victims),
                sizeof(((nxp_cache_policy *)0)->victims),
-               _CFFI_OP(_CFFI_OP_NOOP, 480) },
+               _CFFI_OP(_CFFI_OP_NOOP, 482) },
   { "n_experts", offsetof(nxp_cache_use, n_experts),
                  sizeof(((nxp_cache_use *)0)->n_experts),
-                 _CFFI_OP(_CFFI_OP_NOOP, 30) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "clock", offsetof(nxp_cache_use, clock),
              sizeof(((nxp_cache_use *)0)->clock),
-             _CFFI_OP(_CFFI_OP_NOOP, 26) },
+             _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "experts", offsetof(nxp_cache_use, experts),
                sizeof(((nxp_cache_use *)0)->experts),
-               _CFFI_OP(_CFFI_OP_NOOP, 225) },
+               _CFFI_OP(_CFFI_OP_NOOP, 227) },
   { "hit", offsetof(nxp_cache_use, hit),
            sizeof(((nxp_cache_use *)0)->hit),
-           _CFFI_OP(_CFFI_OP_NOOP, 516) },
+           _CFFI_OP(_CFFI_OP_NOOP, 518) },
   { "head", offsetof(nxp_codec, head),
             sizeof(((nxp_codec *)0)->head),
-            _CFFI_OP(_CFFI_OP_NOOP, 509) },
+            _CFFI_OP(_CFFI_OP_NOOP, 511) },
   { "user", offsetof(nxp_codec, user),
             sizeof(((nxp_codec *)0)->user),
             _CFFI_OP(_CFFI_OP_NOOP, 5) },
   { "decode", offsetof(nxp_codec, decode),
               sizeof(((nxp_codec *)0)->decode),
-              _CFFI_OP(_CFFI_OP_NOOP, 481) },
+              _CFFI_OP(_CFFI_OP_NOOP, 483) },
   { "struct_size", offsetof(nxp_head, struct_size),
                    sizeof(((nxp_head *)0)->struct_size),
-                   _CFFI_OP(_CFFI_OP_NOOP, 30) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "api_version", offsetof(nxp_head, api_version),
                    sizeof(((nxp_head *)0)->api_version),
-                   _CFFI_OP(_CFFI_OP_NOOP, 30) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "kind", offsetof(nxp_head, kind),
             sizeof(((nxp_head *)0)->kind),
-            _CFFI_OP(_CFFI_OP_NOOP, 30) },
+            _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "flags", offsetof(nxp_head, flags),
              sizeof(((nxp_head *)0)->flags),
-             _CFFI_OP(_CFFI_OP_NOOP, 30) },
+             _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "name", offsetof(nxp_head, name),
             sizeof(((nxp_head *)0)->name),
-            _CFFI_OP(_CFFI_OP_NOOP, 67) },
+            _CFFI_OP(_CFFI_OP_NOOP, 69) },
   { "n_layers", offsetof(nxp_layers, n_layers),
                 sizeof(((nxp_layers *)0)->n_layers),
-                _CFFI_OP(_CFFI_OP_NOOP, 30) },
+                _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "n_experts", offsetof(nxp_layers, n_experts),
                  sizeof(((nxp_layers *)0)->n_experts),
-                 _CFFI_OP(_CFFI_OP_NOOP, 172) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 174) },
   { "n_slots", offsetof(nxp_layers, n_slots),
                sizeof(((nxp_layers *)0)->n_slots),
-               _CFFI_OP(_CFFI_OP_NOOP, 172) },
+               _CFFI_OP(_CFFI_OP_NOOP, 174) },
   { "layer", offsetof(nxp_predict_ask, layer),
              sizeof(((nxp_predict_ask *)0)->layer),
-             _CFFI_OP(_CFFI_OP_NOOP, 30) },
+             _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "n_tokens", offsetof(nxp_predict_ask, n_tokens),
                 sizeof(((nxp_predict_ask *)0)->n_tokens),
-                _CFFI_OP(_CFFI_OP_NOOP, 30) },
+                _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "n_used", offsetof(nxp_predict_ask, n_used),
               sizeof(((nxp_predict_ask *)0)->n_used),
-              _CFFI_OP(_CFFI_OP_NOOP, 30) },
+              _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "capacity", offsetof(nxp_predict_ask, capacity),
                 sizeof(((nxp_predict_ask *)0)->capacity),
-                _CFFI_OP(_CFFI_OP_NOOP, 30) },
+                _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "limit", offsetof(nxp_predict_ask, limit),
              sizeof(((nxp_predict_ask *)0)->limit),
-             _CFFI_OP(_CFFI_OP_NOOP, 30) },
+             _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "head", offsetof(nxp_predictor, head),
             sizeof(((nxp_predictor *)0)->head),
-            _CFFI_OP(_CFFI_OP_NOOP, 509) },
+            _CFFI_OP(_CFFI_OP_NOOP, 511) },
   { "user", offsetof(nxp_predictor, user),
             sizeof(((nxp_predictor *)0)->user),
             _CFFI_OP(_CFFI_OP_NOOP, 5) },
   { "create", offsetof(nxp_predictor, create),
               sizeof(((nxp_predictor *)0)->create),
-              _CFFI_OP(_CFFI_OP_NOOP, 521) },
+              _CFFI_OP(_CFFI_OP_NOOP, 523) },
   { "destroy", offsetof(nxp_predictor, destroy),
                sizeof(((nxp_predictor *)0)->destroy),
-               _CFFI_OP(_CFFI_OP_NOOP, 522) },
+               _CFFI_OP(_CFFI_OP_NOOP, 524) },
   { "routed", offsetof(nxp_predictor, routed),
               sizeof(((nxp_predictor *)0)->routed),
-              _CFFI_OP(_CFFI_OP_NOOP, 524) },
+              _CFFI_OP(_CFFI_OP_NOOP, 526) },
   { "predict", offsetof(nxp_predictor, predict),
                sizeof(((nxp_predictor *)0)->predict),
-               _CFFI_OP(_CFFI_OP_NOOP, 482) },
+               _CFFI_OP(_CFFI_OP_NOOP, 484) },
   { "layer", offsetof(nxp_routed, layer),
              sizeof(((nxp_routed *)0)->layer),
-             _CFFI_OP(_CFFI_OP_NOOP, 30) },
+             _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "n_tokens", offsetof(nxp_routed, n_tokens),
                 sizeof(((nxp_routed *)0)->n_tokens),
-                _CFFI_OP(_CFFI_OP_NOOP, 30) },
+                _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "n_used", offsetof(nxp_routed, n_used),
               sizeof(((nxp_routed *)0)->n_used),
-              _CFFI_OP(_CFFI_OP_NOOP, 30) },
+              _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "experts", offsetof(nxp_routed, experts),
                sizeof(((nxp_routed *)0)->experts),
-               _CFFI_OP(_CFFI_OP_NOOP, 225) },
+               _CFFI_OP(_CFFI_OP_NOOP, 227) },
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "$nx_ans_layout", 485, _CFFI_F_CHECK_FIELDS,
+  { "$nx_ans_layout", 487, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_ans_layout), offsetof(struct _cffi_align_typedef_nx_ans_layout, y), 0, 5 },
-  { "$nx_error", 487, _CFFI_F_CHECK_FIELDS,
+  { "$nx_error", 489, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_error), offsetof(struct _cffi_align_typedef_nx_error, y), 5, 7 },
-  { "$nx_event", 488, _CFFI_F_CHECK_FIELDS,
+  { "$nx_event", 490, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_event), offsetof(struct _cffi_align_typedef_nx_event, y), 12, 4 },
-  { "$nx_fault", 489, _CFFI_F_CHECK_FIELDS,
+  { "$nx_fault", 491, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_fault), offsetof(struct _cffi_align_typedef_nx_fault, y), 16, 4 },
-  { "$nx_file_info", 491, _CFFI_F_CHECK_FIELDS,
+  { "$nx_file_info", 493, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_file_info), offsetof(struct _cffi_align_typedef_nx_file_info, y), 20, 9 },
-  { "$nx_membench_options", 493, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_options", 495, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_options), offsetof(struct _cffi_align_typedef_nx_membench_options, y), 29, 3 },
-  { "$nx_membench_result", 494, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_result", 496, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_result), offsetof(struct _cffi_align_typedef_nx_membench_result, y), 32, 7 },
-  { "$nx_plugin_info", 497, _CFFI_F_CHECK_FIELDS,
+  { "$nx_plugin_info", 499, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_plugin_info), offsetof(struct _cffi_align_typedef_nx_plugin_info, y), 39, 5 },
-  { "$nx_prediction", 498, _CFFI_F_CHECK_FIELDS,
+  { "$nx_prediction", 500, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_prediction), offsetof(struct _cffi_align_typedef_nx_prediction, y), 44, 8 },
-  { "$nx_probe_options", 499, _CFFI_F_CHECK_FIELDS,
+  { "$nx_probe_options", 501, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_probe_options), offsetof(struct _cffi_align_typedef_nx_probe_options, y), 52, 7 },
-  { "$nx_probe_result", 500, _CFFI_F_CHECK_FIELDS,
+  { "$nx_probe_result", 502, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_probe_result), offsetof(struct _cffi_align_typedef_nx_probe_result, y), 59, 6 },
-  { "$nx_residual_matrix", 501, _CFFI_F_CHECK_FIELDS,
+  { "$nx_residual_matrix", 503, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_residual_matrix), offsetof(struct _cffi_align_typedef_nx_residual_matrix, y), 65, 4 },
-  { "$nx_stats", 502, _CFFI_F_CHECK_FIELDS,
+  { "$nx_stats", 504, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_stats), offsetof(struct _cffi_align_typedef_nx_stats, y), 69, 35 },
-  { "$nx_ternary", 503, _CFFI_F_CHECK_FIELDS,
+  { "$nx_ternary", 505, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_ternary), offsetof(struct _cffi_align_typedef_nx_ternary, y), 104, 8 },
-  { "$nxp_cache_ask", 504, 0,
+  { "$nxp_cache_ask", 506, 0,
     sizeof(nxp_cache_ask), offsetof(struct _cffi_align_typedef_nxp_cache_ask, y), 112, 8 },
-  { "$nxp_cache_layer", 505, 0,
+  { "$nxp_cache_layer", 507, 0,
     sizeof(nxp_cache_layer), offsetof(struct _cffi_align_typedef_nxp_cache_layer, y), 120, 5 },
-  { "$nxp_cache_policy", 506, _CFFI_F_CHECK_FIELDS,
+  { "$nxp_cache_policy", 508, _CFFI_F_CHECK_FIELDS,
     sizeof(nxp_cache_policy), offsetof(struct _cffi_align_typedef_nxp_cache_policy, y), 125, 6 },
-  { "$nxp_cache_use", 507, 0,
+  { "$nxp_cache_use", 509, 0,
     sizeof(nxp_cache_use), offsetof(struct _cffi_align_typedef_nxp_cache_use, y), 131, 4 },
-  { "$nxp_codec", 508, _CFFI_F_CHECK_FIELDS,
+  { "$nxp_codec", 510, _CFFI_F_CHECK_FIELDS,
     sizeof(nxp_codec), offsetof(struct _cffi_align_typedef_nxp_codec, y), 135, 3 },
-  { "$nxp_head", 509, _CFFI_F_CHECK_FIELDS,
+  { "$nxp_head", 511, _CFFI_F_CHECK_FIELDS,
     sizeof(nxp_head), offsetof(struct _cffi_align_typedef_nxp_head, y), 138, 5 },
-  { "$nxp_layers", 510, 0,
+  { "$nxp_layers", 512, 0,
     sizeof(nxp_layers), offsetof(struct _cffi_align_typedef_nxp_layers, y), 143, 3 },
-  { "$nxp_predict_ask", 511, 0,
+  { "$nxp_predict_ask", 513, 0,
     sizeof(nxp_predict_ask), offsetof(struct _cffi_align_typedef_nxp_predict_ask, y), 146, 5 },
-  { "$nxp_predictor", 512, _CFFI_F_CHECK_FIELDS,
+  { "$nxp_predictor", 514, _CFFI_F_CHECK_FIELDS,
     sizeof(nxp_predictor), offsetof(struct _cffi_align_typedef_nxp_predictor, y), 151, 6 },
-  { "$nxp_routed", 513, 0,
+  { "$nxp_routed", 515, 0,
     sizeof(nxp_routed), offsetof(struct _cffi_align_typedef_nxp_routed, y), 157, 4 },
-  { "_IO_FILE", 465, _CFFI_F_OPAQUE,
+  { "_IO_FILE", 467, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_file", 490, _CFFI_F_OPAQUE,
+  { "nx_file", 492, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_imatrix", 492, _CFFI_F_OPAQUE,
+  { "nx_imatrix", 494, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_model", 495, _CFFI_F_OPAQUE,
+  { "nx_model", 497, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_opencl_matrix", 496, _CFFI_F_OPAQUE,
+  { "nx_opencl_matrix", 498, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
 };
 
 static const struct _cffi_enum_s _cffi_enums[] = {
-  { "$nx_ans_path", 19, _cffi_prim_int(sizeof(nx_ans_path), ((nx_ans_path)-1) <= 0),
+  { "$nx_ans_path", 21, _cffi_prim_int(sizeof(nx_ans_path), ((nx_ans_path)-1) <= 0),
     "NX_ANS_PORTABLE,NX_ANS_AVX2,NX_ANS_AVX512,NX_ANS_NEON,NX_ANS_PATHS" },
-  { "$nx_control_state", 486, _cffi_prim_int(sizeof(nx_control_state), ((nx_control_state)-1) <= 0),
+  { "$nx_control_state", 488, _cffi_prim_int(sizeof(nx_control_state), ((nx_control_state)-1) <= 0),
     "NX_CONTROL_FIXED,NX_CONTROL_WATCHING,NX_CONTROL_NO_STALL,NX_CONTROL_NO_IDLE,NX_CONTROL_TRYING,NX_CONTROL_SLOWER,"
     "NX_CONTROL_FASTER" },
-  { "$nx_io_mode", 68, _cffi_prim_int(sizeof(nx_io_mode), ((nx_io_mode)-1) <= 0),
+  { "$nx_io_mode", 70, _cffi_prim_int(sizeof(nx_io_mode), ((nx_io_mode)-1) <= 0),
     "NX_IO_DIRECT,NX_IO_BUFFERED" },
   { "$nx_isa", 8, _cffi_prim_int(sizeof(nx_isa), ((nx_isa)-1) <= 0),
     "NX_ISA_REF,NX_ISA_AVX2,NX_ISA_AVX512,NX_ISA_NEON,NX_ISA_COUNT" },
-  { "$nx_own_kind", 301, _cffi_prim_int(sizeof(nx_own_kind), ((nx_own_kind)-1) <= 0),
+  { "$nx_own_kind", 303, _cffi_prim_int(sizeof(nx_own_kind), ((nx_own_kind)-1) <= 0),
     "NX_OWN_PACKED,NX_OWN_STORED,NX_OWN_OPENCL,NX_OWN_KINDS" },
   { "$nx_status", 14, _cffi_prim_int(sizeof(nx_status), ((nx_status)-1) <= 0),
     "NX_OK,NX_E_NOMEM,NX_E_IO,NX_E_TRUNCATED,NX_E_CHANGED,NX_E_INVALID,NX_E_ABORTED,NX_E_UNSUPPORTED,NX_E_ABI,"
     "NX_E_CLOSED,NX_E_BUSY,NX_E_DAMAGED" },
-  { "$nx_ternary_type", 33, _cffi_prim_int(sizeof(nx_ternary_type), ((nx_ternary_type)-1) <= 0),
+  { "$nx_ternary_type", 35, _cffi_prim_int(sizeof(nx_ternary_type), ((nx_ternary_type)-1) <= 0),
     "NX_TQ1_0,NX_TQ2_0,NX_Q2_0,NX_Q1_0,NX_TERNARY_TYPES" },
 };
 
 static const struct _cffi_typename_s _cffi_typenames[] = {
-  { "FILE", 465 },
-  { "nx_ans_layout", 485 },
-  { "nx_ans_path", 19 },
-  { "nx_control_state", 486 },
-  { "nx_error", 487 },
-  { "nx_event", 488 },
-  { "nx_fault", 489 },
-  { "nx_file", 490 },
-  { "nx_file_info", 491 },
-  { "nx_imatrix", 492 },
-  { "nx_io_mode", 68 },
+  { "FILE", 467 },
+  { "nx_ans_layout", 487 },
+  { "nx_ans_path", 21 },
+  { "nx_control_state", 488 },
+  { "nx_error", 489 },
+  { "nx_event", 490 },
+  { "nx_fault", 491 },
+  { "nx_file", 492 },
+  { "nx_file_info", 493 },
+  { "nx_imatrix", 494 },
+  { "nx_io_mode", 70 },
   { "nx_isa", 8 },
-  { "nx_membench_options", 493 },
-  { "nx_membench_result", 494 },
-  { "nx_model", 495 },
-  { "nx_opencl_matrix", 496 },
-  { "nx_own_kind", 301 },
-  { "nx_plugin_info", 497 },
-  { "nx_prediction", 498 },
-  { "nx_probe_options", 499 },
-  { "nx_probe_result", 500 },
-  { "nx_residual_matrix", 501 },
-  { "nx_stats", 502 },
+  { "nx_membench_options", 495 },
+  { "nx_membench_result", 496 },
+  { "nx_model", 497 },
+  { "nx_opencl_matrix", 498 },
+  { "nx_own_kind", 303 },
+  { "nx_plugin_info", 499 },
+  { "nx_prediction", 500 },
+  { "nx_probe_options", 501 },
+  { "nx_probe_result", 502 },
+  { "nx_residual_matrix", 503 },
+  { "nx_stats", 504 },
   { "nx_status", 14 },
-  { "nx_ternary", 503 },
-  { "nx_ternary_type", 33 },
-  { "nxp_cache_ask", 504 },
-  { "nxp_cache_layer", 505 },
-  { "nxp_cache_policy", 506 },
-  { "nxp_cache_use", 507 },
-  { "nxp_codec", 508 },
-  { "nxp_head", 509 },
-  { "nxp_layers", 510 },
-  { "nxp_predict_ask", 511 },
-  { "nxp_predictor", 512 },
-  { "nxp_routed", 513 },
+  { "nx_ternary", 505 },
+  { "nx_ternary_type", 35 },
+  { "nxp_cache_ask", 506 },
+  { "nxp_cache_layer", 507 },
+  { "nxp_cache_policy", 508 },
+  { "nxp_cache_use", 509 },
+  { "nxp_codec", 510 },
+  { "nxp_head", 511 },
+  { "nxp_layers", 512 },
+  { "nxp_predict_ask", 513 },
+  { "nxp_predictor", 514 },
+  { "nxp_routed", 515 },
 };
 
 static const struct _cffi_type_context_s _cffi_type_context = {
@@ -8307,12 +8336,12 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   _cffi_enums,
   _cffi_typenames,
-  178,  /* num_globals */
+  179,  /* num_globals */
   29,  /* num_struct_unions */
   7,  /* num_enums */
   36,  /* num_typenames */
   NULL,  /* no includes */
-  526,  /* num_types */
+  528,  /* num_types */
   1,  /* flags */
 };
 

@@ -34,6 +34,10 @@ const char *nx_kernels_isa_name(nx_isa isa);
 int nx_kernels_isa_usable(nx_isa isa);
 /* One English sentence: what is in use and why. Static storage. */
 const char *nx_kernels_why(void);
+/* Measure, on the calling thread and for some milliseconds, how many of the instructions that sum products
+ * of bytes (64 products each) the implementation in use can run in a second: what bounds products that come
+ * out of a cache. 0: it has no such instruction, or it was not looked into. */
+double nx_kernels_dots_per_second(void);
 /* Use another implementation from now on, in every thread. NX_E_UNSUPPORTED: this machine cannot. */
 nx_status nx_kernels_use_isa(nx_isa isa);
 
