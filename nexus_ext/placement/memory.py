@@ -52,6 +52,7 @@ _TENSOR_BYTES: Final = 10 * KIB  # graph and scheduler nodes: 8.5 to 9.1 KiB wer
 _CELL_BYTES: Final = 64  # bookkeeping of one cell of the KV cache
 _THREAD_BYTES: Final = 256 * KIB
 _TILE_BYTES: Final = 512 * KIB  # scratch of ggml's tiled matrix product, per thread
+_PANEL_TYPES: Final = ("Q4_0", "Q8_0", "IQ4_NL", "MXFP4")  # of nexus_products.h
 _DECODER_BYTES: Final = 512 * KIB  # tables and stack of a thread that decodes
 _CHUNK_BUFFERS: Final = 32 * MIB  # for chunks on their way, all threads together
 _FLASH_TILE: Final = 64  # edge of the tiles of ggml's flash attention
@@ -269,7 +270,18 @@ def _work_bytes(catalog: Catalog, context: Context) -> int:
     else:
         # The product of scores and values rewrites the scores in the type of the values.
         attention = 2 * shape.n_heads * n_kv * n_tokens if context.kv_type_v != "f32" else 0
-    return max(products, rows, attention) + 64 * n_threads
+    panels = max((_panel_bytes(t, shape, n_tokens) for t in catalog.tensors), default=0)
+    return max(products, rows, attention) + 64 * n_threads + panels
+
+
+def _panel_bytes(tensor: TensorInfo, shape: ModelShape, n_tokens: int) -> int:
+    """Return what our kernels for experts in a prompt put side by side, see nexus_products.h."""
+    if tensor.role is not Role.EXPERT or tensor.type_name.upper() not in _PANEL_TYPES:
+        return 0
+    n_picked = n_tokens * max(shape.n_experts_used, 1)
+    # Eight columns of 32 activations take 320 bytes; an expert's last panel may not be full.
+    n_panels = n_picked // 8 + min(tensor.n_experts, n_picked)
+    return n_panels * tensor.shape[0] // 32 * 320 + 8 * n_picked
 
 
 def _product_bytes(tensor: TensorInfo, shape: ModelShape, n_tokens: int) -> int:

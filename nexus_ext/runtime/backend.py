@@ -64,10 +64,32 @@ def register() -> None:
             )
 
 
+def batch_kernels() -> tuple[str, ...]:
+    """Types of experts whose products with a prompt our kernels compute, with this ggml's bits.
+
+    Empty before `register`, without AVX-512 VNNI, and with NEXUS_BATCH_KERNELS=0.
+    """
+    types = _library().nx_backend_batch_types
+    types.restype = ctypes.c_char_p
+    text: bytes = types()
+    return tuple(text.decode().split())
+
+
+def n_batch_products() -> int:
+    """How many products these kernels have computed in this process."""
+    count = _library().nx_backend_batch_products
+    count.restype = ctypes.c_uint64
+    return int(count())
+
+
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(core.BACKEND_PATH))
+
+
 def _refusal() -> str:
     if not core.BACKEND_PATH.exists():
         return f"{core.BACKEND_PATH} is missing"
-    refusal = ctypes.CDLL(str(core.BACKEND_PATH)).nx_backend_refusal
+    refusal = _library().nx_backend_refusal
     refusal.restype = ctypes.c_char_p
     text: bytes = refusal()
     return text.decode() or "ggml gave no reason"

@@ -291,6 +291,17 @@ def check_kernels(subject: Subject) -> Check:
     return Check("ternary kernels", "warn", text, "nothing: ggml computes, unless you ask for ours")
 
 
+def check_batch_kernels(subject: Subject) -> Check:
+    """Which experts' products with a prompt are computed by kernels of ours."""
+    name = "experts in prompts"
+    if not backend.is_registered():
+        return Check(name, "ok", "computed by llama.cpp: the backend is not loaded")
+    types = ", ".join(backend.batch_kernels())
+    if types:
+        return Check(name, "ok", f"own kernels for {types}, with the bits of this llama.cpp")
+    return Check(name, "ok", "computed by llama.cpp: own kernels need AVX-512 VNNI, and its bits")
+
+
 def check_flash_attention(subject: Subject) -> Check:
     """`auto` means off while weights are paged."""
     return Check(
@@ -431,6 +442,7 @@ CHECKS: Final[tuple[Callable[[Subject], Check], ...]] = (
     check_quota,
     check_amx,
     check_kernels,
+    check_batch_kernels,
     check_gpus,
     check_flash_attention,
     check_io_engine,

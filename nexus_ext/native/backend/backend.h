@@ -24,6 +24,7 @@ typedef struct nxb_backend {
     struct nxb_use *uses;
     size_t uses_capacity;
     struct nxb_ours *ours; /* operations of our own, see ours.c */
+    struct nxb_products *products; /* the same, see products.c; NULL until there is one */
     struct nxb_predictor *predictor; /* see predict.c; NULL until something is predicted */
 } nxb_backend;
 

@@ -286,6 +286,7 @@ static void backend_free(gx_backend *b) {
     gx.free(own->ctx);
     free(own->uses);
     nxb_ours_free(own);
+    nxb_products_free(own);
     nxb_predictor_free(own->predictor);
     free(own);
 }

@@ -141,6 +141,16 @@ static void release_held(run *r) {
     }
 }
 
+static int replace_products(run *r, gx_graph_value *view) {
+    gx_tensor **const before = gx.graph_nodes((gx_graph *)view), **nodes = before;
+    int n = gx.graph_n_nodes((gx_graph *)view);
+    const int status = nxb_products_replace(r->own, &nodes, &n);
+    if (status != GX_SUCCESS || nodes == before) return status;
+    memcpy((char *)view + gx.view_n_nodes, &n, sizeof n);
+    memcpy((char *)view + gx.view_nodes, &nodes, sizeof nodes);
+    return GX_SUCCESS;
+}
+
 int nxb_flush(run *r, int end) {
     int status = GX_SUCCESS;
     bool any = false;
@@ -148,6 +158,7 @@ int nxb_flush(run *r, int end) {
     if (any) {
         gx_graph_value view = gx.graph_view(r->graph, r->begin, end);
         status = nxb_ours_insert(r, &view, r->begin, end);
+        if (status == GX_SUCCESS) status = replace_products(r, &view);
         if (status == GX_SUCCESS) status = compute(r, (gx_graph *)&view, r->begin);
     }
     r->begin = end;
@@ -156,8 +167,13 @@ int nxb_flush(run *r, int end) {
 }
 
 int nxb_compute_as(run *r, int node, gx_tensor *as, size_t n) {
+    gx_tensor *list[MAX_BATCH], **nodes = list;
+    int n_nodes = (int)n;
+    for (size_t i = 0; i < n; i++) list[i] = &as[i];
+    const int status = nxb_products_replace(r->own, &nodes, &n_nodes);
+    if (status != GX_SUCCESS) return status;
     gx.graph_clear(r->own->graph);
-    for (size_t i = 0; i < n; i++) gx.graph_add_node(r->own->graph, &as[i]);
+    for (int i = 0; i < n_nodes; i++) gx.graph_add_node(r->own->graph, nodes[i]);
     return compute(r, r->own->graph, node);
 }
 

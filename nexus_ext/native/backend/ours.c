@@ -16,7 +16,7 @@
 
 /* Where a custom node keeps its function, its number of tasks (-1: one for each thread) and what it gets. */
 typedef struct custom_params {
-    void (*function)(gx_tensor *, int ith, int nth, void *);
+    nxb_custom_function function;
     int n_tasks;
     void *argument;
 } custom_params;
@@ -122,15 +122,18 @@ static void add(gx_tensor *node, int ith, int nth, void *argument) {
 
 /* -- putting nodes in ---------------------------------------------------------------------------- */
 
-gx_tensor *nxb_ours_custom(nxb_ours *ours, const gx_tensor *node, void (*function)(gx_tensor *, int, int, void *),
-                           job with) {
+void nxb_make_custom(gx_tensor *node, nxb_custom_function function, void *argument) {
+    const custom_params params = {.function = function, .n_tasks = -1, .argument = argument};
+    node->op = gx.op_custom;
+    memcpy(node->op_params, &params, sizeof params);
+}
+
+gx_tensor *nxb_ours_custom(nxb_ours *ours, const gx_tensor *node, nxb_custom_function function, job with) {
     job *j = &ours->jobs[ours->n_jobs];
     gx_tensor *t = &ours->tensors[ours->n_jobs++];
     *j = with;
     *t = *node;
-    t->op = gx.op_custom;
-    const custom_params params = {.function = function, .n_tasks = -1, .argument = j};
-    memcpy(t->op_params, &params, sizeof params);
+    nxb_make_custom(t, function, j);
     return t;
 }
 

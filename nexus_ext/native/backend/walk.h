@@ -65,6 +65,15 @@ int nxb_ours_after(nxb_run *, int node);
 /* Whether operations of ours have failed since the last call; the model has the error. */
 int nxb_ours_outcome(nxb_run *);
 
+/* Make `node`, a copy of a node, a custom one that calls `function` on every thread of the delegate. */
+typedef void (*nxb_custom_function)(gx_tensor *node, int ith, int nth, void *argument);
+void nxb_make_custom(gx_tensor *node, nxb_custom_function function, void *argument);
+
+/* Replace products of experts that kernels of ours compute, see products.c. `nodes` may become a list that
+ * lasts until the next call. */
+int nxb_products_replace(nxb_backend *, gx_tensor ***nodes, int *n);
+void nxb_products_free(nxb_backend *);
+
 int nxb_status(nx_status);
 /* Compute the nodes up to, not including, `end`, and release the slabs that they used. */
 int nxb_flush(nxb_run *, int end);

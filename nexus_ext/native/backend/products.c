@@ -1,0 +1,396 @@
+/* products.c: products of experts with many tokens, computed by kernels of ours (nexus_products.h).
+ *
+ * For the quantizations that our kernels know, the delegate multiplies the tokens of an expert one at a time.
+ * In a prompt, where an expert gets many tokens, such a node is therefore replaced by three custom ones:
+ *
+ *   round     the tokens, to 8 bits, by ggml's own function; and list which tokens go to which expert
+ *   pack      the tokens of an expert side by side, in panels
+ *   multiply  rows of an expert with its panels; ranges of rows are taken by whichever thread is free
+ *
+ * The result is bit by bit the delegate's. Whether that is so is found out before the first use, by comparing
+ * our kernels with this ggml's dot products; a type that differs stays with the delegate, and so do all with
+ * NEXUS_BATCH_KERNELS=0 in the environment.
+ */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE /* dladdr */
+#endif
+#include <dlfcn.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "nexus_products.h"
+#include "walk.h"
+
+#define LEAST_SHARE 2 /* tokens for each expert, on average: with fewer there is little to share */
+#define ROWS_AT_ONCE 32
+
+/* What ggml_get_type_traits_cpu returns. */
+typedef struct gx_cpu_traits {
+    void (*from_float)(const float *, void *, int64_t);
+    void (*vec_dot)(int, float *, size_t, const void *, size_t, const void *, size_t, int);
+    int32_t vec_dot_type;
+    int64_t n_rows; /* that one call computes */
+} gx_cpu_traits;
+
+/* What this process's ggml lets us do; found out once. */
+static struct {
+    pthread_once_t once;
+    int32_t types[NX_PRODUCT_COUNT]; /* ggml's number of each type that is computed here, or -1 */
+    void (*round)(const float *, void *, int64_t); /* to Q8_0 */
+    char names[64];
+    uint64_t n_computed; /* atomic */
+} known = {.once = PTHREAD_ONCE_INIT};
+
+/* -- does this ggml sum as we do? ---------------------------------------------------------------- */
+
+#define TEST_IN 512
+#define TEST_COLUMNS 11 /* more than a panel has */
+
+static uint32_t next_bits(uint64_t *state) {
+    *state = *state * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(*state >> 33);
+}
+
+/* A row of any bits, with scales that are neither infinite nor NaN. */
+static void any_row(nx_product_type type, uint8_t *row, uint64_t *state) {
+    const size_t block = nx_product_row_bytes(type, 64) / 2, n_blocks = TEST_IN / 32;
+    for (size_t b = 0; b < n_blocks; b++) {
+        for (size_t i = 0; i < block; i++) row[b * block + i] = (uint8_t)next_bits(state);
+        if (type == NX_PRODUCT_MXFP4) row[b * block] = (uint8_t)(next_bits(state) % 16 + (b % 7 ? 118 : 0));
+        else row[b * block + 1] = (uint8_t)((next_bits(state) & 0x80) | (0x18 + next_bits(state) % 24));
+    }
+}
+
+static bool same_bits(nx_product_type type, const gx_cpu_traits *traits) {
+    uint64_t state = 42;
+    uint8_t row[TEST_IN / 32 * 34], rounded[TEST_COLUMNS][TEST_IN / 32 * 34];
+    void *panel = NULL;
+    if (posix_memalign(&panel, 64, nx_panel_bytes(TEST_IN)) != 0) return false;
+    bool same = true;
+    for (int repeat = 0; repeat < 8 && same; repeat++) {
+        any_row(type, row, &state);
+        for (int c = 0; c < TEST_COLUMNS; c++) {
+            float x[TEST_IN];
+            for (int i = 0; i < TEST_IN; i++) x[i] = ldexpf((float)(next_bits(&state) % 65536) - 32768.0f, -12 - c);
+            known.round(x, rounded[c], TEST_IN);
+        }
+        for (int first = 0; first < TEST_COLUMNS && same; first += NX_PANEL_COLUMNS) {
+            const size_t n = first + NX_PANEL_COLUMNS <= TEST_COLUMNS ? NX_PANEL_COLUMNS : (size_t)(TEST_COLUMNS - first);
+            const void *columns[NX_PANEL_COLUMNS];
+            float values[NX_PANEL_COLUMNS], *out[NX_PANEL_COLUMNS];
+            for (size_t c = 0; c < n; c++) {
+                columns[c] = rounded[first + (int)c];
+                out[c] = &values[c];
+            }
+            nx_panel_pack(columns, n, TEST_IN, panel);
+            nx_product_rows(type, row, 0, 1, TEST_IN, panel, n, out);
+            for (size_t c = 0; c < n && same; c++) {
+                float theirs;
+                traits->vec_dot(TEST_IN, &theirs, 0, row, 0, columns[c], 0, 1);
+                same = memcmp(&theirs, &values[c], sizeof theirs) == 0;
+            }
+        }
+    }
+    free(panel);
+    return same;
+}
+
+static int32_t type_named(const char *name) {
+    for (int32_t i = 0; i < 64; i++) {
+        const char *candidate = gx.type_name(i);
+        if (candidate && strcmp(candidate, name) == 0) return i;
+    }
+    return -1;
+}
+
+/* The CPU backend may be part of the library that we know, or lie in one of its own. */
+static void *cpu_function(const char *name) {
+    void *symbol = dlsym(gx.host, name);
+    Dl_info info;
+    const gx_reg *reg = gx.backend_dev_backend_reg(nxb_delegate.device);
+    void *inside = NULL;
+    memcpy(&inside, &reg->iface.get_name, sizeof inside);
+    if (symbol || !dladdr(inside, &info) || !info.dli_fname) return symbol;
+    void *library = dlopen(info.dli_fname, RTLD_NOLOAD | RTLD_LAZY);
+    if (!library) return NULL;
+    symbol = dlsym(library, name);
+    dlclose(library); /* a backend stays loaded as long as its device is in use */
+    return symbol;
+}
+
+static void find_out(void) {
+    for (int t = 0; t < NX_PRODUCT_COUNT; t++) known.types[t] = -1;
+    const char *wanted = getenv("NEXUS_BATCH_KERNELS");
+    if (gx.op_custom < 0 || !gx.view_nodes || !nx_products_usable() || (wanted && strcmp(wanted, "0") == 0)) return;
+    const gx_cpu_traits *(*traits_of)(int32_t) = NULL;
+    void *symbol = cpu_function("ggml_get_type_traits_cpu");
+    if (!symbol) return;
+    memcpy(&traits_of, &symbol, sizeof traits_of);
+    const int32_t q8_0 = type_named("q8_0");
+    if (q8_0 < 0) return;
+    known.round = traits_of(q8_0)->from_float;
+    for (int t = 0; t < NX_PRODUCT_COUNT; t++) {
+        const int32_t number = type_named(nx_product_name((nx_product_type)t));
+        const gx_cpu_traits *traits = number < 0 ? NULL : traits_of(number);
+        if (traits && traits->vec_dot && traits->vec_dot_type == q8_0 && traits->n_rows == 1 && known.round &&
+            same_bits((nx_product_type)t, traits))
+            known.types[t] = number;
+        if (known.types[t] < 0) continue;
+        const size_t length = strlen(known.names);
+        snprintf(known.names + length, sizeof known.names - length, "%s%s", length ? " " : "",
+                 nx_product_name((nx_product_type)t));
+    }
+}
+
+NX_API const char *nx_backend_batch_types(void) {
+    if (nxb_delegate.device) pthread_once(&known.once, find_out);
+    return known.names;
+}
+
+NX_API uint64_t nx_backend_batch_products(void) { return __atomic_load_n(&known.n_computed, __ATOMIC_RELAXED); }
+
+/* NX_PRODUCT_COUNT: not one of ours. */
+static nx_product_type type_of(const gx_tensor *weight) {
+    pthread_once(&known.once, find_out);
+    int t = 0;
+    while (t < NX_PRODUCT_COUNT && known.types[t] != weight->type) t++;
+    return (nx_product_type)t;
+}
+
+
+/* -- one product --------------------------------------------------------------------------------- */
+
+/* A token in the list of its expert. */
+typedef struct member {
+    int32_t k, token;
+} member;
+
+/* Custom nodes are computed one after the other; what they need beside their tensors is shared. */
+struct nxb_products {
+    gx_tensor **nodes; /* of one segment */
+    size_t nodes_capacity;
+    gx_tensor *tensors;
+    size_t tensors_capacity;
+    struct job *jobs;
+    size_t n_jobs, jobs_capacity;
+    char *rounded; /* tokens */
+    size_t rounded_capacity;
+    char *panels;
+    size_t panels_capacity;
+    member *members; /* by expert */
+    size_t members_capacity;
+    int32_t *experts; /* those with tokens; then, for each of them, where its members and its panels begin */
+    size_t experts_capacity;
+    size_t n_experts;
+};
+
+typedef struct job {
+    struct nxb_products *shared;
+    nx_product_type type;
+    uint32_t next; /* range of rows that no thread has taken; atomic */
+} job;
+
+static int64_t n_picked(const gx_tensor *node) { return node->src[2]->ne[0] * node->src[2]->ne[1]; }
+static uint32_t n_in(const gx_tensor *node) { return (uint32_t)node->src[0]->ne[0]; }
+static size_t rounded_bytes(const gx_tensor *node) { return nx_product_row_bytes(NX_PRODUCT_Q8_0, n_in(node)); }
+
+/* As many experts as there are can have a panel that is not full. */
+static size_t most_panels(const gx_tensor *node) {
+    const int64_t picked = n_picked(node), experts = node->src[0]->ne[2];
+    return (size_t)(picked / NX_PANEL_COLUMNS + (experts < picked ? experts : picked));
+}
+
+static bool is_ours(const gx_tensor *node) {
+    if (node->op != gx.op_mul_mat_id) return false;
+    const gx_tensor *w = node->src[0], *x = node->src[1], *ids = node->src[2];
+    if (w->extra || w->ne[3] != 1 || w->ne[0] > INT32_MAX || ids->type != gx.type_i32 || ids->ne[2] != 1 ||
+        ids->ne[3] != 1 || n_picked(node) < LEAST_SHARE * w->ne[2] || n_picked(node) > INT32_MAX || x->type != gx.type_f32 ||
+        x->nb[0] != sizeof(float) || x->ne[3] != 1 || node->type != gx.type_f32 || node->nb[0] != sizeof(float))
+        return false;
+    const nx_product_type type = type_of(w);
+    return type != NX_PRODUCT_COUNT && nx_product_row_bytes(type, (uint32_t)w->ne[0]) != 0;
+}
+
+static int32_t picked(const gx_tensor *ids, int64_t token, int64_t k) {
+    return *(const int32_t *)((const char *)ids->data + (size_t)token * ids->nb[1] + (size_t)k * ids->nb[0]);
+}
+
+/* Sort what was picked by expert. `experts` becomes three lists of n: numbers, first members, first panels;
+ * the last two have an end as well. */
+static void list_members(struct nxb_products *s, const gx_tensor *node) {
+    const gx_tensor *ids = node->src[2];
+    const int64_t all = node->src[0]->ne[2];
+    int32_t *counts = s->experts + 3 * (all + 1); /* then: where the next member of an expert goes */
+    memset(counts, 0, (size_t)all * sizeof *counts);
+    for (int64_t t = 0; t < ids->ne[1]; t++)
+        for (int64_t k = 0; k < ids->ne[0]; k++) counts[picked(ids, t, k)]++;
+    int32_t *numbers = s->experts, *first = numbers + all + 1, *panel = first + all + 1;
+    int32_t n = 0, at = 0, panels = 0;
+    for (int32_t e = 0; e < all; e++) {
+        const int32_t count = counts[e];
+        counts[e] = at;
+        if (!count) continue;
+        numbers[n] = e;
+        first[n] = at;
+        panel[n++] = panels;
+        at += count;
+        panels += (count + NX_PANEL_COLUMNS - 1) / NX_PANEL_COLUMNS;
+    }
+    first[n] = at;
+    panel[n] = panels;
+    s->n_experts = (size_t)n;
+    for (int64_t t = 0; t < ids->ne[1]; t++)
+        for (int64_t k = 0; k < ids->ne[0]; k++)
+            s->members[counts[picked(ids, t, k)]++] = (member){(int32_t)k, (int32_t)t};
+}
+
+static void round_tokens(gx_tensor *node, int ith, int nth, void *argument) {
+    struct nxb_products *s = ((job *)argument)->shared;
+    const gx_tensor *x = node->src[1];
+    const int64_t n = x->ne[1] * x->ne[2];
+    for (int64_t i = ith; i < n; i += nth) {
+        const char *from = (const char *)x->data + (size_t)(i % x->ne[1]) * x->nb[1] + (size_t)(i / x->ne[1]) * x->nb[2];
+        known.round((const float *)from, s->rounded + (size_t)i * rounded_bytes(node), x->ne[0]);
+    }
+    if (ith == nth - 1) list_members(s, node);
+}
+
+static void pack(gx_tensor *node, int ith, int nth, void *argument) {
+    struct nxb_products *s = ((job *)argument)->shared;
+    const gx_tensor *x = node->src[1];
+    const int32_t *first = s->experts + node->src[0]->ne[2] + 1, *panel = first + node->src[0]->ne[2] + 1;
+    const size_t panel_bytes = nx_panel_bytes(n_in(node));
+    size_t e = 0;
+    for (int32_t p = ith; p < panel[s->n_experts]; p += nth) {
+        while (panel[e + 1] <= p) e++;
+        const int32_t begin = first[e] + (p - panel[e]) * NX_PANEL_COLUMNS;
+        const int32_t end = first[e + 1] < begin + NX_PANEL_COLUMNS ? first[e + 1] : begin + NX_PANEL_COLUMNS;
+        const void *columns[NX_PANEL_COLUMNS];
+        for (int32_t i = begin; i < end; i++) {
+            const member *m = &s->members[i];
+            const int64_t row = m->k % x->ne[1] + m->token * x->ne[1]; /* x has one row for all k, or one for each */
+            columns[i - begin] = s->rounded + (size_t)row * rounded_bytes(node);
+        }
+        nx_panel_pack(columns, (size_t)(end - begin), n_in(node), s->panels + (size_t)p * panel_bytes);
+    }
+}
+
+/* Rows [begin, end) of expert number `e` of those with tokens, times all its panels. */
+static void multiply_rows(const gx_tensor *node, const job *j, size_t e, int64_t begin, int64_t end) {
+    const struct nxb_products *s = j->shared;
+    const gx_tensor *w = node->src[0];
+    const int32_t *first = s->experts + w->ne[2] + 1, *panel = first + w->ne[2] + 1;
+    const char *rows = (const char *)w->data + (size_t)s->experts[e] * w->nb[2] + (size_t)begin * w->nb[1];
+    for (int32_t p = panel[e]; p < panel[e + 1]; p++) {
+        const member *m = &s->members[first[e] + (p - panel[e]) * NX_PANEL_COLUMNS];
+        const int32_t left = first[e + 1] - first[e] - (p - panel[e]) * NX_PANEL_COLUMNS;
+        const size_t n = left < NX_PANEL_COLUMNS ? (size_t)left : NX_PANEL_COLUMNS;
+        float *out[NX_PANEL_COLUMNS];
+        for (size_t c = 0; c < n; c++)
+            out[c] = (float *)((char *)node->data + (size_t)m[c].k * node->nb[1] + (size_t)m[c].token * node->nb[2]) + begin;
+        nx_product_rows(j->type, rows, w->nb[1], (uint32_t)(end - begin), n_in(node),
+                        s->panels + (size_t)p * nx_panel_bytes(n_in(node)), n, out);
+    }
+}
+
+static void multiply(gx_tensor *node, int ith, int nth, void *argument) {
+    (void)ith;
+    (void)nth;
+    job *j = argument;
+    const int64_t n_rows = node->src[0]->ne[1];
+    const uint32_t ranges = (uint32_t)((n_rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE);
+    for (;;) {
+        const uint32_t at = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED);
+        if (at / ranges >= j->shared->n_experts) return;
+        const int64_t begin = (int64_t)(at % ranges) * ROWS_AT_ONCE, end = begin + ROWS_AT_ONCE;
+        multiply_rows(node, j, at / ranges, begin, end < n_rows ? end : n_rows);
+    }
+}
+
+/* -- putting nodes in ---------------------------------------------------------------------------- */
+
+static bool grow(void *memory, size_t *capacity, size_t wanted) {
+    void **at = memory;
+    if (wanted <= *capacity) return true;
+    free(*at);
+    *capacity = 0;
+    if (posix_memalign(at, 64, wanted) != 0) *at = NULL;
+    if (*at) *capacity = wanted;
+    return *at != NULL;
+}
+
+static bool reserve(struct nxb_products *s, const gx_tensor *node) {
+    const gx_tensor *x = node->src[1];
+    const size_t n_experts = (size_t)node->src[0]->ne[2];
+    return grow(&s->rounded, &s->rounded_capacity, (size_t)(x->ne[1] * x->ne[2]) * rounded_bytes(node)) &&
+           grow(&s->panels, &s->panels_capacity, most_panels(node) * nx_panel_bytes(n_in(node))) &&
+           grow(&s->members, &s->members_capacity, (size_t)n_picked(node) * sizeof *s->members) &&
+           grow(&s->experts, &s->experts_capacity, (4 * n_experts + 3) * sizeof *s->experts);
+}
+
+static gx_tensor *custom(struct nxb_products *s, const gx_tensor *node, nxb_custom_function function) {
+    job *j = &s->jobs[s->n_jobs];
+    gx_tensor *t = &s->tensors[s->n_jobs++];
+    *j = (job){.shared = s, .type = type_of(node->src[0])};
+    *t = *node;
+    nxb_make_custom(t, function, j);
+    return t;
+}
+
+/* Write the nodes to compute to `out`; those of products that share tokens and router share the first steps. */
+static int expand(struct nxb_products *s, gx_tensor **nodes, int n, gx_tensor **out) {
+    const gx_tensor *packed = NULL;
+    int n_out = 0;
+    for (int i = 0; i < n; i++) {
+        if (!is_ours(nodes[i])) {
+            out[n_out++] = nodes[i];
+            continue;
+        }
+        const bool again = packed && packed->src[1] == nodes[i]->src[1] && packed->src[2] == nodes[i]->src[2] &&
+                           packed->src[0]->ne[2] == nodes[i]->src[0]->ne[2];
+        if (!again) {
+            out[n_out++] = custom(s, nodes[i], round_tokens);
+            out[n_out++] = custom(s, nodes[i], pack);
+        }
+        out[n_out++] = custom(s, nodes[i], multiply);
+        packed = nodes[i];
+    }
+    return n_out;
+}
+
+int nxb_products_replace(nxb_backend *own, gx_tensor ***nodes, int *n) {
+    int n_ours = 0;
+    for (int i = 0; i < *n; i++) n_ours += is_ours((*nodes)[i]);
+    if (!n_ours) return GX_SUCCESS;
+    if (!own->products) own->products = calloc(1, sizeof *own->products);
+    struct nxb_products *s = own->products;
+    if (!s) return GX_ALLOC_FAILED;
+    for (int i = 0; i < *n; i++)
+        if (is_ours((*nodes)[i]) && !reserve(s, (*nodes)[i])) return GX_ALLOC_FAILED;
+    const size_t most_jobs = 3 * (size_t)n_ours;
+    if (!grow(&s->nodes, &s->nodes_capacity, ((size_t)*n + most_jobs) * sizeof *s->nodes) ||
+        !grow(&s->tensors, &s->tensors_capacity, most_jobs * sizeof *s->tensors) ||
+        !grow(&s->jobs, &s->jobs_capacity, most_jobs * sizeof *s->jobs))
+        return GX_ALLOC_FAILED;
+    s->n_jobs = 0;
+    __atomic_fetch_add(&known.n_computed, (uint64_t)n_ours, __ATOMIC_RELAXED);
+    *n = expand(s, *nodes, *n, s->nodes);
+    *nodes = s->nodes;
+    return GX_SUCCESS;
+}
+
+void nxb_products_free(nxb_backend *own) {
+    struct nxb_products *s = own->products;
+    if (!s) return;
+    free(s->nodes);
+    free(s->tensors);
+    free(s->jobs);
+    free(s->rounded);
+    free(s->panels);
+    free(s->members);
+    free(s->experts);
+    free(s);
+    own->products = NULL;
+}

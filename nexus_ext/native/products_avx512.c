@@ -1,0 +1,132 @@
+/* products_avx512.c: a row times eight columns; two columns in a register. See nexus_products.h.
+ *
+ * The sum of w * y over four neighbours is taken as the sum of w * (y + 128), less 128 times the sum of w,
+ * which is the same for all columns. All of that is exact in integers; what follows are ggml's own steps.
+ */
+#include "products_internal.h"
+
+#include "kernels_internal.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <string.h>
+
+#define PAIRS (NX_PANEL_COLUMNS / 2)
+
+/* The weights of a block, as signed bytes, and its scale. */
+typedef struct block {
+    __m256i weights;
+    float scale;
+} block;
+
+NX_TARGET_AVX512 static inline float half(const uint8_t *at) {
+    uint16_t bits;
+    memcpy(&bits, at, sizeof bits);
+    return _cvtsh_ss(bits);
+}
+
+NX_TARGET_AVX512 static inline __m256i nibbles(const uint8_t *at) {
+    const __m128i packed = _mm_loadu_si128((const __m128i *)at);
+    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(packed), _mm_srli_epi16(packed, 4), 1);
+    return _mm256_and_si256(both, _mm256_set1_epi8(15));
+}
+
+NX_TARGET_AVX512 static inline block q4_0(const uint8_t *at) {
+    return (block){_mm256_sub_epi8(nibbles(at + 2), _mm256_set1_epi8(8)), half(at)};
+}
+
+NX_TARGET_AVX512 static inline block q8_0(const uint8_t *at) {
+    return (block){_mm256_loadu_si256((const __m256i *)(at + 2)), half(at)};
+}
+
+/* The values that the four bits of IQ4_NL stand for. */
+NX_TARGET_AVX512 static inline block iq4_nl(const uint8_t *at) {
+    const __m256i table = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113));
+    return (block){_mm256_shuffle_epi8(table, nibbles(at + 2)), half(at)};
+}
+
+/* Twice the values of four-bit floats (1 sign, 2 exponent, 1 mantissa); the scale is half of 2^(e - 127). */
+NX_TARGET_AVX512 static inline block mxfp4(const uint8_t *at) {
+    const __m256i table =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
+    const uint32_t bits = at[0] < 2 ? 0x00200000u << at[0] : (uint32_t)(at[0] - 1) << 23;
+    block b = {_mm256_shuffle_epi8(table, nibbles(at + 1)), 0};
+    memcpy(&b.scale, &bits, sizeof bits);
+    return b;
+}
+
+/* Add a block of all columns to `sums`, eight for each column. */
+NX_TARGET_AVX512 static inline void add(block b, const nx_panel_block *columns, __m512 *sums) {
+    const __m512i w = _mm512_broadcast_i64x4(b.weights);
+    const __m512i less = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_dpbusd_epi32(_mm512_setzero_si512(),
+                                                                                      _mm512_set1_epi8(-128), w));
+    const __m512 scales = _mm512_castps256_ps512(
+        _mm256_mul_ps(_mm256_set1_ps(b.scale), _mm256_load_ps(columns->scales)));
+    for (int p = 0; p < PAIRS; p++) {
+        const __m512i sum = _mm512_dpbusd_epi32(less, _mm512_load_si512(columns->values[2 * p]), w);
+        const __m512i first = _mm512_set1_epi32(2 * p), second = _mm512_set1_epi32(2 * p + 1);
+        const __m512 scale = _mm512_permutexvar_ps(_mm512_mask_blend_epi32(0xff00, first, second), scales);
+        sums[p] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(sum), sums[p]);
+    }
+}
+
+/* ggml's tree. */
+NX_TARGET_AVX512 static inline float total(__m256 sums) {
+    __m128 s = _mm_add_ps(_mm256_extractf128_ps(sums, 1), _mm256_castps256_ps128(sums));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+NX_TARGET_AVX512 static inline void totals(const __m512 *sums, float *out) {
+    for (int p = 0; p < PAIRS; p++) {
+        out[2 * p] = total(_mm512_castps512_ps256(sums[p]));
+        out[2 * p + 1] = total(_mm512_extractf32x8_ps(sums[p], 1));
+    }
+}
+
+/* Blocks one after the other. */
+#define ONE_BY_ONE(type, bytes)                                                                              \
+    NX_TARGET_AVX512 static void row_##type(const uint8_t *row, size_t n, const nx_panel_block *panel,       \
+                                            float *out) {                                                    \
+        __m512 sums[PAIRS];                                                                                  \
+        for (int p = 0; p < PAIRS; p++) sums[p] = _mm512_setzero_ps();                                       \
+        for (size_t b = 0; b < n; b++) add(type(row + b * (bytes)), &panel[b], sums);                        \
+        totals(sums, out);                                                                                   \
+    }
+
+/* Even and odd blocks apart. */
+#define TWO_BY_TWO(type, bytes)                                                                              \
+    NX_TARGET_AVX512 static void row_##type(const uint8_t *row, size_t n, const nx_panel_block *panel,       \
+                                            float *out) {                                                    \
+        __m512 even[PAIRS], odd[PAIRS];                                                                      \
+        for (int p = 0; p < PAIRS; p++) even[p] = odd[p] = _mm512_setzero_ps();                              \
+        for (size_t b = 0; b + 1 < n; b += 2) {                                                              \
+            add(type(row + b * (bytes)), &panel[b], even);                                                   \
+            add(type(row + (b + 1) * (bytes)), &panel[b + 1], odd);                                          \
+        }                                                                                                    \
+        for (int p = 0; p < PAIRS; p++) even[p] = _mm512_add_ps(even[p], odd[p]);                            \
+        totals(even, out);                                                                                   \
+    }
+
+ONE_BY_ONE(q4_0, 18)
+ONE_BY_ONE(q8_0, 34)
+TWO_BY_TWO(iq4_nl, 18)
+TWO_BY_TWO(mxfp4, 17)
+
+nx_product_kernel nx_products_avx512(nx_product_type type) {
+    switch (type) {
+    case NX_PRODUCT_Q4_0: return row_q4_0;
+    case NX_PRODUCT_Q8_0: return row_q8_0;
+    case NX_PRODUCT_IQ4_NL: return row_iq4_nl;
+    case NX_PRODUCT_MXFP4: return row_mxfp4;
+    default: return NULL;
+    }
+}
+
+#else
+nx_product_kernel nx_products_avx512(nx_product_type type) {
+    (void)type;
+    return NULL;
+}
+#endif

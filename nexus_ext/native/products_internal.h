@@ -1,0 +1,24 @@
+/* products_internal.h: what products.c and its kernels share. Not installed. */
+#ifndef NEXUS_PRODUCTS_INTERNAL_H
+#define NEXUS_PRODUCTS_INTERNAL_H
+
+#include "nexus_products.h"
+
+#define NX_PANEL_BLOCK 32 /* weights or activations */
+#define NX_Q8_0_BYTES 34  /* a half, then the values */
+
+/* A block of each column of a panel. Values are 128 more than they are, so that they are unsigned, as the
+ * instruction for four products at once wants one side to be. Columns 2 p and 2 p + 1 fill a register. */
+typedef struct nx_panel_block {
+    uint8_t values[NX_PANEL_COLUMNS][NX_PANEL_BLOCK];
+    float scales[NX_PANEL_COLUMNS];
+    float padding[8]; /* so that values stay aligned */
+} nx_panel_block;
+
+/* One row of `n_blocks` blocks times all columns of a panel. */
+typedef void (*nx_product_kernel)(const uint8_t *row, size_t n_blocks, const nx_panel_block *panel, float *out);
+
+/* NULL where this build has none. */
+nx_product_kernel nx_products_avx512(nx_product_type);
+
+#endif

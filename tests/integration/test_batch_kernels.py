@@ -1,0 +1,81 @@
+"""Experts of a prompt through kernels of our own: bit by bit what stock llama.cpp gives."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nexus_ext.runtime import backend
+from tests.integration.streaming import logits, prompt, stock
+from tests.integration.test_experts import cached
+from tests.synth import MoeDims, write_moe
+
+DIMS = MoeDims(n_ff=128, n_experts=16, n_used=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def usable() -> None:
+    backend.register()
+    if not backend.batch_kernels():
+        pytest.skip("this CPU has no AVX-512 VNNI, or this ggml sums in another order")
+
+
+def products_of(llm: object, tokens: list[int]) -> tuple[np.ndarray, int]:
+    before = backend.n_batch_products()
+    return logits(llm, tokens, 2), backend.n_batch_products() - before
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "IQ4_NL", "MXFP4"])
+@pytest.mark.parametrize("slots", [0, 5, 16])
+def test_prompts_take_them_and_tokens_do_not(kind: str, slots: int, tmp_path: Path) -> None:
+    """In waves, with some records in the cache, and with all of them."""
+    path = tmp_path / "model.gguf"
+    write_moe(path, dims=DIMS, arch="gpt-oss", expert_quant=kind)
+    options = {"n_threads": 2, "n_ubatch": 64}
+    tokens = {n: prompt(n, DIMS.n_vocab, seed=n) for n in (1, 5, 11, 50)}
+    with stock(path, **options) as llm:
+        expected = {n: logits(llm, tokens[n], 2) for n in tokens}
+    with cached(path, slots) as llm:
+        for n in tokens:
+            for _ in range(2):
+                seen, n_products = products_of(llm, tokens[n])
+                assert np.array_equal(seen, expected[n]), f"{kind}, {slots} slots, {n} tokens"
+                if n in (1, 50):
+                    assert (n_products > 0) == (n == 50)
+
+
+def test_what_is_pinned_is_computed_by_them_within_its_segment(tmp_path: Path) -> None:
+    """Gate and up share what was rounded and packed; nothing of the experts is streamed."""
+    from nexus_ext import Llama
+
+    path = tmp_path / "model.gguf"
+    write_moe(path, dims=DIMS, expert_quant="Q4_0")
+    tokens = prompt(50, DIMS.n_vocab)
+    with stock(path) as llm:
+        expected = logits(llm, tokens)
+    pins = [("attn_output.weight", "nvme"), ("exps", "ram")]
+    llm = Llama(
+        path, pins=pins, n_ctx=704, n_batch=704, n_ubatch=256, logits_all=True, verbose=False
+    )
+    try:
+        before = backend.n_batch_products()
+        assert np.array_equal(logits(llm, tokens), expected)
+        assert backend.n_batch_products() - before == 3 * DIMS.n_layers
+    finally:
+        llm.close()
+
+
+def test_they_can_be_switched_off() -> None:
+    code = (
+        "from nexus_ext.runtime import backend; backend.register(); print(backend.batch_kernels())"
+    )
+    environ = {**os.environ, "NEXUS_BATCH_KERNELS": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "()"

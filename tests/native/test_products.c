@@ -1,0 +1,129 @@
+/* Products of rows with panels of columns: the bits of a sum that is written down step by step. */
+#include <math.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "nexus_products.h"
+#include "kernels_internal.h"
+#include "nx_test.h"
+
+static uint64_t state = 1;
+static uint32_t random_bits(void) { return (uint32_t)nx_test_random(&state); }
+
+static const int iq4_nl[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+static const int mxfp4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+/* The weights of a block as integers, and its scale. */
+static float unpack(nx_product_type type, const uint8_t *at, int *weights) {
+    uint16_t half;
+    memcpy(&half, at, sizeof half);
+    const uint8_t *codes = at + (type == NX_PRODUCT_MXFP4 ? 1 : 2);
+    for (int i = 0; i < 32; i++) {
+        const int code = i < 16 ? codes[i] & 15 : codes[i - 16] >> 4;
+        switch (type) {
+        case NX_PRODUCT_Q4_0: weights[i] = code - 8; break;
+        case NX_PRODUCT_Q8_0: weights[i] = (int8_t)codes[i]; break;
+        case NX_PRODUCT_IQ4_NL: weights[i] = iq4_nl[code]; break;
+        default: weights[i] = mxfp4[code];
+        }
+    }
+    return type == NX_PRODUCT_MXFP4 ? ldexpf(1, at[0] - 128) : nx_half_to_float(half);
+}
+
+static float tree(const float *s) {
+    const float a = s[4] + s[0], b = s[5] + s[1], c = s[6] + s[2], d = s[7] + s[3];
+    return (a + c) + (b + d);
+}
+
+static float expected(nx_product_type type, const uint8_t *row, const uint8_t *column, size_t n_blocks) {
+    const size_t bytes = nx_product_row_bytes(type, 64) / 2;
+    const bool apart = type == NX_PRODUCT_IQ4_NL || type == NX_PRODUCT_MXFP4;
+    float sums[2][8] = {{0}};
+    for (size_t b = 0; b < n_blocks; b++) {
+        int weights[32];
+        const float scale = unpack(type, row + b * bytes, weights);
+        uint16_t half;
+        memcpy(&half, column + b * 34, sizeof half);
+        const float both = scale * nx_half_to_float(half);
+        for (int lane = 0; lane < 8; lane++) {
+            int sum = 0;
+            for (int i = 4 * lane; i < 4 * lane + 4; i++) sum += weights[i] * (int8_t)column[b * 34 + 2 + (size_t)i];
+            float *to = &sums[apart ? b & 1 : 0][lane];
+            *to = fmaf(both, (float)sum, *to);
+        }
+    }
+    for (int lane = 0; lane < 8 && apart; lane++) sums[0][lane] += sums[1][lane];
+    return tree(sums[0]);
+}
+
+static void random_row(nx_product_type type, uint8_t *row, size_t n_blocks) {
+    const size_t bytes = nx_product_row_bytes(type, 64) / 2;
+    for (size_t b = 0; b < n_blocks; b++) {
+        for (size_t i = 0; i < bytes; i++) row[b * bytes + i] = (uint8_t)random_bits();
+        const uint16_t scale = nx_float_to_half(ldexpf((float)(random_bits() % 2001) - 1000, -16));
+        if (type == NX_PRODUCT_MXFP4) row[b * bytes] = (uint8_t)(random_bits() % 20 + (b % 5 ? 118 : 0));
+        else memcpy(row + b * bytes, &scale, sizeof scale);
+    }
+}
+
+static void check(nx_product_type type, uint32_t n_in, uint32_t n_rows, size_t n_columns) {
+    const size_t n_blocks = n_in / 32, row_bytes = nx_product_row_bytes(type, n_in), stride = row_bytes + 3;
+    /* Exactly as large as needed, so that a sanitizer sees a read past the end; rows are not aligned. */
+    uint8_t *rows = malloc(stride * (n_rows - 1) + row_bytes), *columns = malloc(n_columns * n_blocks * 34);
+    void *panel = NULL;
+    NX_CHECK(rows && columns && posix_memalign(&panel, 64, nx_panel_bytes(n_in)) == 0);
+    for (uint32_t r = 0; r < n_rows; r++) random_row(type, rows + r * stride, n_blocks);
+    const void *at[NX_PANEL_COLUMNS];
+    float *out[NX_PANEL_COLUMNS];
+    for (size_t c = 0; c < n_columns; c++) {
+        random_row(NX_PRODUCT_Q8_0, columns + c * n_blocks * 34, n_blocks);
+        at[c] = columns + c * n_blocks * 34;
+        out[c] = malloc(n_rows * sizeof(float));
+        NX_CHECK(out[c]);
+    }
+    nx_panel_pack(at, n_columns, n_in, panel);
+    nx_product_rows(type, rows, stride, n_rows, n_in, panel, n_columns, out);
+    for (size_t c = 0; c < n_columns; c++) {
+        for (uint32_t r = 0; r < n_rows; r++) {
+            const float want = expected(type, rows + r * stride, at[c], n_blocks);
+            NX_CHECK(memcmp(&want, &out[c][r], sizeof want) == 0);
+        }
+        free(out[c]);
+    }
+    free(rows);
+    free(columns);
+    free(panel);
+}
+
+static void test_lengths_and_names(void) {
+    NX_CHECK_EQ(nx_product_row_bytes(NX_PRODUCT_Q4_0, 64), 36);
+    NX_CHECK_EQ(nx_product_row_bytes(NX_PRODUCT_Q8_0, 32), 34);
+    NX_CHECK_EQ(nx_product_row_bytes(NX_PRODUCT_MXFP4, 96), 0);
+    NX_CHECK_EQ(nx_product_row_bytes(NX_PRODUCT_Q4_0, 40), 0);
+    NX_CHECK_EQ(nx_product_row_bytes(NX_PRODUCT_Q4_0, 0), 0);
+    NX_CHECK_EQ(nx_product_row_bytes(NX_PRODUCT_COUNT, 64), 0);
+    NX_CHECK(strcmp(nx_product_name(NX_PRODUCT_IQ4_NL), "iq4_nl") == 0);
+    NX_CHECK(strcmp(nx_product_name(NX_PRODUCT_COUNT), "unknown") == 0);
+}
+
+static void test_bits(void) {
+    if (!nx_products_usable()) {
+        puts("products: not compared, this CPU has no AVX-512 with VNNI");
+        return;
+    }
+    for (int type = 0; type < NX_PRODUCT_COUNT; type++)
+        for (size_t n_columns = 1; n_columns <= NX_PANEL_COLUMNS; n_columns++) {
+            nx_test_about("%s, %zu columns", nx_product_name((nx_product_type)type), n_columns);
+            check((nx_product_type)type, 64, 1, n_columns);
+            check((nx_product_type)type, 192, 5, n_columns);
+            check((nx_product_type)type, 2048, 3, n_columns);
+        }
+    check(NX_PRODUCT_Q4_0, 32, 2, 3);
+    check(NX_PRODUCT_Q8_0, 96, 2, 8);
+}
+
+int main(int argc, char **argv) {
+    static const nx_test tests[] = {NX_TEST(test_lengths_and_names), NX_TEST(test_bits)};
+    return nx_test_main(tests, sizeof tests / sizeof *tests, argc, argv);
+}
