@@ -210,6 +210,23 @@ nx_status nx_promote(nx_model *m, const uint32_t *extents, size_t n, nx_abort_fn
     return status != NX_OK ? status : turn;
 }
 
+/* Neighbours that go together. Pages are given back for all of them at once: a huge page of which a part goes
+ * is cut up for good, and what is read there later has small pages, which are cleared one by one. */
+typedef struct run_of_pages {
+    uint8_t *begin, *end;
+    uint64_t memory_bytes, weight_bytes;
+} run_of_pages;
+
+/* With load_lock and the turn. Returns the bytes of weights that went. */
+static uint64_t close_run(nx_model *m, run_of_pages *run, nx_status *status) {
+    const nx_status closed = close_pages(run->begin, (uint64_t)(run->end - run->begin));
+    const uint64_t went = closed == NX_OK ? run->weight_bytes : 0;
+    if (closed == NX_OK) atomic_fetch_sub(&m->elastic_bytes, run->memory_bytes);
+    else *status = say(m, closed, "memory of weights cannot be given back"); /* it still counts */
+    *run = (run_of_pages){0};
+    return went;
+}
+
 nx_status nx_demote(nx_model *m, const uint32_t *extents, size_t n, uint64_t *bytes) {
     *bytes = 0;
     if (!all_elastic(m, extents, n)) return NX_E_INVALID;
@@ -217,6 +234,7 @@ nx_status nx_demote(nx_model *m, const uint32_t *extents, size_t n, uint64_t *by
     nx_status status = nx_turn_take(m);
     if (status == NX_OK) {
         bool any = false;
+        run_of_pages run = {0};
         for (size_t i = 0; i < n; i++) {
             nx_extent *e = &m->extents[extents[i]];
             if (m->load_state[extents[i]] != THERE) continue;
@@ -224,14 +242,14 @@ nx_status nx_demote(nx_model *m, const uint32_t *extents, size_t n, uint64_t *by
             nx_extent_unpack(m, e);
             set_tier(m, e, NX_TIER_NVME);
             m->load_state[extents[i]] = AWAY;
-            const nx_status closed = close_pages(pages_of(m, e), span_of(m, e));
-            if (closed != NX_OK) { /* it still counts */
-                status = say(m, closed, "memory of a weight cannot be given back");
-                continue;
-            }
-            atomic_fetch_sub(&m->elastic_bytes, memory_of(m, e));
-            *bytes += e->nbytes;
+            uint8_t *pages = pages_of(m, e);
+            if (pages != run.end) *bytes += close_run(m, &run, &status);
+            if (!run.begin) run.begin = pages;
+            run.end = pages + span_of(m, e);
+            run.memory_bytes += memory_of(m, e);
+            run.weight_bytes += e->nbytes;
         }
+        *bytes += close_run(m, &run, &status);
         if (any) nx_pager_forget(m);
         nx_turn_give(m);
     }

@@ -97,7 +97,7 @@ class ElasticModel:
         if n_units < self.resident:
             leaving = units[n_units : self.resident]
             self._set_slots(n_units)
-            numbers = [n for unit in leaving for n in unit.extents]
+            numbers = sorted(n for unit in leaving for n in unit.extents)  # neighbours together
             if numbers:
                 self.core.demote(numbers)
             self.resident = n_units  # what could not be given back still counts
