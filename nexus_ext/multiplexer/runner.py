@@ -194,7 +194,7 @@ class Runner:
     def _save(self, slot: Slot) -> int:
         """Keep the state of a slot in the store; return its bytes, 0 when it is not worth it."""
         size = self.context.state_bytes(slot.index) if slot.tokens else 0
-        if not size or not self._sessions.wants(len(slot.tokens), size):
+        if not size or not self._sessions.wants(len(slot.tokens), size, slot.session):
             return 0
         try:
             data = self.context.save(slot.index)

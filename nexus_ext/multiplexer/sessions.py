@@ -62,9 +62,13 @@ class SessionStore:
     def __len__(self) -> int:
         return len(self._saved)
 
-    def wants(self, n_tokens: int, nbytes: int) -> bool:
-        """Whether a state of this size would be kept: ask before it is copied."""
-        return n_tokens >= _SHORTEST and nbytes <= self.ram_bytes
+    def wants(self, n_tokens: int, nbytes: int, session: str | None = None) -> bool:
+        """Whether a state of this size would be kept: ask before it is copied.
+
+        That of a session is kept however short it is: what was generated one by one and is computed
+        again as a prompt is not bit by bit the same.
+        """
+        return (n_tokens >= _SHORTEST or session is not None) and nbytes <= self.ram_bytes
 
     def put(self, saved: Saved) -> None:
         """Keep a state. One of the same session, or of its beginning, is forgotten."""

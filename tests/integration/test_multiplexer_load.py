@@ -41,6 +41,7 @@ class Asked:
     n: int
     turns: list[list[int]] = field(default_factory=list)  # what is added after each answer
     answers: list[list[int]] = field(default_factory=list)
+    cached: list[int] = field(default_factory=list)  # tokens of each prompt that were not computed
 
 
 def requests(rng: random.Random, most: int) -> list[Asked]:
@@ -79,6 +80,7 @@ async def ask(mux: Multiplexer, number: int, asked: Asked) -> None:
         tokens, _, done = await answer(mux, asked.model, prompt, asked.n, session=session)
         assert done.n_prompt_tokens == len(prompt) and done.n_tokens == len(tokens)
         asked.answers.append(tokens)
+        asked.cached.append(done.n_cached_tokens)
         prompt = [*prompt, *tokens, *more]
         await asyncio.sleep(0.02)  # a user reads; others come first
 
@@ -94,8 +96,10 @@ def check(alone: Alone, asked: Asked) -> None:
         return
     at = 0  # tokens whose state one process that keeps its context would have
     alone.clear()
-    for tokens, more in zip(asked.answers, [*asked.turns, []], strict=True):
+    turns = zip(asked.answers, [*asked.turns, []], asked.cached, strict=True)
+    for number, (tokens, more, cached) in enumerate(turns):
         at = min(at, len(prompt) - 1)
+        assert cached == at or not number, "nothing of it is computed twice, wherever it was"
         alone.keep(at)
         while at < len(prompt):
             end = chunk_end(at, len(prompt), N_UBATCH)

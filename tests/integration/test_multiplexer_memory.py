@@ -119,6 +119,20 @@ def test_a_conversation_goes_on_after_its_model_was_away() -> None:
     assert [cached for _, cached in with_swap] == [0, 89, 118]
 
 
+def test_a_conversation_is_kept_however_short_it_is() -> None:
+    async def test() -> None:
+        async with multiplexer(session_ram_bytes=8 * MIB) as mux:
+            prompt = [5, 6, 7]
+            for cached in (0, 7, 15):  # all but the last token, which was never computed with
+                tokens, _, done = await answer(mux, "tiny", prompt, 5, session="talk")
+                assert done.n_cached_tokens == cached and len(tokens) == 5
+                prompt = [*prompt, *tokens, 9, 10, 11]
+                await mux.unload("tiny")
+                await answer(mux, "bit", a_prompt(cached, 30), 1)
+
+    run(test())
+
+
 def test_models_are_kept_as_long_as_asked() -> None:
     async def test() -> None:
         async with multiplexer(keep_alive_s=-1) as mux:
