@@ -2,7 +2,8 @@
 
 Its ggml (0.25.1) is older than the one in llama-cpp-python, its libraries have other SONAMEs, its
 CPU backends are loaded dynamically and start threads of their own instead of OpenMP's. The same
-binary of the backend must work there by environment variables alone and give the same tokens.
+binary of the backend must work there by environment variables alone and give the same tokens; and
+the same again from an NXF, through `nexus exec`.
 
     python -m tests.bench.other_runtime MODEL.gguf [--weights 1M]
 
@@ -20,6 +21,9 @@ import tempfile
 from pathlib import Path
 
 from nexus_ext import core
+from nexus_ext.formats.nxf_convert import to_nxf
+from nexus_ext.formats.nxf_layout import Rules
+from nexus_ext.formats.sources import open_source
 from nexus_ext.placement import PlanRequest
 from nexus_ext.runtime import plan_model
 from nexus_ext.runtime.manifest import manifest
@@ -55,6 +59,20 @@ def tokens(folder: Path, model: Path, environment: dict[str, str]) -> list[int]:
     return found
 
 
+def from_nxf(folder: Path, model: Path, codec: str, weights: str) -> tuple[list[int], str]:
+    """Return (tokens, what `nexus exec` says at its end) of the model as an NXF."""
+    nxf = folder / f"{codec}.nxf"
+    source = open_source(model)
+    to_nxf(source, nxf, rules=Rules(codec))
+    source.close()
+    command = [sys.executable, "-m", "nexus_ext.cli", "exec", "--weights", weights, "-c", "256"]
+    command += ["--model", str(nxf), "--", "node", "program.mjs", str(nxf)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"nexus exec failed:\n{done.stdout}{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr.strip().splitlines()[-1]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -85,11 +103,16 @@ def main() -> int:
             },
         )
         lines = dict(line.split(" ", 1) for line in report.read_text().splitlines() if " " in line)
+        nxf = {c: from_nxf(folder, model, c, arguments.weights) for c in ("raw", "ans")}
     read = int(lines.get("stats", "0").split()[0])
     print(f"{PACKAGE} with ggml {lines.get('registered', '?')}")
     print(f"streamed {format_bytes(read)} of {model.name} under {arguments.weights} of weights")
     print("tokens", "identical" if paged == stock else f"differ: {stock} and {paged}")
-    return 0 if paged == stock and read > 0 else 1
+    for codec, (found, accounting) in nxf.items():
+        same = "identical" if found == stock else f"differ: {stock} and {found}"
+        print(f"tokens of the NXF ({codec}) {same}; {accounting}")
+    same = paged == stock and all(found == stock for found, _ in nxf.values())
+    return 0 if same and read > 0 else 1
 
 
 if __name__ == "__main__":
