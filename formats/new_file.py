@@ -10,14 +10,17 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 from nexus_ext.errors import UsageError, WriteFailed
+from nexus_ext.formats.direct_write import DirectAppender
 from nexus_ext.units import format_bytes
 
 # Left free on top of what is written, so that a conversion is not what fills a disk.
 SPARE_NBYTES = 16 << 20
+DIRECT_FROM_NBYTES = 64 << 20  # files from this size on are written past the page cache
 _SUFFIX = ".part"
 
 
@@ -36,6 +39,8 @@ class NewFile:
         self.nbytes = 0  # written so far
         self._overwrite = overwrite
         self._descriptor = -1
+        self._appender: DirectAppender | None = None
+        self._large = expected_nbytes >= DIRECT_FROM_NBYTES
         refuse_existing(self.path, overwrite=overwrite)
         folder = os.path.dirname(os.path.abspath(self.path))
         if not os.path.isdir(folder):
@@ -68,6 +73,15 @@ class NewFile:
         """Append `data`, anything that is a contiguous buffer."""
         view = memoryview(data).cast("B")
         try:
+            if self._large:
+                self._large = False
+                # Where there are no such writes, the page cache is as good as it gets.
+                with suppress(OSError):
+                    self._appender = DirectAppender(self.part_path, self._descriptor, 0)
+            if self._appender is not None:
+                self._appender.append(view, self.nbytes)
+                self.nbytes += len(view)
+                return
             while len(view):
                 done = os.write(self._descriptor, view)
                 view = view[done:]
@@ -82,6 +96,10 @@ class NewFile:
     def commit(self) -> None:
         """Put the file, safe on the disk, under its final name."""
         try:
+            if self._appender is not None:
+                self._appender.flush()
+                self._stop()
+                os.ftruncate(self._descriptor, self.nbytes)
             os.fsync(self._descriptor)
             os.close(self._descriptor)
             self._descriptor = -1
@@ -97,10 +115,16 @@ class NewFile:
 
     def discard(self) -> None:
         """Remove what was written, unless it was committed."""
+        self._stop()
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
             _remove(self.part_path)
+
+    def _stop(self) -> None:
+        if self._appender is not None:
+            self._appender.close()
+            self._appender = None
 
     def _failed(self, error: OSError) -> WriteFailed:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 import xxhash
 
 from nexus_ext.errors import UsageError, WriteFailed
+from nexus_ext.formats import new_file
 from nexus_ext.formats.new_file import check_space, refuse_existing
 from nexus_ext.formats.nxf_header import (
     DRAFT_MAGIC,
@@ -58,7 +59,6 @@ from nexus_ext.formats.nxf_parts import (
 if TYPE_CHECKING:
     from nexus_ext.formats.nxf_header import Table
 
-DIRECT_FROM_NBYTES: Final = 64 << 20  # models from this size on are written past the page cache
 _COMPRESSED: Final = 0.5  # the least of a compressed model that is expected to be left
 
 
@@ -346,7 +346,7 @@ class NxfWriter:
         return self._parts[-1]
 
     def _write_behind(self) -> None:
-        if sum(step.nbytes for step in self._steps) >= DIRECT_FROM_NBYTES:
+        if sum(step.nbytes for step in self._steps) >= new_file.DIRECT_FROM_NBYTES:
             self._parts[-1].write_behind()
 
     # -- files ----------------------------------------------------------------------------------

@@ -3,9 +3,11 @@
     python -m tests.bench.nxf_speed [--size 2G] [--quant Q4_K] [--folder DIR]
 
 Prints, all in one run: the rate of `nexus convert` (raw) beside that of a plain copy of the same
-file, interleaved, the page cache of the source dropped before each; the most memory that the
-conversion took; and ratio and decode rate of `ans` (one thread) on weights of a normal distribution
-of each type. Writes up to three times --size into the folder, and removes it.
+file (a loop that reads and writes, and `cp`; both then fsync), interleaved, the page cache of the
+source dropped before each; the seconds of processor that each took, which say more than the rate
+where other work goes on; the most memory that the conversion took; and ratio and decode rate of
+`ans` (one thread) on weights of a normal distribution of each type. Writes up to three times --size
+into the folder, and removes it.
 """
 
 from __future__ import annotations
@@ -64,6 +66,22 @@ def copy(source: Path, target: Path) -> float:
     return time.perf_counter() - start
 
 
+def copy_by_cp(source: Path, target: Path) -> float:
+    """Copy a file by `cp`, onto the disk; return seconds."""
+    cold(source)
+    start = time.perf_counter()
+    subprocess.run(["cp", "--reflink=never", str(source), str(target)], check=True)
+    with open(target, "rb+") as file:
+        os.fsync(file.fileno())
+    return time.perf_counter() - start
+
+
+def processor_s() -> float:
+    """Return the seconds of processor that this process and those that it started have taken."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
 def convert(source: Path, target: Path, codec: str) -> tuple[float, int]:
     """Convert in a process of its own; return (seconds, most bytes of memory)."""
     cold(source)
@@ -95,9 +113,17 @@ def conversions(folder: Path, size: str, quant: str, repeat: int) -> None:
     print(f"{format_bytes(nbytes)} of {quant}, {repeat} rounds, medians")
     times: dict[str, list[float]] = {}
     memory: dict[str, int] = {}
+    processor: dict[str, list[float]] = {}
+
+    def note(what: str, before_s: float, seconds: float) -> None:
+        times.setdefault(what, []).append(seconds)
+        processor.setdefault(what, []).append(processor_s() - before_s)
+
     for _ in range(repeat):
-        times.setdefault("copy", []).append(copy(gguf, other))
-        other.unlink()
+        for what, plainly in (("copy", copy), ("cp", copy_by_cp)):
+            before_s = processor_s()
+            note(what, before_s, plainly(gguf, other))
+            other.unlink()
         for what, source, target, codec in (
             ("to NXF, raw", gguf, nxf, "raw"),
             ("back to GGUF", nxf, other, "back"),
@@ -105,8 +131,9 @@ def conversions(folder: Path, size: str, quant: str, repeat: int) -> None:
             ("to NXF, ans", gguf, nxf, "ans"),
             ("back from ans", nxf, other, "back"),
         ):
+            before_s = processor_s()
             seconds, most = convert(source, target, codec)
-            times.setdefault(what, []).append(seconds)
+            note(what, before_s, seconds)
             memory[what] = max(memory.get(what, 0), most)
             if codec == "ans":
                 ratio = nxf.stat().st_size / nbytes
@@ -116,7 +143,8 @@ def conversions(folder: Path, size: str, quant: str, repeat: int) -> None:
     for what, found in times.items():
         seconds = statistics.median(found)
         line = (
-            f"  {what:15} {format_bytes(nbytes / seconds):>10}/s  {plain / seconds:.2f} of a copy"
+            f"  {what:15} {format_bytes(nbytes / seconds):>10}/s  {plain / seconds:.2f} of a copy  "
+            f"{statistics.median(processor[what]):.2f} s of processor"
         )
         print(line + (f"  {format_bytes(memory[what])} of memory" if what in memory else ""))
     print(f"  ans makes it {ratio:.3f} of its size")

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 from pathlib import Path
 
 import pytest
 
 from nexus_ext.errors import UsageError, WriteFailed
-from nexus_ext.formats import new_file
+from nexus_ext.formats import direct_write, new_file
 from nexus_ext.formats.new_file import NewFile
+
+
+@pytest.fixture(params=["buffered", "direct"], autouse=True)
+def _writing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the page cache, as small files are written, and past it."""
+    if request.param == "direct":
+        monkeypatch.setattr(new_file, "DIRECT_FROM_NBYTES", 0)
+        monkeypatch.setattr(direct_write, "PIECE_NBYTES", 8192)
 
 
 def test_a_file_appears_when_it_is_committed(tmp_path: Path) -> None:
@@ -43,6 +52,17 @@ def test_an_existing_file_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
         assert path.read_bytes() == b"old"
         file.commit()
     assert path.read_bytes() == b"new"
+
+
+def test_a_file_of_many_pieces(tmp_path: Path) -> None:
+    data = random.Random(0).randbytes(100_000)
+    with NewFile(tmp_path / "a.bin", expected_nbytes=1) as file:
+        for at in range(0, len(data), 7001):
+            file.write(data[at : at + 7001])
+        file.pad(4096)
+        file.commit()
+    found = (tmp_path / "a.bin").read_bytes()
+    assert found[: len(data)] == data and len(found) == 102_400 and not any(found[len(data) :])
 
 
 def test_a_file_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
@@ -78,13 +98,14 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> 
 def test_a_disk_that_fills_up_on_the_way_is_said_and_cleaned_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(descriptor: int, data: memoryview) -> int:
+    def full(descriptor: int, data: memoryview, offset: int = 0) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with NewFile(tmp_path / "a.bin", expected_nbytes=1) as file:
-        monkeypatch.setattr(new_file.os, "write", full)
+        monkeypatch.setattr(os, "write", full)
+        monkeypatch.setattr(os, "pwrite", full)
         with pytest.raises(WriteFailed, match="No space left") as info:
             file.write(b"abc")
-        monkeypatch.undo()
+            file.commit()
     assert info.value.errno == errno.ENOSPC and "another disk" in info.value.hint
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from nexus_ext.errors import FormatError, UsageError, WriteFailed
-from nexus_ext.formats import direct_write, nxf_parts, nxf_writer, open_model
+from nexus_ext.formats import direct_write, new_file, nxf_parts, open_model
 from nexus_ext.formats.diff import diff
 from nexus_ext.formats.nxf_convert import Report, to_gguf, to_nxf
 from nexus_ext.formats.nxf_file import read_nxf
@@ -28,7 +28,7 @@ from tests.synth import MoeDims, write_moe
 # Converts in a process of its own, which it kills when told to.
 CHILD = """
 import os, signal, sys
-from nexus_ext.formats import direct_write, nxf_convert, nxf_writer
+from nexus_ext.formats import direct_write, new_file, nxf_convert
 from nexus_ext.formats.nxf_layout import Rules
 from nexus_ext.formats.sources import open_source
 
@@ -45,7 +45,7 @@ def progress(done, total):
         die()
 
 if os.environ["WRITING"] == "direct":
-    nxf_writer.DIRECT_FROM_NBYTES, direct_write.PIECE_NBYTES = 0, 8192
+    new_file.DIRECT_FROM_NBYTES, direct_write.PIECE_NBYTES = 0, 8192
 if when == "sync":
     os.fsync = die
 if when == "rename":
@@ -67,7 +67,7 @@ def writing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     how: str = request.param
     monkeypatch.setenv("WRITING", how)
     if how == "direct":
-        monkeypatch.setattr(nxf_writer, "DIRECT_FROM_NBYTES", 0)
+        monkeypatch.setattr(new_file, "DIRECT_FROM_NBYTES", 0)
         monkeypatch.setattr(direct_write, "PIECE_NBYTES", 8192)
     return how
 
