@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a pyproject.toml of a plugin may need to be built, and its tests to run.
-TOOLS = ("pip", "pytest", "hatchling", "editables")
+TOOLS = ("pip", "pytest", "hatchling", "editables", "httpx")
 
 
 def wheel(directory: Path) -> Path:
@@ -48,7 +48,8 @@ def requirements(names: Iterable[str]) -> Iterator[Distribution]:
             continue
         for text in found.requires or ():
             requirement = Requirement(text)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            extra = "server" if name == "nexus_ext" else ""
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
                 left.append(requirement.name)
         if name != "nexus_ext":
             yield found

@@ -8,8 +8,10 @@ will do, for instance of `write_llama(..., sparse=True)`.
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,9 +29,12 @@ from nexus_ext.policies import (
     CacheInfo,
     IoInfo,
     IoMode,
+    LayerRouting,
     ModelInfo,
     PredictorChoice,
     RequestInfo,
+    RequestStart,
+    Routing,
 )
 from nexus_ext.routing import Replay, RoutingTrace, replay
 from nexus_ext.routing.prediction import POPULAR, PREVIOUS, Accuracy, accuracy, popular, previous
@@ -40,6 +45,7 @@ if TYPE_CHECKING:
     from nexus_ext.runtime import Planned
 
 _MS = 1_000_000  # nanoseconds
+_numbers = itertools.count(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,15 +104,28 @@ class FakeModel:
     plugins: Plugins
 
     def request(
-        self, *, n_prompt_tokens: int = 16, n_tokens: int = 8, read_bytes: int | None = None
+        self,
+        *,
+        n_prompt_tokens: int = 16,
+        n_tokens: int = 8,
+        read_bytes: int | None = None,
+        error: str = "",
     ) -> RequestInfo:
-        """Tell the plugins that a request has ended; a token takes a millisecond.
+        """Tell the plugins that a request has started and ended; a token takes a millisecond.
 
-        `read_bytes` is by default what the plan reads for so many passes.
+        `read_bytes` is by default what the plan reads for so many passes; with `error` the request
+        has failed. Returns what `nexus_request_done` was told.
         """
         n_passes = n_tokens + (n_prompt_tokens > 0)
         if read_bytes is None:
             read_bytes = n_passes * self.plan.streamed_bytes_per_token
+        start = RequestStart(
+            id=f"fake-{next(_numbers)}",
+            interface="python",
+            model=self.info.path,
+            n_prompt_tokens=n_prompt_tokens,
+            started_unix_ns=time.time_ns(),
+        )
         info = RequestInfo(
             model=self.info,
             n_prompt_tokens=n_prompt_tokens,
@@ -114,9 +133,24 @@ class FakeModel:
             prefill_ns=n_prompt_tokens * _MS,
             decode_ns=n_tokens * _MS,
             read_bytes=read_bytes,
+            id=start.id,
+            model_name=start.model,
+            outcome="error" if error else "stop",
+            error=error,
+            started_unix_ns=start.started_unix_ns,
+            ended_unix_ns=start.started_unix_ns + (n_prompt_tokens + n_tokens) * _MS,
         )
+        self.plugins.request_started(start)
         self.plugins.request_done(info)
         return info
+
+    def route(self, trace: RoutingTrace) -> int:
+        """Show a trace to those who watch routers, one call a token; return how many tokens."""
+        columns = [(layer.layer, layer.numbers().tolist()) for layer in trace.layers]
+        for token in range(trace.n_tokens):
+            decided = (LayerRouting(layer, (tuple(rows[token]),)) for layer, rows in columns)
+            self.plugins.observe_routing(Routing(self.info, tuple(decided)))
+        return trace.n_tokens
 
 
 def name_of(choice: CacheChoice | PredictorChoice) -> str:

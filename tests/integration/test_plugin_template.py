@@ -107,7 +107,7 @@ def test_a_copy_takes_another_name(
         assert listed["two-words"]["distribution"] == "nexus-two-words"
         assert "output" in environment.run(bin_ / "nexus", "two-words", model)
         tests = ("-m", "pytest", "--quiet", "-k", "not computes_the_same")
-        assert "9 passed" in environment.run(bin_ / "python", *tests, cwd=project)
+        assert "10 passed" in environment.run(bin_ / "python", *tests, cwd=project)
     finally:
         pip(environment, bin_, "uninstall", "--quiet", "--yes", "nexus-two-words")
     assert plugins(environment, bin_) == {}

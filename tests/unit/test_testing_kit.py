@@ -72,6 +72,14 @@ class Observer:
         self.seen.append(("done", info))
 
     @hookimpl
+    def nexus_request_started(self, info: object) -> None:
+        self.seen.append(("started", info))
+
+    @hookimpl
+    def nexus_router_observer(self) -> SimpleNamespace:
+        return SimpleNamespace(name="observer", observe=lambda r: self.seen.append(("routed", r)))
+
+    @hookimpl
     def nexus_model_closed(self, info: object) -> None:
         self.seen.append(("closed", info))
 
@@ -312,11 +320,31 @@ def test_a_model_goes_through_its_life(moe: Path) -> None:
     with engine.model(moe, plan=expert_plan(moe, 8)) as model:
         model.request(n_prompt_tokens=3, n_tokens=5)
         assert (model.cache_policy, model.predictor) == ("lfru", "auto")
-    assert [what for what, _ in observer.seen] == ["loaded", "done", "closed"]
-    done = observer.seen[1][1]
+    assert [what for what, _ in observer.seen] == ["loaded", "started", "done", "closed"]
+    started, done = observer.seen[1][1], observer.seen[2][1]
+    assert started.id == done.id != ""  # type: ignore[attr-defined]
     assert (done.n_prompt_tokens, done.n_tokens) == (3, 5)  # type: ignore[attr-defined]
     assert done.read_bytes == 6 * model.plan.streamed_bytes_per_token > 0  # type: ignore[attr-defined]
     assert done.model.architecture == "qwen3moe"  # type: ignore[attr-defined]
+
+
+def test_observers_of_routers_see_a_trace(moe: Path) -> None:
+    observer, trace = Observer(), synthetic_trace(5, 32, 4)
+    with FakeEngine(load_plugins(observer)).model(moe, plan=expert_plan(moe, 8)) as model:
+        assert model.route(trace) == 5
+        failed = model.request(error="ReadFailed: the disk is gone")
+    routed = [found for what, found in observer.seen if what == "routed"]
+    assert [len(r.layers) for r in routed] == [3] * 5  # type: ignore[attr-defined]
+    last = routed[-1].layers[2]  # type: ignore[attr-defined]
+    assert last.experts == (tuple(trace.layers[2].numbers()[-1].tolist()),)
+    assert (failed.outcome, failed.error) == ("error", "ReadFailed: the disk is gone")
+
+
+def test_a_plugin_for_a_newer_nexus_ext_is_an_error() -> None:
+    newer = Chooser("nexus_io_policy", "direct")
+    newer.nexus_plugin_api = 1000  # type: ignore[attr-defined]
+    with pytest.raises(PluginError, match="version 1000 of the plugin API"):
+        load_plugins(newer)
 
 
 def test_an_observer_that_fails_is_an_error_here(moe: Path) -> None:
@@ -418,12 +446,17 @@ def test_drawn_traces_have_the_statistics_that_are_asked_for() -> None:
 
 
 def test_a_server_answers_as_scripted_and_tells_the_plugins_in_use() -> None:
-    with scripted_server(load_plugins(), answer="wörld") as client:
+    observer = Observer()
+    plugins = load_plugins(observer)
+    with scripted_server(plugins, answer="wörld") as client:
         body = {"model": "scripted", "messages": [{"role": "user", "content": "hello"}]}
         reply = client.post("/v1/chat/completions", json=body).json()
         assert reply["choices"][0]["message"]["content"] == "wörld"
         assert client.post("/v1/chat/completions", json={**body, "model": "x"}).status_code == 404
         assert client.get("/metrics").status_code == 200
+        assert plugins.wait_for_observers()
+    assert [what for what, _ in observer.seen] == ["started", "done"]
+    assert observer.seen[1][1].n_tokens == len("wörld".encode())  # type: ignore[attr-defined]
 
 
 def test_plugins_is_what_the_kit_hands_out() -> None:

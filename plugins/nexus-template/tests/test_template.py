@@ -10,7 +10,7 @@ from nexus_template.codec import ZlibCodec
 
 from nexus_ext.plugins import Plugins
 from nexus_ext.routing import RoutingTrace
-from nexus_ext.testing import FakeEngine, assert_same_tokens, check_codec
+from nexus_ext.testing import FakeEngine, assert_same_tokens, check_codec, scripted_server
 
 GIB = 1 << 30
 
@@ -89,6 +89,16 @@ def test_what_happens_is_logged(
         model.request(n_tokens=8)
     text = caplog.text
     assert "loaded" in text and "8 tokens, 1000.0 a second" in text and "closed" in text
+
+
+def test_the_server_shows_what_it_counts(nexus_plugins: Plugins) -> None:
+    with scripted_server(nexus_plugins, answer="twelve bytes") as client:
+        before = client.get("/template").json()["tokens"]
+        body = {"model": "scripted", "prompt": "hello"}
+        assert client.post("/v1/completions", json=body).status_code == 200
+        assert nexus_plugins.wait_for_observers()  # the server tells them in a thread of its own
+        assert client.get("/template").json()["tokens"] == before + 12
+        assert 'nexus_template_tokens_total{outcome="stop"}' in client.get("/metrics").text
 
 
 @pytest.mark.parametrize("kind", ["tiny_dense", "tiny_moe"])

@@ -11,16 +11,23 @@ from nexus_ext import hookimpl
 
 if TYPE_CHECKING:
     import click
+    from starlette.routing import Route
 
-    from nexus_ext.codecs import Codec
-    from nexus_ext.policies import (
+    from nexus_ext.hooks import (
         CachePolicy,
+        Codec,
         ExpertPredictor,
         IoPolicy,
+        MetricsCollector,
         ModelInfo,
         PlacementSolver,
         RequestInfo,
+        ServerInfo,
     )
+
+nexus_plugin_api = 1  # the version of the list of hooks that this was written for
+
+# Hooks that choose: each returns an object, once.
 
 
 @hookimpl
@@ -55,6 +62,9 @@ def nexus_expert_predictor() -> ExpertPredictor:
     return OnlyWithRoom()
 
 
+# Hooks that add.
+
+
 @hookimpl
 def nexus_codec() -> Codec:
     """How chunks of an NXF can be stored."""
@@ -65,10 +75,29 @@ def nexus_codec() -> Codec:
 
 @hookimpl
 def nexus_register_commands(cli: click.Group) -> None:
-    """Add `nexus template`."""
+    """`nexus template MODEL`."""
     from nexus_template.command import command
 
     cli.add_command(command)
+
+
+@hookimpl
+def nexus_server_routes(info: ServerInfo) -> list[Route]:
+    """`GET /template` of `nexus serve`."""
+    from nexus_template.serving import routes
+
+    return routes()
+
+
+@hookimpl
+def nexus_metrics() -> MetricsCollector:
+    """What `GET /metrics` shows beside our own."""
+    from nexus_template.serving import Metrics
+
+    return Metrics()
+
+
+# Hooks that watch.
 
 
 @hookimpl

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 
-from nexus_ext.errors import FormatError
+from nexus_ext.hooks import FormatError
 
 
 class ZlibCodec:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from nexus_ext.errors import DoesNotFit
+from nexus_ext.hooks import DoesNotFit, Pin, solve
 
 if TYPE_CHECKING:
-    from nexus_ext.hardware import HardwareProfile
-    from nexus_ext.placement import Plan, PlanRequest
-    from nexus_ext.types import Catalog
+    from nexus_ext.hooks import Catalog, HardwareProfile, Plan, PlanRequest
 
 
 class HeadInMemory:
@@ -22,8 +20,6 @@ class HeadInMemory:
     name = "template-head-in-memory"
 
     def solve(self, catalog: Catalog, hardware: HardwareProfile, request: PlanRequest) -> Plan:
-        from nexus_ext.placement import Pin, solve
-
         pin = Pin(r"^output\.weight$", "ram")
         if not any(tensor.name == "output.weight" for tensor in catalog.tensors):
             return solve(catalog, hardware, request)  # the token embedding serves as one

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nexus_ext.policies import CacheInfo, CachePolicyName, IoInfo, IoMode, PredictorName
+from nexus_ext.hooks import CacheInfo, CachePolicyName, IoInfo, IoMode, PredictorName
 
 
 class WideMargin:
