@@ -81,6 +81,7 @@ def assert_same_tokens(
             stats = streamed.nexus.stats()
         finally:
             streamed.close()
+    assert not stats.disabled, "; ".join(stats.disabled)
     assert stats.bytes_read, f"{path}: nothing was read, so nothing was shown"
     different = np.nonzero((found != expected).any(axis=1))[0]
     assert not len(different), (

@@ -17,9 +17,8 @@ class Metrics:
     """Asked each time that /metrics is."""
 
     def collect(self) -> Iterator[Metric]:
-        family = CounterMetricFamily(
-            "nexus_template_tokens", "Tokens generated, by how the request ended.", labels=("outcome",)
-        )
+        what = "Tokens generated, by how the request ended."
+        family = CounterMetricFamily("nexus_template_tokens", what, labels=("outcome",))
         for outcome, n in tokens.items():
             family.add_metric((outcome,), n)
         yield family
