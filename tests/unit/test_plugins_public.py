@@ -18,7 +18,7 @@ else:
 ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
 PUBLIC = {
-    *("nexus_ext", "nexus_ext.codecs", "nexus_ext.errors", "nexus_ext.formats"),
+    *("nexus_ext", "nexus_ext.codecs", "nexus_ext.errors", "nexus_ext.formats", "nexus_ext.hooks"),
     *("nexus_ext.hardware", "nexus_ext.placement", "nexus_ext.plugins", "nexus_ext.policies"),
     *("nexus_ext.routing", "nexus_ext.testing", "nexus_ext.types"),
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -11,10 +13,24 @@ from hypothesis import strategies as st
 
 pytest.importorskip("numcodecs")
 
+import nexus_codec_blosc
 from nexus_codec_blosc.codec import BloscCodec, item_bytes
 
-from nexus_ext.errors import FormatError
+from nexus_ext import Llama
+from nexus_ext.hooks import DoesNotFit, FormatError, NexusError
+from nexus_ext.testing import (
+    FakeEngine,
+    check_codec,
+    load_plugins,
+    machine,
+    use_plugins,
+    write_llama,
+)
 
+if TYPE_CHECKING:
+    from nexus_ext.plugins import Plugins
+
+TINY = {"n_layers": 3, "n_embd": 64, "n_ff": 128, "n_heads": 4, "n_heads_kv": 2, "n_vocab": 320}
 CODEC = BloscCodec()
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K", "TQ1_0", "MXFP4", "")
 
@@ -85,3 +101,48 @@ def test_damaged_chunks_raise_or_decode_but_never_crash(data: st.DataObject) -> 
         CODEC.decode(memoryview(stored), memoryview(out))
     except FormatError as error:
         assert "blosc" in str(error)
+
+
+def test_the_codec_keeps_what_codecs_promise() -> None:
+    report = check_codec(CODEC)
+    assert max(report.ratios.values()) < 1.01
+
+
+def test_a_model_becomes_an_nxf_that_is_verified_runs_the_same_and_comes_back(
+    tmp_path: Path,
+) -> None:
+    [model] = write_llama(tmp_path / "tiny.gguf", **TINY)
+    nxf, back = tmp_path / "tiny.nxf", tmp_path / "back.gguf"
+    plugins = load_plugins(nexus_codec_blosc)
+    engine = FakeEngine(plugins)
+    done = engine.command("convert", model, nxf, "--codec", "blosc")
+    assert done.status == 0, done.err
+    assert b"blosc" in nxf.read_bytes()
+    assert engine.command("convert", nxf, back).status == 0
+    assert back.read_bytes() == model.read_bytes()
+    assert _logits(nxf, plugins) == _logits(model, plugins)
+
+
+def test_who_reads_it_without_the_plugin_is_told_what_is_missing(tmp_path: Path) -> None:
+    [model] = write_llama(tmp_path / "tiny.gguf", **TINY)
+    nxf = tmp_path / "tiny.nxf"
+    engine = FakeEngine(load_plugins(nexus_codec_blosc))
+    assert engine.command("convert", model, nxf, "--codec", "blosc").status == 0
+    with pytest.raises(NexusError, match="blosc"):
+        _logits(nxf, load_plugins())
+
+
+def _logits(path: Path, plugins: Plugins) -> bytes:
+    """Return the bits of the logits of a model, half of whose weights are streamed."""
+    options = {"hardware": machine(), "n_ctx": 64, "n_threads": 2, "logits_all": True}
+    with use_plugins(plugins):
+        try:
+            llm = Llama(str(path), weights=1, verbose=False, **options)
+        except DoesNotFit as error:
+            llm = Llama(str(path), weights=error.smallest_bytes, verbose=False, **options)
+        try:
+            llm.eval([1, 5, 6, 7])
+            assert llm.nexus.stats().bytes_read > 0
+            return bytes(llm.scores[: llm.n_tokens].tobytes())
+        finally:
+            llm.close()

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from nexus_ext.errors import FormatError, ReadFailed, UsageError
-from nexus_ext.policies import ExpertPredictor
+from nexus_ext.hooks import ExpertPredictor, FormatError, ReadFailed, UsageError
 from nexus_ext.routing import RoutingTrace, TracedLayer
 
 TRAIN = ["lstm", "train"]

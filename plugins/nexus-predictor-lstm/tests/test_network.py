@@ -10,9 +10,8 @@ from nexus_predictor_lstm.follower import Follower, LstmPredictor
 from nexus_predictor_lstm.network import Adam, Size, hot, initial, loss_and_gradients, start
 from nexus_predictor_lstm.train import Lstm, Settings, train
 
-from nexus_ext.errors import FormatError, UsageError
 from nexus_ext.formats import Learned
-from nexus_ext.policies import CacheInfo, ExpertPredictor, LayerPredictor
+from nexus_ext.hooks import CacheInfo, ExpertPredictor, FormatError, LayerPredictor, UsageError
 from nexus_ext.routing import RoutingTrace, TracedLayer, compare, mean_score, score
 
 SIZE = Size(n_layers=3, n_experts=5, n_hidden=4)

@@ -11,9 +11,8 @@ import pytest
 from nexus_predictor_markov.chain import SMOOTHING, STEP, Chain, Shape, train
 from nexus_predictor_markov.follower import Follower, MarkovPredictor
 
-from nexus_ext.errors import FormatError, UsageError
 from nexus_ext.formats import Learned
-from nexus_ext.policies import CacheInfo, ExpertPredictor, LayerPredictor
+from nexus_ext.hooks import CacheInfo, ExpertPredictor, FormatError, LayerPredictor, UsageError
 from nexus_ext.routing import RoutingTrace, TracedLayer, mean_score, rank_popular, score
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nexus_ext import hookimpl
+from nexus_ext.hooks import hookimpl
 
 if TYPE_CHECKING:
-    from nexus_ext.codecs import Codec
+    from nexus_ext.hooks import Codec
 
 nexus_plugin_api = 1
 

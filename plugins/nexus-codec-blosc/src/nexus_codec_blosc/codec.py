@@ -11,8 +11,7 @@ from __future__ import annotations
 import struct
 from typing import Any, Final
 
-from nexus_ext.codecs import wrong_size
-from nexus_ext.errors import FormatError
+from nexus_ext.hooks import FormatError
 
 LEVEL: Final = 5  # of zstd: more makes weights hardly smaller
 MOST_ITEM_BYTES: Final = 255
@@ -57,7 +56,7 @@ class BloscCodec:
         if n_stored != len(stored):
             raise FormatError(f"blosc: {len(stored)} bytes, the chunk says {n_stored}")
         if n_decoded != len(out):
-            raise wrong_size(self.name, n_decoded, len(out))
+            raise FormatError(f"blosc: decodes to {n_decoded} bytes, {len(out)} are expected")
         if not len(out):
             return
         try:

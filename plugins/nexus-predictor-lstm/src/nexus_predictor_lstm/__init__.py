@@ -12,12 +12,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from nexus_ext import hookimpl
+from nexus_ext.hooks import hookimpl
 
 if TYPE_CHECKING:
     import click
 
-    from nexus_ext.policies import ExpertPredictor
+    from nexus_ext.hooks import ExpertPredictor
 
 nexus_plugin_api = 1
 FILE_VARIABLE = "NEXUS_LSTM"

@@ -11,7 +11,7 @@ import numpy as np
 from nexus_predictor_lstm.network import start, step
 
 if TYPE_CHECKING:
-    from nexus_ext.policies import CacheInfo, PredictorChoice
+    from nexus_ext.hooks import CacheInfo, PredictorChoice
     from nexus_predictor_lstm.network import Array
     from nexus_predictor_lstm.train import Lstm
 

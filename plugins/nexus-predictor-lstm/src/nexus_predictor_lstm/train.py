@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from nexus_ext.errors import FormatError, UsageError
 from nexus_ext.formats import Learned
+from nexus_ext.hooks import FormatError, UsageError
 from nexus_ext.routing import RoutingTrace, decisions, follows, mean_score, score, split
 from nexus_predictor_lstm.network import (
     Adam,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from nexus_ext.policies import CacheInfo, PredictorChoice
+    from nexus_ext.hooks import CacheInfo, PredictorChoice
     from nexus_predictor_markov.chain import Chain
 
 _log = logging.getLogger("nexus_predictor_markov")
