@@ -81,7 +81,7 @@ def schema_grammar(schema: Mapping[str, Any]) -> str:
         grammar = json_schema_to_gbnf(json.dumps(schema))
     except Exception as error:  # whatever the converter stumbles over in the user's schema
         raise UsageError(
-            f"the JSON schema cannot be made a grammar: {error!r}"[:500],
+            f"the JSON schema cannot be made a grammar: {str(error) or repr(error)}"[:500],
             hint="use types, properties, required, items, enum, const, anyOf and $ref below $defs",
         ) from error
     return str(grammar).replace(_ANY_CHARACTER, _JSON_CHARACTER)

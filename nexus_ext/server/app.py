@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from difflib import get_close_matches
 from http import HTTPStatus
 
 from starlette.applications import Starlette
@@ -98,12 +99,13 @@ async def _http_exception(request: Request, error: Exception) -> Response:
         405: f"{request.url.path} does not take {request.method}",
     }
     text = texts.get(status, HTTPStatus(status).phrase.lower())
-    below = f"/v1{request.url.path}"
-    known = status == 404 and any(endpoint.path == below for endpoint in ENDPOINTS)
+    near: list[str] = []
+    if status == 404:
+        near = get_close_matches(request.url.path, [e.path for e in ENDPOINTS], n=1, cutoff=0.8)
     refusal = HttpError(
         status,
         text,
-        hint=f"OpenAI's API begins with /v1: {below}" if known else "",
+        hint=f"did you mean {near[0]}?" if near else "",
         code=HTTPStatus(status).name.lower(),
         headers=dict(error.headers or {}),
     )

@@ -81,7 +81,7 @@ def gpu_budgets(asked: Sequence[int]) -> tuple[GpuBudget, ...]:
     found = ggml.gpus()
     if len(asked) > len(found):
         raise UsageError(
-            f"{len(asked)} GPUs are given a budget, llama.cpp finds {len(found)} here",
+            f"budgets are given for {len(asked)} GPUs, llama.cpp finds {len(found)} here",
             hint="`nexus probe` shows them; llama-cpp-python must be one that was built for them",
         )
     for number, (nbytes, (device, _)) in enumerate(zip(asked, found, strict=False)):

@@ -32,6 +32,7 @@ ENVELOPES: Mapping[Api, Callable[[NexusError], dict[str, Any]]] = {
     "ollama": errors.ollama_error,
     "llama.cpp": errors.llama_cpp_error,
 }
+_TYPES = {"str", "int", "float", "bool", "constrained-str", "constrained-int", "none"}
 CLIENT_GONE = 499  # as other servers log it; nobody is there to see it
 
 
@@ -188,13 +189,20 @@ def _too_long(most: int) -> HttpError:
 
 def parse_body(model: type[BaseModel], raw: bytes) -> BaseModel:
     """Return the checked body. Raises HttpError 400 that names the key."""
+    if not raw.strip():
+        raise HttpError(400, "the request has no body", hint="send a JSON object")
     try:
         return model.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"] if not _is_choice(part))
         text = f"{where}: {first['msg']}" if where else first["msg"]
         raise HttpError(400, text, param=where or None) from None
+
+
+def _is_choice(part: int | str) -> bool:
+    """Whether a part of a place is no key but names one of several types that a value may have."""
+    return isinstance(part, str) and (part in _TYPES or "[" in part or part[:1].isupper())
 
 
 async def until_disconnect(request: Request, work: Awaitable[Response]) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import signal
 import socket
@@ -41,9 +42,12 @@ def bind(host: str, port: int, send_timeout_s: float = 60) -> socket.socket:
         made.bind(address)
         made.listen(_BACKLOG)
     except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
         raise UsageError(
             f"{host}:{port} cannot be listened on: {error.strerror or error}",
-            hint="another server may have it: give --port, or stop that one",
+            hint="another server may have it: give --port, or stop that one"
+            if taken
+            else "give --host an address of this machine, and --port one that you may use",
         ) from error
     return made
 

@@ -58,12 +58,19 @@ class Library:
             model = source.find(parsed)
             if model is not None:
                 return model
-        known = [str(n) for n in self.names()]
-        close = difflib.get_close_matches(str(parsed), known, n=1)
+        near = self._near(parsed)
         raise ModelNotFound(
             f"there is no model {str(parsed)!r}",
-            hint=f"did you mean {close[0]!r}?" if close else "`nexus list` shows what there is",
+            hint=f"did you mean {near!r}?" if near else "`nexus list` shows what there is",
         )
+
+    def _near(self, wanted: ModelName) -> str | None:
+        """Return the name that was most likely meant: another tag, or a path nearly the same."""
+        paths: dict[str, str] = {}
+        for name in self.names():
+            paths.setdefault(name.path.lower(), str(name))
+        close = difflib.get_close_matches(wanted.path.lower(), paths, n=1)
+        return paths[close[0]] if close else None
 
     def names(self) -> list[ModelName]:
         """Return every name once, sorted."""

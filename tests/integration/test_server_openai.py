@@ -98,6 +98,32 @@ def test_a_chat_is_written_by_the_template_and_answered(
     }
 
 
+def test_no_limit_is_minus_one(client: httpx.Client, engine: FakeEngine) -> None:
+    good(chat(client, max_tokens=-1))
+    good(chat(client, max_tokens=5, max_completion_tokens=-1))
+    good(complete(client, max_tokens=-1))
+    assert [request.max_tokens for request in engine.requests] == [None] * 3
+    good(chat(client, max_tokens=0))
+    assert engine.requests[-1].max_tokens == 0
+    wrong(chat(client, max_tokens=-2))
+
+
+def test_what_is_sent_first_by_mistake_is_told_in_words(client: httpx.Client) -> None:
+    assert "no body" in wrong(client.post("/v1/chat/completions"))["message"]
+    assert "Invalid JSON" in wrong(client.post("/v1/completions", content=b"x"))["message"]
+    assert wrong(chat(client, stop=5))["message"].startswith("stop: ")
+    assert wrong(chat(client, tool_choice="some"))["param"] == "tool_choice"
+    for path, meant in (
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/completion", "/v1/completions"),
+        ("/v1/embedding", "/v1/embeddings"),
+    ):
+        response = client.post(path, json={})
+        assert response.status_code == 404
+        assert f"did you mean {meant}?" in response.json()["error"]["message"]
+    assert "did you mean" not in client.get("/v1/images").text
+
+
 def test_every_parameter_reaches_the_engine(client: httpx.Client, engine: FakeEngine) -> None:
     good(
         chat(

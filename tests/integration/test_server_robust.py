@@ -19,10 +19,11 @@ from typing import Any
 import httpx
 import pytest
 
-from nexus_ext.errors import ReadFailed
+from nexus_ext.errors import ReadFailed, UsageError
 from nexus_ext.multiplexer.api import Overloaded
 from nexus_ext.server import Config
 from nexus_ext.server.config import ModelsConfig, ServerConfig
+from nexus_ext.server.serving import bind
 from nexus_ext.store import Library
 from tests.fake_engine import FakeEngine, by_bytes
 from tests.models_folder import find_model
@@ -365,3 +366,14 @@ def test_sigterm_lets_requests_finish_or_cancels_them_at_the_deadline(
     finally:
         process.kill()
         process.wait()
+
+
+def test_an_address_that_cannot_be_had_is_told_with_what_to_do() -> None:
+    with bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match=f"127.0.0.1:{port}") as error:
+            bind("127.0.0.1", port)
+        assert "--port" in error.value.hint and "another server" in error.value.hint
+    with pytest.raises(UsageError, match="256") as error:
+        bind("256.0.0.1", 0)
+    assert "--host" in error.value.hint

@@ -254,9 +254,14 @@ def test_an_unknown_model_is_never_another_one(tmp_path: Path, model: Path) -> N
     for name in ("tiny", "tin", "tiny:v2", "TINY:v1", "../tiny:v1"):
         with pytest.raises(ModelNotFound):
             library.find(name)
+    for name, word in (("tiny:v2", "tiny:v1"), ("tinny", "tiny:v1"), ("TINY", "tiny:v1")):
+        with pytest.raises(ModelNotFound) as caught:
+            library.find(name)
+        assert word in caught.value.hint
+    library.own.create(ModelName.parse("bit"), model)
     with pytest.raises(ModelNotFound) as caught:
-        library.find("tiny:v2")
-    assert "tiny:v1" in caught.value.hint
+        library.find("gpt-4")  # which has its tag in common with "bit", and nothing else
+    assert "did you mean" not in caught.value.hint
 
 
 def test_a_broken_entry_does_not_hide_the_others(
