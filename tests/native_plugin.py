@@ -44,7 +44,7 @@ def compiled(directory: Path, code: str, name: str = "plugin") -> ctypes.CDLL:
     source.write_text(f"#include <nexus_plugin.h>\n{code}", encoding="utf-8")
     flags = ["-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
     subprocess.run(
-        [compiler, *flags, f"-I{nexus_ext.get_include()}", str(source), "-o", str(library)],
+        [compiler, *flags, f"-I{nexus_ext.get_include()}", str(source), "-o", str(library), "-lm"],
         check=True,
     )
     return ctypes.CDLL(str(library))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nexus_ext.testing.engine import FakeModel as FakeModel
     from nexus_ext.testing.engine import PredictorRun as PredictorRun
     from nexus_ext.testing.engine import assert_healthy as assert_healthy
+    from nexus_ext.testing.engine import replay_trace as replay_trace
     from nexus_ext.testing.hardware import machine as machine
     from nexus_ext.testing.identity import SameTokens as SameTokens
     from nexus_ext.testing.identity import assert_same_tokens as assert_same_tokens
@@ -56,6 +57,7 @@ _HOME = {
     "load_plugins": "loading",
     "machine": "hardware",
     "recorded_trace": "traces",
+    "replay_trace": "engine",
     "scripted_server": "server",
     "synthetic_trace": "traces",
     "use_plugins": "loading",

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from nexus_ext.errors import UsageError
 from nexus_ext.formats import open_model
 from nexus_ext.hardware import HardwareProfile
-from nexus_ext.native_plugins import replay_trace
+from nexus_ext.native_plugins import replay_trace as replay_trace
 from nexus_ext.native_predictions import predict_trace
 from nexus_ext.placement import Plan, PlanRequest
 from nexus_ext.plugins import Plugins

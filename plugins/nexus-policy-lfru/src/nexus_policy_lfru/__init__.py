@@ -13,12 +13,14 @@ from nexus_ext import hookimpl
 from nexus_ext.policies import CacheInfo, NativePolicy
 
 
-def native_policy() -> NativePolicy:
-    """Return the policy, to be given to a cache or to a replay."""
-    found = find_spec("nexus_policy_lfru._policy")
-    if found is None or found.origin is None:
+def native_policy(file: str | None = None) -> NativePolicy:
+    """Return the policy, to be given to a cache or to a replay; `file`: a library of one's own."""
+    if file is None:
+        found = find_spec("nexus_policy_lfru._policy")
+        file = found.origin if found is not None else None
+    if file is None:
         raise ImportError("nexus_policy_lfru is not built: pip install --no-build-isolation .")
-    library = ctypes.CDLL(found.origin)
+    library = ctypes.CDLL(file)
     struct = ctypes.c_char.in_dll(library, "nexus_policy_lfru")
     return NativePolicy("lfru-history", ctypes.addressof(struct), library)
 
