@@ -25,6 +25,7 @@ from nexus_ext.placement.gpu import NOTHING, GpuPart, gpu_part, largest_part
 from nexus_ext.plugins import plugins
 from nexus_ext.policies import IoInfo, IoMode
 from nexus_ext.runtime.batch import Shape
+from nexus_ext.runtime.loadable import check_loadable
 from nexus_ext.runtime.own_kernels import own_types
 from nexus_ext.runtime.residual import checked
 from nexus_ext.types import Catalog, TensorInfo
@@ -131,6 +132,7 @@ def blueprint(
     """
     options = options or Options()
     catalog = open_model(os.fspath(path))
+    check_loadable(catalog)
     if not shape.n_ctx:
         shape = replace(shape, n_ctx=catalog.shape.n_ctx_train or 512)
     gpu = _on_gpu(catalog, shape, options)

@@ -17,6 +17,7 @@ from nexus_ext.placement import Plan, PlanRequest
 from nexus_ext.plugins import plugins
 from nexus_ext.policies import IoInfo, IoMode
 from nexus_ext.runtime import ggml
+from nexus_ext.runtime.loadable import check_loadable
 from nexus_ext.types import Catalog
 
 
@@ -87,6 +88,7 @@ def plan_model(
     FormatError, DoesNotFit, UsageError, or what a plugin's solver may raise.
     """
     catalog = open_model(os.fspath(path))
+    check_loadable(catalog)
     hardware = hardware or hardware_profile(path)
     if plan is None:
         plan = plugins().solve(catalog, hardware, request)

@@ -27,6 +27,7 @@ MOE_ARCHITECTURES = (
     "qwen35moe",
 )
 FUSED_ARCHITECTURES = ("deepseek2", "qwen3next", "qwen35moe")  # load ffn_gate_up_exps
+MAX_LAYERS = 512  # that llama.cpp loads
 HYBRID_ARCHITECTURES = ("qwen3next", "qwen35moe")  # every second layer is a Gated DeltaNet
 
 
@@ -185,10 +186,14 @@ def llama_dims_for_size(nbytes: int, quant: str = "Q4_0") -> LlamaDims:
         for tensor in _llama_tensors(dims, quant.upper(), None, False):
             sizes[tensor.name.startswith("blk.")] += tensor.nbytes
         n_layers = round((nbytes - sizes[False]) / sizes[True])
-        if n_layers >= (16 if best else 1) and (best is None or dims.n_embd > best[0]):
+        if (16 if best else 1) <= n_layers <= MAX_LAYERS and (
+            best is None or dims.n_embd > best[0]
+        ):
             best = (dims.n_embd, replace(dims, n_layers=n_layers))
     if best is None:
-        raise ValueError(f"{nbytes} bytes are too few for a model")
+        raise ValueError(
+            f"no llama of a usual width has {nbytes} bytes in 1 to {MAX_LAYERS} layers"
+        )
     return best[1]
 
 
