@@ -10,7 +10,7 @@ import re
 from dataclasses import replace
 from typing import Any, Final
 
-from nexus_ext.errors import NexusError
+from nexus_ext.errors import FormatError, NexusError
 from nexus_ext.formats.foreign import faults
 from nexus_ext.plugin_registry import show
 from nexus_ext.plugins import Rubbish, plugins
@@ -46,7 +46,10 @@ def open_container(path: str) -> Catalog | None:
             found = reader.open(path)
             if not isinstance(found, Catalog):
                 raise Rubbish(f"opened {path} as {show(found)}, which is no Catalog")
-            fault = faults(found)
+            try:
+                fault = faults(found)
+            except FormatError as error:  # of the header that was made up, not of the file
+                fault = str(error)
             if fault:
                 raise Rubbish(f"opened {path}, but {fault}")
             return replace(found, container=reader.name)
