@@ -146,6 +146,9 @@ class Registry:
     def _register(self, plugin: object, name: str) -> tuple[tuple[str, ...], int]:
         """Register and return the hooks and the API version, or leave no trace and raise."""
         api = api_of(plugin)
+        known = self._manager.get_name(plugin)
+        if known is not None:
+            raise PluginError(f"it is registered already, as {known!r}")
         try:
             self._manager.register(plugin, name=name)
             callers = self._manager.get_hookcallers(plugin) or []

@@ -215,6 +215,14 @@ class Asking:
     def is_disabled(self, name: str, hook: str) -> bool:
         return hook in self._registry.record(name).disabled
 
+    def disabled(self) -> list[tuple[str, str, str]]:
+        """Return (plugin, hook, its last error) of all that is not asked any more."""
+        return [
+            (record.name, hook, record.error)
+            for record in self._registry.records()
+            for hook in record.disabled
+        ]
+
     def is_builtin(self, name: str) -> bool:
         return self._registry.record(name).builtin
 

@@ -82,6 +82,8 @@ class PagedModel:
         """
         model = self.core
         file = model.file_io()
+        told = {hook for hook, _ in self._told}  # of these the core says itself why
+        failed = [f"{name}: {why}" for name, hook, why in plugins().disabled() if hook not in told]
         return run_stats(
             model.stats(),
             disk_bytes_s,
@@ -91,6 +93,7 @@ class PagedModel:
             prediction=model.prediction(),
             cache_policy=model.cache_policy(),
             predictor=model.predictor_plugin(),
+            failed=tuple(failed),
             kernels=kernels.current_isa() if self.own_kernels else "ggml",
             products=model.own_products(),
         )

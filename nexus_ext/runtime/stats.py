@@ -42,7 +42,7 @@ class RunStats:
     prediction: str  # why, in a sentence; "" without a cache of experts
     cache_policy: str  # what evicts experts; "" without a cache of experts
     policy_s: float  # that it took, a predictor of a plugin included
-    disabled: tuple[str, ...]  # plugins that failed while running, and why; built-ins took over
+    disabled: tuple[str, ...]  # plugins that failed in this process, and why; others took over
     retries: int
     stored_bytes: int  # chunks of an NXF that were checked and decoded, as they are stored
     raw_bytes: int  # the same, decoded
@@ -67,6 +67,7 @@ def run_stats(
     prediction: Prediction,
     cache_policy: PluginUse,
     predictor: PluginUse,
+    failed: tuple[str, ...] = (),
     kernels: str,
     products: Mapping[str, int],
 ) -> RunStats:
@@ -101,7 +102,10 @@ def run_stats(
         prediction=describe(prediction) if stats.cache_bytes else "",
         cache_policy=cache_policy.name if stats.cache_bytes else "",
         policy_s=(cache_policy.ns + predictor.ns) / 1e9,
-        disabled=tuple(f"{use.name}: {use.why}" for use in (cache_policy, predictor) if use.why),
+        disabled=(
+            *(f"{use.name}: {use.why}" for use in (cache_policy, predictor) if use.why),
+            *failed,
+        ),
         retries=stats.retries,
         stored_bytes=stats.stored_bytes,
         raw_bytes=stats.raw_bytes,

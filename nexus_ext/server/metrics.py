@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from nexus_ext.multiplexer.api import Done, ModelStatus
+from nexus_ext.plugins import plugins
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
@@ -55,6 +56,12 @@ class Metrics:
             ("model", "kind"),
             registry=self.registry,
         )
+        self._disabled = Gauge(
+            "nexus_plugin_disabled",
+            "Hooks that a plugin is not asked for any more, since it failed.",
+            ("plugin", "hook"),
+            registry=self.registry,
+        )
         self._slots = Gauge(
             "nexus_model_requests",
             "Requests of a model that run or wait.",
@@ -84,6 +91,9 @@ class Metrics:
         """Return all metrics in Prometheus' text format."""
         self._memory.labels("used").set(budget[0])
         self._memory.labels("total").set(budget[1])
+        self._disabled.clear()
+        for plugin, hook, _ in plugins().disabled():
+            self._disabled.labels(plugin, hook).set(1)
         self._models.clear()
         self._slots.clear()
         for model in models:

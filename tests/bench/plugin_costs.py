@@ -52,7 +52,7 @@ class Takes:
 def plugins_with(patch: pytest.MonkeyPatch, **hooks: Callable[[], object]) -> Plugins:
     plugin = ModuleType("bench")
     for name, function in hooks.items():
-        setattr(plugin, name, hookimpl(function, specname=name))
+        setattr(plugin, name, hookimpl(lambda function=function: function(), specname=name))
     patch.setattr(EntryPoint, "load", lambda self: plugin)
     entries = [EntryPoint("bench", "bench", GROUP)] if hooks else []
     found = Plugins(found=entries, environ={})

@@ -198,9 +198,11 @@ def test_metrics_that_break_are_left_out_and_the_others_shown(
         )
     )
     with server(library) as client:
+        client.get("/metrics")
         text = client.get("/metrics").text
     assert text.count("good_gauge 1.0") == 1 and "bad_gauge" not in text
     assert text.count("# TYPE nexus_budget_bytes gauge") == 1
+    assert 'nexus_plugin_disabled{hook="nexus_metrics",plugin="bad"} 1.0' in text
     errors = {name: record(plugins, name).error for name in ("bad", "good", "late", "steals")}
     assert errors["good"] == ""
     assert "ValueError" in errors["bad"]
