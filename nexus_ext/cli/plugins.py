@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import click
 
 from nexus_ext.cli.options import output_options
 from nexus_ext.cli.output import Output
+
+if TYPE_CHECKING:
+    from nexus_ext.plugin_registry import PluginRecord
 
 
 @click.command()
@@ -30,26 +36,22 @@ def plugins(output: Output) -> None:
 
     records = list_plugins()
     output.result({"api": PLUGIN_API, "plugins": records})
-    output.table(
-        ("plugin", "state", "from", "api", "decides", "hooks"),
-        [
-            (
-                record.name,
-                record.state,
-                f"{record.distribution} {record.version}".strip() or "-",
-                str(record.api),
-                " ".join(record.decides) or "-",
-                " ".join(record.hooks) or "-",
-            )
-            for record in records
-        ],
-    )
+    deciders = {hook: record.name for record in records for hook in record.decides}
+    rows = []
     for record in records:
-        for hook in record.overridden:
-            if not record.builtin:
-                winner = next(r.name for r in records if hook in r.decides)
-                output.line(f"{record.name}: {hook} is answered by {winner}")
-        if record.disabled:
-            output.line(f"{record.name}: disabled for {' '.join(record.disabled)}")
+        first = (record.name, record.state, f"{record.distribution} {record.version}".strip())
+        for hook in record.hooks or ("-",):
+            rows.append((*first, hook, _use(record, hook, deciders)))
+            first = ("", "", "")
+    output.table(("plugin", "state", "from", "hook", "use"), rows)
+    for record in records:
         if record.error:
             output.line(f"{record.name}: {record.error}")
+
+
+def _use(record: PluginRecord, hook: str, deciders: Mapping[str, str]) -> str:
+    if hook in record.disabled:
+        return "disabled"
+    if hook in record.overridden:
+        return f"{deciders[hook]} decides"
+    return "decides" if hook in record.decides else ""

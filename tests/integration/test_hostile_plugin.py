@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +14,7 @@ import pytest
 
 from nexus_ext.plugins import Plugins
 from tests.cli_support import call
+from tests.hook_plugins import installer
 from tests.hostile import MODES, hostile_plugins
 from tests.integration.mux import a_prompt, answer, multiplexer, run, takes
 from tests.integration.streaming import Bits, logits, paged, prompt
@@ -94,3 +100,45 @@ def test_a_conversion_gives_the_file_back(
     assert done.status == 0, done.err
     assert call("convert", str(stored), str(back)).status == 0
     assert back.read_bytes() == DENSE.read_bytes()
+
+
+INSTALLED = """
+import os
+from hostile_support import hostile
+nexus_plugin_api = 1
+globals().update(vars(hostile(os.environ["HOSTILE"])))
+"""
+
+
+@pytest.mark.parametrize(
+    "mode", ["hooks raise", "hooks exit", "objects raise", "objects return evil"]
+)
+def test_an_installed_one_stops_no_command(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: Path
+) -> None:
+    """As an installer lays it out, found by its entry point, in processes of its own."""
+    installer(tmp_path / "site", monkeypatch)("hostile", INSTALLED)
+    shutil.copy(repository / "tests" / "hostile.py", tmp_path / "site" / "hostile_support.py")
+    command = [sys.executable, "-m", "nexus_ext.cli"]
+    run_it = ["run", DENSE, "--weights", "300K", "-n", "8", "--temp", "0", "--quiet", "Once"]
+
+    def process(*arguments: object, load: str) -> subprocess.CompletedProcess[str]:
+        environ = {
+            **os.environ,
+            "HOSTILE": mode,
+            "NEXUS_LOAD_PLUGINS": load,
+            "PYTHONPATH": str(tmp_path / "site"),
+        }
+        line = [*command, *map(str, arguments)]
+        return subprocess.run(line, env=environ, capture_output=True, text=True, check=False)
+
+    alone = process(*run_it, load="none")
+    assert alone.returncode == 0 and len(alone.stdout) > 10, alone.stderr
+    beside = process(*run_it, load="hostile")
+    assert (beside.returncode, beside.stdout) == (0, alone.stdout), beside.stderr
+    listed = process("plugins", "--json", load="hostile")
+    (found,) = (p for p in json.loads(listed.stdout)["plugins"] if not p["builtin"])
+    assert (found["name"], found["distribution"], found["version"]) == (
+        *("hostile", "dist-hostile", "1.2"),
+    )
+    assert found["state"] == ("active" if mode.startswith("objects") else "disabled")

@@ -23,6 +23,7 @@ from nexus_ext.plugins.asking import OBSERVER_FAILURES
 from nexus_ext.policies import CacheInfo, IoInfo, ModelInfo
 from nexus_ext.types import Catalog
 from nexus_ext.units import MIB
+from tests.cli_support import call
 from tests.hook_plugins import Install, installer
 from tests.unit.test_placement_builders import machine, model
 
@@ -420,3 +421,41 @@ def test_what_a_slow_plugin_takes_is_counted_and_said_once(
         assert plugins.choose_io(INFO) == "direct"
     assert records(plugins)["slow"].seconds == 8  # its hook and three answers, two seconds each
     assert caplog.text.count("plugin 'slow' has taken 2.0 s in nexus_io_policy") == 1
+
+
+def test_the_command_shows_every_plugin_with_its_state_hooks_and_errors(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("apple", POLICY.format(name="a", mode="direct"))
+    install("zebra", POLICY.format(name="z", mode="direct"))
+    install("broken", "raise LookupError('not today')")
+    install("newer", API.format(api=PLUGIN_API + 1))
+    install("rubbish", "from nexus_ext import hookimpl\n" + WRONG_ANSWERS["no policy"][0])
+    plugins = Plugins(environ={})
+    monkeypatch.setattr("nexus_ext.plugins._plugins", plugins)
+
+    def lines() -> list[list[str]]:
+        return [line.split() for line in call("plugins").out.splitlines() if line.strip()]
+
+    shown = lines()
+    origin = ["1.2", "nexus_io_policy"]
+    for expected in (
+        ["apple", "active", "dist-apple", *origin, "decides"],
+        ["zebra", "overridden", "dist-zebra", *origin, "apple", "decides"],
+        ["rubbish", "disabled", "dist-rubbish", *origin, "disabled"],
+        ["broken", "failed", "dist-broken", "1.2", "-"],
+        ["newer", "skipped", "dist-newer", "1.2", "-"],
+        ["broken:", "LookupError:", "not", "today"],
+        ["rubbish:", *"nexus_io_policy returned 7, which is no IoPolicy".split()],
+    ):
+        assert expected in shown, expected
+    plugins.disable("apple", "nexus_io_policy", "went wrong")
+    told = call("plugins", "--json").json
+    assert told["api"] == PLUGIN_API
+    by_name = {p["name"]: p for p in told["plugins"]}
+    apple, zebra = by_name["apple"], by_name["zebra"]
+    assert (apple["version"], apple["distribution"]) == ("1.2", "dist-apple")
+    assert apple["disabled"] == apple["hooks"] == ["nexus_io_policy"]
+    assert (apple["state"], apple["error"]) == ("disabled", "nexus_io_policy went wrong")
+    assert (zebra["state"], zebra["decides"]) == ("active", ["nexus_io_policy"])
+    assert ["apple", "disabled", "dist-apple", *origin, "disabled"] in lines()

@@ -55,7 +55,7 @@ def test_every_decision_is_the_built_in_one(mode: str, monkeypatch: pytest.Monke
         assert deciding.make_room(MEMORY, 50, "new") == eviction.make_room(MEMORY, 50, "new")
         assert plugins.allocate(ITEMS, 450) == allocate(ITEMS, 450)
     states = {r.name: r for r in plugins.list_plugins() if not r.builtin}
-    assert "registered already, as 'hostile-again'" in states["hostile"].error  # the second of the two
+    assert "registered already, as 'hostile-again'" in states["hostile"].error
     record = states["hostile-again"]
     if "hooks are slow" not in mode:
         assert record.state == "disabled"
