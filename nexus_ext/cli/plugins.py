@@ -39,7 +39,8 @@ def plugins(output: Output) -> None:
     deciders = {hook: record.name for record in records for hook in record.decides}
     rows = []
     for record in records:
-        first = (record.name, record.state, f"{record.distribution} {record.version}".strip())
+        origin = f"{record.distribution} {record.version}".strip()
+        first: tuple[str, str, str] = (record.name, record.state, origin)
         for hook in record.hooks or ("-",):
             rows.append((*first, hook, _use(record, hook, deciders)))
             first = ("", "", "")
