@@ -80,6 +80,8 @@ VERSIONS: dict[int, dict[str, tuple[str, ...]]] = {
             "n_experts: int",
             "n_experts_used: int",
             "slots: int",
+            "fingerprint: str",
+            "layers: tuple[int, ...]",
         ),
         "CachePolicy": (
             "name: str",
