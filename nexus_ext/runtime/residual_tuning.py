@@ -1,10 +1,12 @@
 """How many channels of each kind of matrix a token has time for, and where they repair most.
 
-Both are measured in the model that was opened, while it writes a few tokens: each is decoded anew
-with nothing corrected, with one kind of matrix corrected at a time, and with everything corrected,
-which is as near to the original as residuals bring it. From each run come its time and how far its
-predictions are from the last one's. What a kind is worth at other shares is a power law through the
-two that were measured; channels are then dealt out by what they repair in the time they take.
+Both are measured in the model that was opened, while it writes a few tokens. Each is decoded anew
+with nothing corrected; with a usual share of all kinds of matrices; with none and with more of one
+kind at a time, the others as usual, since what a kind is worth depends on what else is corrected;
+and with everything corrected, which is as near to the original as residuals bring it. From each run
+come its time and how far its predictions are from the last one's. What a kind is worth at other
+shares is a power law through the two that were measured; channels are then dealt out by what they
+repair in the time they take.
 
 Pure but for `observe`, which runs what it is given.
 """
@@ -25,26 +27,26 @@ from nexus_ext.quality.allocation import Choice, Item, allocate
 
 Floats = npt.NDArray[np.float32]
 
-PROBES: Final = (0.02, 0.08)  # shares that are measured
+PROBES: Final = (0.06, 0.16)  # shares that are measured: the usual one, and more
 SHARES: Final = (0.0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.25)
 _LEAST_EXPONENT: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What correcting one kind of matrix alone costs and repairs."""
+    """What correcting one kind of matrix costs and repairs, the others corrected as usual."""
 
     kind: str
     seconds: tuple[float, float]  # added to a token at the shares of PROBES
     repaired: tuple[float, float]  # of the divergence, in nats, at the same
 
     def cost(self, share: float) -> float:
-        """Return the seconds that a share takes: a line through what was measured, from 0 on."""
+        """Return the seconds that a share takes: a line, but nothing below its part of the first."""
         if share == 0:
             return 0.0
         (x0, x1), (y0, y1) = PROBES, (max(s, 0.0) for s in self.seconds)
         slope = max(0.0, (y1 - y0) / (x1 - x0))
-        return max(0.0, y0 + slope * (share - x0)) if slope else max(y0, y1)
+        return float(max(y0 * min(1.0, share / x0), y0 + slope * (share - x0)))
 
     def worth(self, share: float) -> float:
         """Return the divergence that a share repairs, in nats."""
@@ -122,7 +124,9 @@ def observe(
     rng = np.random.default_rng(seed)
     nothing = dict.fromkeys(kinds, 0.0)
     everything = dict.fromkeys(kinds, 1.0)
-    settings = [nothing] + [{**nothing, kind: share} for kind in kinds for share in PROBES]
+    usual = dict.fromkeys(kinds, PROBES[0])
+    settings = [nothing, usual]
+    settings += [{**usual, kind: share} for kind in kinds for share in (0.0, PROBES[1])]
     times: list[list[float]] = [[] for _ in settings]
     apart: list[list[float]] = [[] for _ in settings]
     begin = time.perf_counter()
@@ -147,11 +151,14 @@ def observe(
     far = [sum(values) / len(values) for values in apart]
     effects = []
     for n, kind in enumerate(kinds):
-        at = (1 + len(PROBES) * n, 2 + len(PROBES) * n)
+        none, more = 2 + 2 * n, 3 + 2 * n
         # Paired by token: a machine that is busy for a while is busy for both.
-        added = [median(b - a for a, b in zip(times[0], times[i], strict=True)) for i in at]
+        added = [
+            median(b - a for a, b in zip(times[none], times[with_it], strict=True))
+            for with_it in (1, more)
+        ]
         effects.append(
-            Effect(kind, (added[0], added[1]), (far[0] - far[at[0]], far[0] - far[at[1]]))
+            Effect(kind, (added[0], added[1]), (far[none] - far[1], far[none] - far[more]))
         )
     return Observed(token_s, far[0], tuple(effects))
 

@@ -34,9 +34,13 @@ def test_between_and_beyond_the_probes_an_effect_is_a_power_law() -> None:
     assert effect.worth(0) == effect.cost(0) == 0
     assert effect.worth(PROBES[0]) == pytest.approx(0.1)
     assert effect.worth(PROBES[1]) == pytest.approx(0.2)
-    assert effect.worth(0.04) == pytest.approx(0.1 * math.sqrt(2))
-    assert effect.cost(0.05) == pytest.approx(2.5)
-    assert effect.cost(0.005) == pytest.approx(0.25)
+    exponent = math.log(2) / math.log(PROBES[1] / PROBES[0])
+    assert effect.worth(0.03) == pytest.approx(0.1 * 0.5**exponent)
+    assert effect.cost(0.11) == pytest.approx(2.5)
+    assert effect.cost(0.03) == pytest.approx(0.5)
+    assert Effect("x", (1.0, 1.5), (0.1, 0.2)).cost(0.02) == pytest.approx(
+        0.8
+    )  # it has a beginning
 
 
 def test_noise_makes_no_effect_of_the_wrong_sign() -> None:
@@ -77,7 +81,7 @@ def test_channels_are_dealt_out_as_well_as_by_trying_all(
 
 def test_what_repairs_nothing_gets_nothing() -> None:
     effects = [Effect("a", (1e-6, 1e-6), (0.0, -1.0)), Effect("b", (1.0, 4.0), (0.1, 0.2))]
-    assert distribute(effects, 2_000_000_000, nanoseconds) == {"a": 0.0, "b": 0.04}
+    assert distribute(effects, 2_000_000_000, nanoseconds) == {"a": 0.0, "b": 0.08}
     assert distribute(effects, 0, nanoseconds) == {"a": 0.0, "b": 0.0}
 
 
@@ -91,7 +95,7 @@ def test_a_model_is_observed_token_by_token(monkeypatch: pytest.MonkeyPatch) -> 
     def run(shares: Mapping[str, float], token: int, position: int) -> Floats:
         positions.append((token, position))
         clock[0] += 1.0 + 2 * shares["attn_qkv"] + 5 * shares["ffn_down"]
-        near = min(1.0, 6 * shares["ffn_down"] + shares["attn_qkv"])
+        near = min(1.0, 4 * shares["ffn_down"] + shares["attn_qkv"])
         return (exact * near + wrong * (1 - near)).astype(np.float32)
 
     seen = observe(KINDS, run, 2, most_tokens=6, most_seconds=1e9)
@@ -99,8 +103,8 @@ def test_a_model_is_observed_token_by_token(monkeypatch: pytest.MonkeyPatch) -> 
     assert {p for _, p in positions} == set(range(7))
     assert seen.token_s == pytest.approx(1.0)
     assert seen.divergence == pytest.approx(divergence(exact, wrong), rel=1e-5)
-    assert seen.effects[0].seconds == pytest.approx((0.04, 0.16))
-    assert seen.effects[1].seconds == pytest.approx((0.1, 0.4))
+    assert seen.effects[0].seconds == pytest.approx((0.12, 0.32))
+    assert seen.effects[1].seconds == pytest.approx((0.3, 0.8))
     assert 0 < seen.effects[0].repaired[0] < seen.effects[1].repaired[0]
     positions.clear()
     observe(KINDS, run, 2, most_tokens=60, most_seconds=0)
