@@ -46,15 +46,22 @@ class Allocation:
     loss: float
 
 
+def frontier(choices: Sequence[Choice]) -> list[Choice]:
+    """Return what is no larger than anything that loses less, smallest first."""
+    best: list[Choice] = []
+    for choice in sorted(choices, key=lambda c: (c.nbytes, c.loss)):
+        if not best or choice.loss < best[-1].loss:
+            best.append(choice)
+    return best
+
+
 def useful(choices: Sequence[Choice]) -> list[Choice]:
     """Return the lower convex hull of (bytes, loss): smallest first, each step paying less a byte.
 
     What is larger and no better than another, or above the line between two others, is left out.
     """
     best: list[Choice] = []
-    for choice in sorted(choices, key=lambda c: (c.nbytes, c.loss)):
-        if best and choice.loss >= best[-1].loss:
-            continue
+    for choice in frontier(choices):
         while len(best) > 1 and _gain(best[-2], best[-1]) <= _gain(best[-2], choice):
             best.pop()
         best.append(choice)

@@ -28,8 +28,9 @@ from nexus_ext.runtime.tensor_codec import row_nbytes
 from nexus_ext.runtime.weights import Weights
 from nexus_ext.types import TensorInfo
 
-# Types that llama.cpp computes fast on every CPU; smaller blocks stand in where rows are short.
-DEFAULT_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "Q5_0")
+# Smaller blocks stand in where rows are short. IQ3_S loses less than Q3_K of the same size, but
+# takes more computing: it is left to who asks for it.
+DEFAULT_TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "Q5_0")
 _PROBE = "Q3_K"  # large enough an error to be measured, small enough to be added up
 Method = Literal["measured", "error"]
 

@@ -41,7 +41,7 @@ class Effect:
     repaired: tuple[float, float]  # of the divergence, in nats, at the same
 
     def cost(self, share: float) -> float:
-        """Return the seconds that a share takes: a line, but nothing below its part of the first."""
+        """Return the seconds that a share takes: a line, and no less than its part."""
         if share == 0:
             return 0.0
         (x0, x1), (y0, y1) = PROBES, (max(s, 0.0) for s in self.seconds)

@@ -162,14 +162,15 @@ class ModelCopy:
         """Within the block the model has these tensors as `kind` would keep them."""
         try:
             for tensor in tensors:
-                self._quantize(tensor, kind, imatrix)
+                self.write(tensor, kind, imatrix)
             yield
         finally:
             for tensor in tensors:
                 self._file.seek(tensor.offset)
                 self._file.write(self._weights.encoded(tensor).tobytes())
 
-    def _quantize(self, tensor: TensorInfo, kind: GgmlType, imatrix: ImportanceMatrix) -> None:
+    def write(self, tensor: TensorInfo, kind: GgmlType, imatrix: ImportanceMatrix) -> None:
+        """From now on the model has this tensor as `kind` would keep it."""
         entry = imatrix.entries.get(tensor.name)
         experts = tensor.shape[2] if len(tensor.shape) > 2 else 1
         per_expert, n = tensor.n_rows // experts, tensor.shape[0]

@@ -16,13 +16,16 @@ from pathlib import Path
 
 from nexus_ext.formats import open_gguf
 from nexus_ext.placement import PlanRequest
+from nexus_ext.quality.allocation import Allocation
 from nexus_ext.quality.report import QualityReport, summarize
-from nexus_ext.runtime.allocation import measure
+from nexus_ext.runtime.allocation import DEFAULT_TYPES, measure
 from nexus_ext.runtime.imatrix import collect_imatrix
 from nexus_ext.runtime.planning import plan_model
 from nexus_ext.runtime.predictions import opened
 from nexus_ext.runtime.quality import record_reference, scores_against
 from nexus_ext.runtime.quantize import Quantized, quantize
+from nexus_ext.runtime.refinement import ROUNDS, refine
+from nexus_ext.runtime.weights import Weights
 
 
 def split_text(text: bytes) -> tuple[bytes, bytes]:
@@ -39,6 +42,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--windows", type=int, help="of evaluation; default: all")
     parser.add_argument("--method", default="measured", choices=["measured", "error"])
+    parser.add_argument("--types", help="that may be chosen, with commas between them")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of refinement")
+    parser.add_argument("--sizes", default="q4_k_m,q3_k_m", help="mixtures to compare with")
     args = parser.parse_args()
     calibration, evaluation = split_text(args.text.read_bytes())
     request = PlanRequest(
@@ -86,7 +92,7 @@ def compare(
 
     with reference:
         sizes = {}
-        for base in ("q4_k_m", "q3_k_m"):
+        for base in args.sizes.split(","):
             made = quantize(model, target, base, overwrite=True)
             report(base.upper(), made)
             made = quantize(model, target, base, imatrix=imatrix, overwrite=True)
@@ -100,6 +106,7 @@ def compare(
             n_ctx=args.ctx,
             n_threads=args.threads,
             method=args.method,
+            types=args.types.split(",") if args.types else DEFAULT_TYPES,
         )
         measured_s = time.perf_counter() - begin
         for name, bits in {**sizes, "3.5 bits a weight": 3.5}.items():
@@ -108,9 +115,34 @@ def compare(
                 model, target, "q4_k_m", imatrix=imatrix, types=found.types, overwrite=True
             )
             report(f"allocated, {name}", made)
-            used = sorted(found.types.values())
-            print("      " + ", ".join(f"{used.count(t)} {t}" for t in dict.fromkeys(used)))
+            show(found)
+            if not args.rounds:
+                continue
+            begin = time.perf_counter()
+            found = refine(
+                Weights(open_gguf(model)),
+                known,
+                found,
+                known.budget_nbytes(bits),
+                imatrix,
+                calibration,
+                n_ctx=args.ctx,
+                rounds=args.rounds,
+                n_threads=args.threads,
+            )
+            took_s = time.perf_counter() - begin
+            made = quantize(
+                model, target, "q4_k_m", imatrix=imatrix, types=found.types, overwrite=True
+            )
+            report(f"refined, {name}", made)
+            show(found)
+            print(f"      refining took {took_s:.0f} s")
         print(f"  measuring what types cost took {measured_s:.0f} s")
+
+
+def show(found: Allocation) -> None:
+    used = sorted(found.types.values())
+    print("      " + ", ".join(f"{used.count(t)} {t}" for t in dict.fromkeys(used)))
 
 
 if __name__ == "__main__":

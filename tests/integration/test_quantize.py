@@ -19,8 +19,9 @@ import pytest
 from nexus_ext.errors import NexusError, UsageError, WriteFailed
 from nexus_ext.formats import open_gguf
 from nexus_ext.placement import PlanRequest
+from nexus_ext.quality.allocation import Allocation
 from nexus_ext.quality.importance import Importance, ImportanceMatrix
-from nexus_ext.runtime import allocation, sensitivity, tensor_codec
+from nexus_ext.runtime import allocation, refinement, sensitivity, tensor_codec
 from nexus_ext.runtime import quantize as quantize_module
 from nexus_ext.runtime.quantize import base_name, planned_types, quantize, type_named
 from nexus_ext.runtime.weights import Weights
@@ -338,6 +339,34 @@ def test_an_allocation_loses_less_than_one_type_for_all_of_the_same_size(
 
     # Measured on a few hundred tokens in groups; with all of them the gain is larger.
     assert divergence(mixed.path) < 0.97 * divergence(uniform.path)
+
+
+def test_an_allocation_is_improved_by_steps_from_where_it_stands(
+    trained_f16: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = Weights(open_gguf(trained_f16))
+    imatrix = ImportanceMatrix({}, 0)
+    monkeypatch.setattr(sensitivity, "_SAMPLE", 1 << 16)
+    monkeypatch.setattr(refinement, "_MAX_PROBES", 9)
+    types = ("Q2_K", "Q3_K", "Q4_K")
+    known = allocation.measure(trained_f16, imatrix, None, method="error", types=types)
+    # The large types where they do least.
+    kinds = {t.name: "Q2_K" if "ffn" in t.name else "Q4_K" for t in known.tensors}
+    sizes = {item.name: {c.type_name: c.nbytes for c in item.choices} for item in known.items()}
+    budget = sum(sizes[name][kind] for name, kind in kinds.items())
+    start = Allocation(kinds, budget, 0.0)
+
+    def refined(rounds: int) -> Allocation:
+        return refinement.refine(
+            weights, known, start, budget, imatrix, STORIES, n_ctx=64, most=3, rounds=rounds
+        )
+
+    before = refined(0)
+    assert before.types == kinds and before.nbytes == budget
+    seen = refined(1)
+    assert seen.loss < 0.9 * before.loss and seen.nbytes <= budget
+    assert seen.nbytes == sum(sizes[name][kind] for name, kind in seen.types.items())
+    assert seen.types != kinds
 
 
 def test_errors_alone_need_no_text(source: str) -> None:

@@ -38,9 +38,8 @@ def test_between_and_beyond_the_probes_an_effect_is_a_power_law() -> None:
     assert effect.worth(0.03) == pytest.approx(0.1 * 0.5**exponent)
     assert effect.cost(0.11) == pytest.approx(2.5)
     assert effect.cost(0.03) == pytest.approx(0.5)
-    assert Effect("x", (1.0, 1.5), (0.1, 0.2)).cost(0.02) == pytest.approx(
-        0.8
-    )  # it has a beginning
+    slow_to_begin = Effect("x", (1.0, 1.5), (0.1, 0.2))
+    assert slow_to_begin.cost(0.02) == pytest.approx(0.8)
 
 
 def test_noise_makes_no_effect_of_the_wrong_sign() -> None:
