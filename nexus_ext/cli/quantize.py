@@ -41,10 +41,11 @@ DEFAULT_CTX = 512  # tokens in a window of calibration
 @click.option(
     "--sensitivity",
     "method",
-    type=click.Choice(["measured", "error"]),
+    type=click.Choice(["refined", "measured", "error"]),
     default="measured",
-    help="What --allocate goes by: runs of the model with one tensor quantized at a time, or the "
-    "errors of products alone.  [default: measured]",
+    help="What --allocate goes by: runs of the model with one tensor quantized at a time; beyond "
+    "them, runs of the allocated model with one tensor changed at a time (refined: three times as "
+    "long); or the errors of products alone.  [default: measured]",
 )
 @click.option("--types", metavar="A,B,...", help="Types that --allocate may choose.")
 @click.option(
@@ -192,7 +193,7 @@ def quantize(
             "seconds": made.seconds,
             "fallbacks": made.fallbacks,
             "calibration_tokens": imatrix.n_tokens if imatrix else 0,
-            "estimated_divergence": chosen.loss if chosen and method == "measured" else None,
+            "estimated_divergence": chosen.loss if chosen and method != "error" else None,
             "tensor_types": made.tensor_types,
             "residual": {"path": residual_path, "nbytes": table.nbytes} if table else None,
         }
@@ -265,4 +266,22 @@ def _allocation(
         scratch_dir=scratch,
         tick=lambda what, done, total: live.status(f"{what}: {done + 1} of {total}"),
     )
-    return known.allocation(bits)
+    found = known.allocation(bits)
+    if method != "refined" or text is None:
+        return found
+    from nexus_ext.formats import open_gguf
+    from nexus_ext.runtime.refinement import refine
+    from nexus_ext.runtime.weights import Weights
+
+    return refine(
+        Weights(open_gguf(source)),
+        known,
+        found,
+        known.budget_nbytes(bits),
+        imatrix,
+        text,
+        n_ctx=planning.n_ctx or DEFAULT_CTX,
+        n_threads=planning.n_threads,
+        scratch_dir=scratch,
+        tick=lambda what, done, total: live.status(f"{what}: {done + 1} of {total}"),
+    )

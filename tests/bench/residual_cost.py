@@ -7,10 +7,10 @@ residuals to ffn_down, attn_v and attn_output of every layer. Decodes with k of 
 input channels in turn, all in one process. "of products" is relative to the time that the corrected
 products take without residuals, taken to be their part of the bytes read per token; "bytes" is what
 the residuals add to what those products read: where memory is the limit no kernel can cost less.
-Residuals have 4 bits a weight, so a share s of channels adds 4 s / b to a type of b bits a weight: 5 %
-more is s = b / 80, which is 3.3 % of the channels for Q2_K (2.625 bits), 4.3 % for Q3_K (3.4375),
-5.6 % for Q4_K (4.5). Last: the time that the same rows would take from the disk, from its measured
-rate of random reads of 4 KiB.
+Residuals have 4 bits a weight, so a share s of channels adds 4 s / b to a type of b bits a weight:
+5 % more is s = b / 80, which is 3.3 % of the channels for Q2_K (2.625 bits), 4.3 % for Q3_K
+(3.4375), 5.6 % for Q4_K (4.5). Last: the time that the same rows would take from the disk, from
+its measured rate of random reads of 4 KiB.
 """
 
 from __future__ import annotations

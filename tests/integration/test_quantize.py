@@ -387,6 +387,26 @@ def test_errors_alone_need_no_text(source: str) -> None:
 # -- the command ----------------------------------------------------------------------------------
 
 
+def test_the_command_refines_an_allocation(
+    trained_f16: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(STORIES)
+    monkeypatch.setattr(sensitivity, "_SAMPLE", 1 << 16)
+    monkeypatch.setattr(sensitivity, "_MAX_PROBES", 8)
+    monkeypatch.setattr(refinement, "_MAX_PROBES", 8)
+    common = ("quantize", trained_f16, "--base", "q4_k_m", "-c", "64", "--calibrate", text)
+    common += ("--allocate", "3.5", "--types", "Q2_K,Q4_K", "-t", "2", "--json")
+    found = []
+    for method in ("measured", "refined"):
+        target = tmp_path / f"{method}.gguf"
+        done = call(*common, "-o", target, "--sensitivity", method)
+        assert done.status == 0, done.err
+        assert done.json["bits_per_weight"] <= 3.5
+        found.append(done.json["estimated_divergence"])
+    assert all(value > 0 for value in found)  # the first adds up what was measured alone
+
+
 def test_the_command_calibrates_allocates_and_writes(trained_f16: str, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes(STORIES)
