@@ -387,6 +387,7 @@ def test_errors_alone_need_no_text(source: str) -> None:
 # -- the command ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_refines_an_allocation(
     trained_f16: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
