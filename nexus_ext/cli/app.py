@@ -219,6 +219,8 @@ def _logging(output: Output) -> Iterator[None]:
         logger.setLevel(logging.ERROR if output.mode == "quiet" else logging.WARNING)
         measuring.setLevel(logging.INFO if output.mode == "human" else logging.NOTSET)
     handler = logging.StreamHandler()
+    # What NEXUS_TRACE_PLUGINS logs has a handler of its own.
+    handler.setLevel(logging.DEBUG if output.debug else logging.INFO)
     handler.setFormatter(_Formatter())
     logger.addHandler(handler)
     try:

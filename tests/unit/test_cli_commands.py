@@ -14,7 +14,7 @@ from nexus_ext.formats import open_gguf
 from nexus_ext.hardware import HardwareProfile
 from nexus_ext.placement import Plan
 from nexus_ext.units import parse_bytes
-from tests.cli_support import COMMAND, Done, call, hardware_file
+from tests.cli_support import COMMAND, Done, call, hardware_file, run
 from tests.models_folder import find_model
 from tests.synth import write_llama, write_moe, write_preset
 
@@ -208,6 +208,12 @@ def test_probe_measures_once_and_writes_a_profile(
 
 def test_probe_refuses_what_is_not_there(tmp_path: Path) -> None:
     assert call("probe", tmp_path / "none").status == 2
+
+
+def test_a_trace_of_plugins_is_written_once() -> None:
+    done = run("plugins", "--json", environment={"NEXUS_TRACE_PLUGINS": "1"})
+    lines = [line for line in done.err.splitlines() if "registered nexus_ext.policies.io" in line]
+    assert lines == ["nexus plugins: registered nexus_ext.policies.io: nexus_io_policy"]
 
 
 def test_plugins_lists_the_built_in_ones() -> None:
