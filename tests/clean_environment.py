@@ -8,9 +8,11 @@ environment leaks in, and nothing is compiled or downloaded again.
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
@@ -65,17 +67,23 @@ def link_packages(target: Path, names: Iterable[str]) -> None:
                 (target / top).symlink_to(site / top)
 
 
+@functools.cache
+def _shared() -> tuple[tempfile.TemporaryDirectory[str], Path, Path]:
+    """Return (a directory for as long as the process lives, the wheel, the packages)."""
+    directory = tempfile.TemporaryDirectory()
+    wheels, packages = Path(directory.name) / "wheels", Path(directory.name) / "third-parties"
+    wheels.mkdir()
+    link_packages(packages, ("nexus_ext", *TOOLS))
+    return directory, wheel(wheels), packages
+
+
 class CleanEnvironment:
     """A directory outside of the checkout, and what programs that run there see."""
 
     def __init__(self, home: Path) -> None:
         self.home = home / "home"
         self.home.mkdir()
-        wheels = home / "wheels"
-        wheels.mkdir()
-        self.wheel = wheel(wheels)
-        self.packages = home / "third-parties"
-        link_packages(self.packages, ("nexus_ext", *TOOLS))
+        _, self.wheel, self.packages = _shared()
         self.environ: Mapping[str, str] = {
             "HOME": str(self.home),
             "LANG": "C.UTF-8",

@@ -69,6 +69,8 @@ def files(bin_: Path) -> set[Path]:
 def test_a_wheel_of_the_template_comes_works_and_goes(
     environment: CleanEnvironment, bin_: Path, project: Path, model: Path
 ) -> None:
+    where = environment.run(bin_ / "python", "-c", "import nexus_ext; print(nexus_ext.__file__)")
+    assert Path(where.strip()).is_relative_to(bin_.parent), "nexus_ext is that of the wheel"
     assert plugins(environment, bin_) == {}
     before = files(bin_)
     pip(environment, bin_, "install", "--quiet", build(environment, bin_, project))
