@@ -48,6 +48,11 @@ from nexus_ext.cli.output import Output
     help="Threads that compute.",
 )
 @click.option(
+    "--kernels",
+    type=click.Choice(("ggml", "auto", "nexus")),
+    help="Who multiplies by resident ternary weights; auto: ours where the bits are the same.",
+)
+@click.option(
     "--keep-alive",
     "keep_alive_s",
     type=float,
