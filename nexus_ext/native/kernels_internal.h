@@ -55,6 +55,7 @@ void nx_ref_activate_128(const float *x, size_t n, nx_act_128 *out);
 nx_stored_fn nx_ref_stored_tq1_0, nx_ref_stored_tq2_0, nx_ref_stored_q2_0, nx_ref_stored_q1_0;
 nx_stored_fn nx_avx512_stored_tq1_0, nx_avx512_stored_tq2_0, nx_avx512_stored_q2_0, nx_avx512_stored_q1_0;
 nx_stored_fn nx_avx2_stored_tq2_0, nx_avx2_stored_q2_0;
+nx_stored_fn nx_neon_stored_tq2_0, nx_neon_stored_q2_0;
 
 /* The sum of a row's 8 lanes, in ggml's order. */
 float nx_ref_sum_lanes(const float *lanes);

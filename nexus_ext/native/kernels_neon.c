@@ -146,7 +146,9 @@ const nx_kernel_table *nx_kernels_neon(void) {
                                           .activate_128 = nx_ref_activate_128,
                                           .lanes = lanes,
                                           .rows = rows,
-                                          .bits = bits};
+                                          .bits = bits,
+                                          .stored = {[NX_TQ2_0] = nx_neon_stored_tq2_0,
+                                                     [NX_Q2_0] = nx_neon_stored_q2_0}};
     return &table;
 }
 #else

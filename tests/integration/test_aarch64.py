@@ -11,7 +11,7 @@ import pytest
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
 KERNELS = (
     *("kernels", "kernels_ref", "kernels_avx2", "kernels_avx512", "kernels_neon"),
-    *("kernels_avx2_stored", "kernels_avx512_stored"),
+    *("kernels_avx2_stored", "kernels_avx512_stored", "kernels_neon_stored"),
     *("residual", "ternary", "ternary_stored"),
 )
 CODEC = ("codec_ans_decode", "codec_ans_encode", "codec_ans_simd", "codec_ans_neon", "xxh3")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nexus_ext import Llama, kernels
-from nexus_ext.errors import NexusError
+from nexus_ext.errors import NexusError, UsageError
 from nexus_ext.runtime.batch import BatchContext, Row, Shape
 from nexus_ext.runtime.blueprint import Options, blueprint
 from nexus_ext.runtime.elastic import ElasticModel
@@ -173,3 +173,24 @@ def test_pinned_threads_run_where_they_should(mixture: Path) -> None:
         assert os.sched_getaffinity(0) == before  # the calling thread is its own again
         masks = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")]
         assert n_threads == 1 or {cores[1]} in masks
+
+
+def test_processors_that_are_not_there_are_named_and_the_next_token_works(mixture: Path) -> None:
+    import os
+
+    if not hasattr(os, "sched_getaffinity"):
+        pytest.skip("this system binds no threads")
+    with paged(mixture, "900K", n_ctx=512) as llm:
+        wanted = logits(llm, TOKENS, n_decode=1)
+        model = llm.nexus.model
+        assert model is not None
+        before = os.sched_getaffinity(0)
+        model.set_cores([1000, 1001])  # as if a cpuset had shrunk
+        llm.reset()
+        with pytest.raises(NexusError, match="2 threads could not be bound"):
+            llm.eval(TOKENS)
+        assert os.sched_getaffinity(0) == before
+        model.set_cores([])
+        assert np.array_equal(logits(llm, TOKENS, n_decode=1), wanted)
+        with pytest.raises(UsageError, match="threads cannot be bound to the processors"):
+            model.set_cores([5000])
