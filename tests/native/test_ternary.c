@@ -190,6 +190,20 @@ static void many_columns_are_many_times_one(void) {
     }
 }
 
+/* Enough of them for the paths that unpack first. */
+static void implementations_agree_on_many_columns(void) {
+    static const uint32_t outs[] = {15, 16, 40, 77}, columns[] = {16, 17, 33, 131};
+    for (size_t t = 0; t < N_TESTED; t++)
+        for (size_t a = 0; a < sizeof outs / sizeof *outs; a++)
+            for (size_t n = 0; n < sizeof columns / sizeof *columns; n++) {
+                world w = make(tested[t], 256 * (1 + (uint32_t)(a + n) % 3), outs[a], columns[n], (a + n) % 2, 0, a + n);
+                check_agreement(&w, "many columns");
+                for (uint32_t c = 0; c < columns[n]; c += 5) w.x[(size_t)c * w.m.n_in + c] = c % 2 ? NAN : INFINITY;
+                check_agreement(&w, "many columns, odd values");
+                drop(&w);
+            }
+}
+
 static void values_that_are_no_numbers(void) {
     static const float odd[] = {NAN, INFINITY, -INFINITY, 3e38f, 1e-44f, -0.0f};
     for (size_t t = 0; t < N_TESTED; t++)
@@ -300,6 +314,7 @@ int main(int argc, char **argv) {
         NX_TEST(rows_as_they_are_stored_give_the_same),
         NX_TEST(the_reference_has_all_types),
         NX_TEST(many_columns_are_many_times_one),
+        NX_TEST(implementations_agree_on_many_columns),
         NX_TEST(values_that_are_no_numbers),
         NX_TEST(close_to_double_precision),
         NX_TEST(activations_are_rounded_to_the_nearest),
