@@ -1,7 +1,8 @@
 """What authors of plugins import: the marker, what hooks are given, and what they return.
 
-Everything that a signature in `nexus_ext.hookspecs` speaks of, in one place; nothing else is
-promised to plugins. Each name is fetched when it is first used.
+Everything that a signature in `nexus_ext.hookspecs` speaks of, in one place. What else is promised
+to plugins: `nexus_ext` itself, `nexus_ext.routing` and `nexus_ext.formats` (what they name in
+`__all__`), `nexus_ext.testing`. Each name is fetched when it is first used.
 """
 
 from __future__ import annotations

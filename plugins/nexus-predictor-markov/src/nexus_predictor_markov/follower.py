@@ -47,6 +47,7 @@ class Follower:
         places = {layer: i for i, layer in enumerate(chain.shape.layers)}
         self._chain = chain
         self._places = [places[layer] for layer in layers]  # KeyError: not of this model
+        self._popular = chain.popular
         self._last: list[Sequence[int] | None] = [None] * len(layers)
 
     def routed(self, layer: int, tokens: Sequence[Sequence[int]]) -> None:
@@ -60,7 +61,7 @@ class Follower:
         """
         place = self._places[layer]
         if n_tokens > 1:
-            return self._chain.popular[place]
+            return self._popular[place]
         # The token before was seen in this layer, this token in the layer before.
         adjacent = layer > 0 and self._places[layer - 1] == place - 1
         above = self._last[layer - 1] if adjacent else None
