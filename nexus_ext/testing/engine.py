@@ -307,7 +307,7 @@ class FakeEngine:
         runner = CliRunner(**apart)
         # A group of its own: commands that are added to the one of the process stay there.
         group = NexusGroup(name=cli.name, params=cli.params, help=cli.help)
-        with use_plugins(self.plugins), self._watched():
+        with self.in_use():
             result = runner.invoke(group, [os.fspath(a) for a in arguments], input=stdin)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
@@ -318,8 +318,17 @@ class FakeEngine:
     ) -> Planned:
         from nexus_ext.runtime.planning import plan_model
 
-        with use_plugins(self.plugins), self._watched():
+        with self.in_use():
             return plan_model(model, PlanRequest(**request), hardware=self.hardware, plan=plan)
+
+    @contextmanager
+    def in_use(self) -> Iterator[Plugins]:
+        """Let all of this process use the plugins for a while, and fail if one of them has failed.
+
+        For what has no method here: stores, containers, the multiplexer, a `Llama`.
+        """
+        with use_plugins(self.plugins), self._watched():
+            yield self.plugins
 
     @contextmanager
     def _watched(self) -> Iterator[None]:

@@ -8,8 +8,8 @@
 
 Which plugins are under test is said by `@pytest.mark.nexus_plugins("entry-point", module, ...)` on
 a test, else by `nexus_plugins = ["entry-point"]` under `[tool.pytest.ini_options]`, else they are
-the entry points of the group nexus_ext in the pyproject.toml beside the tests. `-p no:nexus_ext`
-switches all of this off.
+the entry points of the group nexus_ext in the nearest pyproject.toml above the test that has any.
+`-p no:nexus_ext` switches all of this off.
 """
 
 from __future__ import annotations
@@ -92,15 +92,16 @@ def wanted_plugins(request: pytest.FixtureRequest) -> tuple[object, ...]:
     marker = request.node.get_closest_marker(NAME)
     if marker is not None:
         return tuple(marker.args)
-    config = request.config
-    named: list[str] = config.getini(NAME) or own_entry_points(config.rootpath / "pyproject.toml")
-    if not named:
-        raise pytest.UsageError(
-            f"which plugins are under test? {config.rootpath / 'pyproject.toml'} has no entry "
-            f"point of the group nexus_ext; set {NAME} in [tool.pytest.ini_options], or mark the "
-            f"test: @pytest.mark.{NAME}(...)"
-        )
-    return tuple(named)
+    if named := request.config.getini(NAME):
+        return tuple(named)
+    for folder in request.path.parents:
+        if own := own_entry_points(folder / "pyproject.toml"):
+            return tuple(own)
+    raise pytest.UsageError(
+        f"which plugins are under test? No pyproject.toml above {request.path} has an entry point "
+        f"of the group nexus_ext; set {NAME} in [tool.pytest.ini_options], or mark the test: "
+        f"@pytest.mark.{NAME}(...)"
+    )
 
 
 def own_entry_points(pyproject: Path) -> list[str]:

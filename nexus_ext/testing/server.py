@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from nexus_ext.errors import UsageError
 from nexus_ext.plugins import Plugins
 from nexus_ext.testing.loading import use_plugins
 
@@ -28,9 +29,14 @@ def scripted_server(
     There is one model, "scripted", that answers every request with `answer`, a token a byte. Needs
     `pip install "nexus_ext[server]" httpx`.
     """
-    from starlette.testclient import TestClient
+    from nexus_ext.server import create_app  # says what to install where the server is not
 
-    from nexus_ext.server import create_app
+    try:
+        from starlette.testclient import TestClient
+    except (ImportError, RuntimeError) as error:  # starlette raises either without an HTTP client
+        raise UsageError(
+            f"a client of the server cannot be made: {error}", hint="pip install httpx"
+        ) from error
     from nexus_ext.store import Library, ModelName
     from nexus_ext.testing.scripted import ScriptedEngine, by_bytes
     from nexus_ext.testing.synthetic import write_llama

@@ -91,6 +91,15 @@ def test_the_plugins_of_the_project_are_under_test(project: Project) -> None:
     assert "2 passed" in project.run_with_fixtures()
 
 
+def test_of_several_projects_the_nearest_is_meant(project: Project) -> None:
+    project.write("pyproject.toml", '[project.entry-points.nexus_ext]\nother = "plugin_other"\n')
+    (project.tests / "inner" / "tests").mkdir(parents=True)
+    project.write("inner/pyproject.toml", '[project.entry-points.nexus_ext]\nown = "plugin_own"\n')
+    code = TEST.format(streamed=1, mode="direct", names=["own"])
+    project.write("inner/tests/test_it.py", code)
+    assert "2 passed" in project.run_with_fixtures()
+
+
 def test_an_option_names_others(project: Project) -> None:
     project.write(
         "pyproject.toml",

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import re
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,20 +16,17 @@ import pytest
 import nexus_ext.testing as kit
 from nexus_ext import hookimpl
 from nexus_ext import plugins as home
-from nexus_ext.codecs.ans import AnsCodec
-from nexus_ext.errors import DoesNotFit, FormatError, PluginError, UsageError
+from nexus_ext.errors import DoesNotFit, PluginError, UsageError
 from nexus_ext.placement import Plan, solve
 from nexus_ext.plugins import Plugins
-from nexus_ext.routing import RoutingTrace, repeats
+from nexus_ext.policies import IoInfo
+from nexus_ext.routing import repeats
 from nexus_ext.testing import (
-    RECORDED,
     FakeEngine,
     MoeDims,
-    check_codec,
     expert_plan,
     load_plugins,
     machine,
-    recorded_trace,
     scripted_server,
     synthetic_trace,
     use_plugins,
@@ -362,6 +356,17 @@ def test_an_observer_that_fails_is_an_error_here(moe: Path) -> None:
         model.request()
 
 
+def test_anything_can_use_the_plugins_for_a_while() -> None:
+    engine = FakeEngine(load_plugins(Chooser("nexus_io_policy", "direct")))
+    info = IoInfo(streamed_bytes=1, resident_bytes=0, available_bytes=GIB, limit_bytes=None)
+    with engine.in_use() as used:
+        assert home.plugins() is used is engine.plugins
+        assert home.plugins().choose_io(info) == "direct"
+    broken = FakeEngine(load_plugins(Chooser("nexus_io_policy", "magic")))
+    with pytest.raises(AssertionError, match="magic"), broken.in_use() as used:
+        assert used.choose_io(info) in ("direct", "buffered")
+
+
 def test_commands_are_those_of_the_plugins_under_test() -> None:
     engine = FakeEngine(load_plugins(Observer()))
     assert engine.command("seen").json == {"n": 0}
@@ -369,80 +374,6 @@ def test_commands_are_those_of_the_plugins_under_test() -> None:
     assert failed.status == 2 and "failed as asked" in failed.err and not failed.out
     without = FakeEngine().command("seen")
     assert without.status == 2 and "no command 'seen'" in without.err
-
-
-class Zlib:
-    """A codec with one mistake, or with none."""
-
-    name = "x-zlib"
-
-    def __init__(self, mistake: str = "") -> None:
-        self.mistake = mistake
-
-    def encode(self, raw: memoryview, type_name: str) -> bytes:
-        if self.mistake == "loses a byte" and len(raw) == 4097:
-            raw = raw[:-1]
-        stored = zlib.compress(raw, 1)
-        return bytearray(stored) if self.mistake == "not bytes" else stored  # type: ignore[return-value]
-
-    def decode(self, stored: memoryview, out: memoryview) -> None:
-        decoder = zlib.decompressobj()
-        try:
-            data = decoder.decompress(stored)
-        except zlib.error as error:
-            raise self.error(error) from None
-        if self.mistake == "fills what it can":
-            out[: len(data)] = data[: len(out)]
-            return
-        if len(data) != len(out) or not decoder.eof:
-            raise FormatError("wrong size")
-        out[:] = data
-
-    def error(self, error: Exception) -> Exception:
-        return ValueError("bad") if self.mistake == "another error" else FormatError(str(error))
-
-
-def test_codecs_that_keep_their_promises_pass() -> None:
-    assert check_codec(AnsCodec()).ratios["BF16"] < 0.75
-    assert set(check_codec(Zlib()).ratios) >= {"F32", "Q4_K", "TQ2_0"}
-
-
-@pytest.mark.parametrize(
-    ("mistake", "says"),
-    [
-        ("loses a byte", "4097 bytes of F32"),
-        ("not bytes", "encode returned bytearray"),
-        ("fills what it can", "decode to 4095 without an error"),
-        ("another error", "ValueError instead of FormatError"),
-    ],
-)
-def test_codecs_that_do_not_are_told_why(mistake: str, says: str) -> None:
-    with pytest.raises(AssertionError, match=says):
-        check_codec(Zlib(mistake))
-
-
-@pytest.mark.parametrize("name", RECORDED)
-def test_recorded_traces_are_those_of_a_trained_model(name: str) -> None:
-    trace = recorded_trace(name)
-    assert trace.n_tokens >= 500 and len(trace.layers) == 6
-    assert {(layer.n_experts, layer.n_used) for layer in trace.layers} == {(32, 4)}
-    assert 4 / 32 < repeats(trace) < 0.5  # more than chance
-    assert RoutingTrace.from_bytes(trace.to_bytes()) == trace
-
-
-def test_a_trace_that_is_not_there_is_named() -> None:
-    with pytest.raises(UsageError, match="no recorded trace 'x'"):
-        recorded_trace("x")
-
-
-def test_drawn_traces_have_the_statistics_that_are_asked_for() -> None:
-    assert synthetic_trace(50, 8, 2, seed=1) == synthetic_trace(50, 8, 2, seed=1)
-    assert synthetic_trace(50, 8, 2, seed=1) != synthetic_trace(50, 8, 2, seed=2)
-    assert abs(repeats(synthetic_trace(400, 64, 4, reuse=0.5)) - 0.53) < 0.05
-    large = synthetic_trace(10, 300, 2, n_layers=1)
-    assert RoutingTrace.from_bytes(large.to_bytes()) == large
-    with pytest.raises(UsageError, match="9 of 8"):
-        synthetic_trace(1, 8, 9)
 
 
 def test_a_server_answers_as_scripted_and_tells_the_plugins_in_use() -> None:
@@ -459,39 +390,13 @@ def test_a_server_answers_as_scripted_and_tells_the_plugins_in_use() -> None:
     assert observer.seen[1][1].n_tokens == len("wörld".encode())  # type: ignore[attr-defined]
 
 
+def test_a_server_without_a_client_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "starlette.testclient", None)
+    with pytest.raises(UsageError, match="client of the server") as error:
+        with scripted_server(load_plugins()):
+            pass
+    assert error.value.hint == "pip install httpx"
+
+
 def test_plugins_is_what_the_kit_hands_out() -> None:
     assert isinstance(load_plugins(), Plugins)
-
-
-def signature_text(name: str, call: object) -> str:
-    """The signature as the page writes it."""
-    assert callable(call)
-    signature = inspect.signature(call)
-    shown = [p for p in signature.parameters.values() if p.name != "self"]
-    text = str(signature.replace(parameters=shown))
-    text = re.sub(r"(: |-> )'([^']+)'", r"\1\2", text)  # annotations are not evaluated
-    # The default prompt is a row of numbers that mean nothing.
-    return name + re.sub(r"(prompt: Sequence\[int\] = )\([^)]*\)", r"\1...", text)
-
-
-FUNCTIONS = [
-    *("assert_healthy", "assert_same_tokens", "check_codec", "expert_plan", "load_plugins"),
-    *("machine", "recorded_trace", "scripted_server", "synthetic_trace", "use_plugins"),
-]
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_the_page_has_the_signatures(name: str, repository: Path) -> None:
-    page = " ".join((repository / "plugins/docs/testing.md").read_text(encoding="utf-8").split())
-    assert f"- `{signature_text(name, getattr(kit, name))}`" in page
-
-
-@pytest.mark.parametrize("name", [n for n in vars(FakeEngine) if not n.startswith("_")])
-def test_the_page_has_the_methods_of_the_engine(name: str, repository: Path) -> None:
-    page = " ".join((repository / "plugins/docs/testing.md").read_text(encoding="utf-8").split())
-    assert f"- `{signature_text(name, getattr(FakeEngine, name))}`" in page
-
-
-def test_the_page_names_everything(repository: Path) -> None:
-    page = (repository / "plugins/docs/testing.md").read_text(encoding="utf-8")
-    assert not [name for name in kit.__all__ if f"`{name}" not in page and name not in page]
