@@ -58,7 +58,7 @@ void nx_product_rows(nx_product_type type, const void *rows, size_t stride, uint
     const nx_product_kernel kernel = nx_products_avx512(type);
     for (uint32_t r = 0; r < n_rows; r++) {
         float values[NX_PANEL_COLUMNS];
-        kernel((const uint8_t *)rows + r * stride, n_in / NX_PANEL_BLOCK, panel, values);
+        kernel((const uint8_t *)rows + r * stride, n_in / NX_PANEL_BLOCK, panel, n_columns, values);
         for (size_t c = 0; c < n_columns; c++) out[c][r] = values[c];
     }
 }

@@ -11,7 +11,8 @@
 #include <immintrin.h>
 #include <string.h>
 
-#define PAIRS (NX_PANEL_COLUMNS / 2)
+#define MOST_PAIRS (NX_PANEL_COLUMNS / 2)
+#define INLINE NX_TARGET_AVX512 static inline __attribute__((always_inline))
 
 /* The weights of a block, as signed bytes, and its scale. */
 typedef struct block {
@@ -19,35 +20,35 @@ typedef struct block {
     float scale;
 } block;
 
-NX_TARGET_AVX512 static inline float half(const uint8_t *at) {
+INLINE float half(const uint8_t *at) {
     uint16_t bits;
     memcpy(&bits, at, sizeof bits);
     return _cvtsh_ss(bits);
 }
 
-NX_TARGET_AVX512 static inline __m256i nibbles(const uint8_t *at) {
+INLINE __m256i nibbles(const uint8_t *at) {
     const __m128i packed = _mm_loadu_si128((const __m128i *)at);
     const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(packed), _mm_srli_epi16(packed, 4), 1);
     return _mm256_and_si256(both, _mm256_set1_epi8(15));
 }
 
-NX_TARGET_AVX512 static inline block q4_0(const uint8_t *at) {
+INLINE block q4_0(const uint8_t *at) {
     return (block){_mm256_sub_epi8(nibbles(at + 2), _mm256_set1_epi8(8)), half(at)};
 }
 
-NX_TARGET_AVX512 static inline block q8_0(const uint8_t *at) {
+INLINE block q8_0(const uint8_t *at) {
     return (block){_mm256_loadu_si256((const __m256i *)(at + 2)), half(at)};
 }
 
 /* The values that the four bits of IQ4_NL stand for. */
-NX_TARGET_AVX512 static inline block iq4_nl(const uint8_t *at) {
+INLINE block iq4_nl(const uint8_t *at) {
     const __m256i table = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113));
     return (block){_mm256_shuffle_epi8(table, nibbles(at + 2)), half(at)};
 }
 
 /* Twice the values of four-bit floats (1 sign, 2 exponent, 1 mantissa); the scale is half of 2^(e - 127). */
-NX_TARGET_AVX512 static inline block mxfp4(const uint8_t *at) {
+INLINE block mxfp4(const uint8_t *at) {
     const __m256i table =
         _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
     const uint32_t bits = at[0] < 2 ? 0x00200000u << at[0] : (uint32_t)(at[0] - 1) << 23;
@@ -56,14 +57,14 @@ NX_TARGET_AVX512 static inline block mxfp4(const uint8_t *at) {
     return b;
 }
 
-/* Add a block of all columns to `sums`, eight for each column. */
-NX_TARGET_AVX512 static inline void add(block b, const nx_panel_block *columns, __m512 *sums) {
+/* Add a block of `n_pairs` pairs of columns to `sums`, eight for each column. */
+INLINE void add(block b, const nx_panel_block *columns, int n_pairs, __m512 *sums) {
     const __m512i w = _mm512_broadcast_i64x4(b.weights);
     const __m512i less = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_dpbusd_epi32(_mm512_setzero_si512(),
                                                                                       _mm512_set1_epi8(-128), w));
     const __m512 scales = _mm512_castps256_ps512(
         _mm256_mul_ps(_mm256_set1_ps(b.scale), _mm256_load_ps(columns->scales)));
-    for (int p = 0; p < PAIRS; p++) {
+    for (int p = 0; p < n_pairs; p++) {
         const __m512i sum = _mm512_dpbusd_epi32(less, _mm512_load_si512(columns->values[2 * p]), w);
         const __m512i first = _mm512_set1_epi32(2 * p), second = _mm512_set1_epi32(2 * p + 1);
         const __m512 scale = _mm512_permutexvar_ps(_mm512_mask_blend_epi32(0xff00, first, second), scales);
@@ -72,47 +73,56 @@ NX_TARGET_AVX512 static inline void add(block b, const nx_panel_block *columns, 
 }
 
 /* ggml's tree. */
-NX_TARGET_AVX512 static inline float total(__m256 sums) {
+INLINE float total(__m256 sums) {
     __m128 s = _mm_add_ps(_mm256_extractf128_ps(sums, 1), _mm256_castps256_ps128(sums));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-NX_TARGET_AVX512 static inline void totals(const __m512 *sums, float *out) {
-    for (int p = 0; p < PAIRS; p++) {
+INLINE void totals(const __m512 *sums, int n_pairs, float *out) {
+    for (int p = 0; p < n_pairs; p++) {
         out[2 * p] = total(_mm512_castps512_ps256(sums[p]));
         out[2 * p + 1] = total(_mm512_extractf32x8_ps(sums[p], 1));
     }
 }
 
+typedef block unpack(const uint8_t *);
+
 /* Blocks one after the other. */
-#define ONE_BY_ONE(type, bytes)                                                                              \
-    NX_TARGET_AVX512 static void row_##type(const uint8_t *row, size_t n, const nx_panel_block *panel,       \
-                                            float *out) {                                                    \
-        __m512 sums[PAIRS];                                                                                  \
-        for (int p = 0; p < PAIRS; p++) sums[p] = _mm512_setzero_ps();                                       \
-        for (size_t b = 0; b < n; b++) add(type(row + b * (bytes)), &panel[b], sums);                        \
-        totals(sums, out);                                                                                   \
-    }
+INLINE void one_by_one(unpack *block_at, size_t bytes, const uint8_t *row, size_t n, const nx_panel_block *panel,
+                       int n_pairs, float *out) {
+    __m512 sums[MOST_PAIRS];
+    for (int p = 0; p < n_pairs; p++) sums[p] = _mm512_setzero_ps();
+    for (size_t b = 0; b < n; b++) add(block_at(row + b * bytes), &panel[b], n_pairs, sums);
+    totals(sums, n_pairs, out);
+}
 
 /* Even and odd blocks apart. */
-#define TWO_BY_TWO(type, bytes)                                                                              \
+INLINE void two_by_two(unpack *block_at, size_t bytes, const uint8_t *row, size_t n, const nx_panel_block *panel,
+                       int n_pairs, float *out) {
+    __m512 even[MOST_PAIRS], odd[MOST_PAIRS];
+    for (int p = 0; p < n_pairs; p++) even[p] = odd[p] = _mm512_setzero_ps();
+    for (size_t b = 0; b + 1 < n; b += 2) {
+        add(block_at(row + b * bytes), &panel[b], n_pairs, even);
+        add(block_at(row + (b + 1) * bytes), &panel[b + 1], n_pairs, odd);
+    }
+    for (int p = 0; p < n_pairs; p++) even[p] = _mm512_add_ps(even[p], odd[p]);
+    totals(even, n_pairs, out);
+}
+
+/* The number of pairs is a constant in each of the three, so that sums stay in registers. */
+#define KERNEL(type, bytes, order)                                                                           \
     NX_TARGET_AVX512 static void row_##type(const uint8_t *row, size_t n, const nx_panel_block *panel,       \
-                                            float *out) {                                                    \
-        __m512 even[PAIRS], odd[PAIRS];                                                                      \
-        for (int p = 0; p < PAIRS; p++) even[p] = odd[p] = _mm512_setzero_ps();                              \
-        for (size_t b = 0; b + 1 < n; b += 2) {                                                              \
-            add(type(row + b * (bytes)), &panel[b], even);                                                   \
-            add(type(row + (b + 1) * (bytes)), &panel[b + 1], odd);                                          \
-        }                                                                                                    \
-        for (int p = 0; p < PAIRS; p++) even[p] = _mm512_add_ps(even[p], odd[p]);                            \
-        totals(even, out);                                                                                   \
+                                            size_t n_columns, float *out) {                                  \
+        if (n_columns <= 2) order(type, bytes, row, n, panel, 1, out);                                       \
+        else if (n_columns <= 4) order(type, bytes, row, n, panel, 2, out);                                  \
+        else order(type, bytes, row, n, panel, 4, out);                                                      \
     }
 
-ONE_BY_ONE(q4_0, 18)
-ONE_BY_ONE(q8_0, 34)
-TWO_BY_TWO(iq4_nl, 18)
-TWO_BY_TWO(mxfp4, 17)
+KERNEL(q4_0, 18, one_by_one)
+KERNEL(q8_0, 34, one_by_one)
+KERNEL(iq4_nl, 18, two_by_two)
+KERNEL(mxfp4, 17, two_by_two)
 
 nx_product_kernel nx_products_avx512(nx_product_type type) {
     switch (type) {

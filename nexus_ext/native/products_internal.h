@@ -15,8 +15,9 @@ typedef struct nx_panel_block {
     float padding[8]; /* so that values stay aligned */
 } nx_panel_block;
 
-/* One row of `n_blocks` blocks times all columns of a panel. */
-typedef void (*nx_product_kernel)(const uint8_t *row, size_t n_blocks, const nx_panel_block *panel, float *out);
+/* One row of `n_blocks` blocks times the columns of a panel. What `out` has room for beyond them may be written. */
+typedef void (*nx_product_kernel)(const uint8_t *row, size_t n_blocks, const nx_panel_block *panel,
+                                  size_t n_columns, float *out);
 
 /* NULL where this build has none. */
 nx_product_kernel nx_products_avx512(nx_product_type);

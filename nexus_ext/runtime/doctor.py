@@ -292,8 +292,8 @@ def check_kernels(subject: Subject) -> Check:
 
 
 def check_batch_kernels(subject: Subject) -> Check:
-    """Which experts' products with a prompt are computed by kernels of ours."""
-    name = "experts in prompts"
+    """Which products with many columns are computed by kernels of ours."""
+    name = "many columns"
     if not backend.is_registered():
         return Check(name, "ok", "computed by llama.cpp: the backend is not loaded")
     types = ", ".join(backend.batch_kernels())

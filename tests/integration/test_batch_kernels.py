@@ -1,4 +1,4 @@
-"""Experts of a prompt through kernels of our own: bit by bit what stock llama.cpp gives."""
+"""Products with many columns through kernels of our own: bit by bit what stock llama.cpp gives."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 
 from nexus_ext.runtime import backend
+from nexus_ext.runtime.batch import Row
+from tests.integration.alone import Alone
 from tests.integration.streaming import logits, prompt, stock
+from tests.integration.test_batch import Opened, prefill
 from tests.integration.test_experts import cached
-from tests.synth import MoeDims, write_moe
+from tests.synth import MoeDims, write_llama, write_moe
 
 DIMS = MoeDims(n_ff=128, n_experts=16, n_used=3)
 
@@ -68,6 +71,33 @@ def test_what_is_pinned_is_computed_by_them_within_its_segment(tmp_path: Path) -
         assert backend.n_batch_products() - before == 3 * DIMS.n_layers
     finally:
         llm.close()
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "IQ4_NL"])
+def test_sequences_that_are_decoded_together_take_them(kind: str, tmp_path: Path) -> None:
+    """A pass over the weights, streamed or not, for four of them; each as if it were alone."""
+    path = tmp_path / "model.gguf"
+    write_llama(
+        path, n_layers=2, n_embd=128, n_ff=256, n_heads=4, n_heads_kv=2, n_vocab=320, quant=kind
+    )
+    alone = Alone(path)
+    texts = [prompt(9 + s, alone.n_vocab, seed=s) for s in range(4)]
+    expected = [alone.greedy(text, 6) for text in texts]
+    alone.close()
+    opened = Opened(path)
+    context, n_units = opened.context, len(opened.plan.units)
+    rows = [prefill(context, s, text, 64) for s, text in enumerate(texts)]
+    for step in range(6):
+        for s, row in enumerate(rows):
+            assert np.array_equal(row, expected[s][step]), (kind, s, step)
+        opened.model.set_resident((0, n_units, n_units // 2)[step % 3])
+        before = backend.n_batch_products()
+        context.compute(
+            [Row(int(row.argmax()), len(texts[s]) + step, s, True) for s, row in enumerate(rows)]
+        )
+        assert backend.n_batch_products() > before
+        rows = [context.logits(s).copy() for s in range(4)]
+    opened.close()
 
 
 def test_they_can_be_switched_off() -> None:

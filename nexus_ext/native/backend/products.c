@@ -1,7 +1,8 @@
-/* products.c: products of experts with many tokens, computed by kernels of ours (nexus_products.h).
+/* products.c: products with many columns, computed by kernels of ours (nexus_products.h).
  *
- * For the quantizations that our kernels know, the delegate multiplies the tokens of an expert one at a time.
- * In a prompt, where an expert gets many tokens, such a node is therefore replaced by three custom ones:
+ * For the quantizations that our kernels know, the delegate multiplies the tokens of an expert one at a time,
+ * and so it does with sequences that are decoded together (columns.c). Such a node is replaced by three
+ * custom ones, when there are enough columns; a plain matrix counts as the only expert:
  *
  *   round     the tokens, to 8 bits, by ggml's own function; and list which tokens go to which expert
  *   pack      the tokens of an expert side by side, in panels
@@ -23,7 +24,7 @@
 #include "nexus_products.h"
 #include "walk.h"
 
-#define LEAST_SHARE 2 /* tokens for each expert, on average: with fewer there is little to share */
+#define LEAST_SHARE 2 /* columns for each expert on average; with more there is something to share */
 #define ROWS_AT_ONCE 32
 
 /* What ggml_get_type_traits_cpu returns. */
@@ -192,7 +193,9 @@ typedef struct job {
     uint32_t next; /* range of rows that no thread has taken; atomic */
 } job;
 
-static int64_t n_picked(const gx_tensor *node) { return node->src[2]->ne[0] * node->src[2]->ne[1]; }
+static int64_t n_picked(const gx_tensor *node) {
+    return node->src[2] ? node->src[2]->ne[0] * node->src[2]->ne[1] : node->src[1]->ne[2];
+}
 static uint32_t n_in(const gx_tensor *node) { return (uint32_t)node->src[0]->ne[0]; }
 static size_t rounded_bytes(const gx_tensor *node) { return nx_product_row_bytes(NX_PRODUCT_Q8_0, n_in(node)); }
 
@@ -202,11 +205,18 @@ static size_t most_panels(const gx_tensor *node) {
     return (size_t)(picked / NX_PANEL_COLUMNS + (experts < picked ? experts : picked));
 }
 
-static bool is_ours(const gx_tensor *node) {
-    if (node->op != gx.op_mul_mat_id) return false;
+/* Does the delegate compute it column by column? */
+static bool is_by_column(const gx_tensor *node) {
     const gx_tensor *w = node->src[0], *x = node->src[1], *ids = node->src[2];
-    if (w->extra || w->ne[3] != 1 || w->ne[0] > INT32_MAX || ids->type != gx.type_i32 || ids->ne[2] != 1 ||
-        ids->ne[3] != 1 || n_picked(node) < LEAST_SHARE * w->ne[2] || n_picked(node) > INT32_MAX || x->type != gx.type_f32 ||
+    if (node->op == gx.op_mul_mat_id) return ids->type == gx.type_i32 && ids->ne[2] == 1 && ids->ne[3] == 1;
+    return node->op == gx.op_mul_mat && !ids && w->ne[2] == 1 && x->ne[1] == 1 && node->op_params[1] == 0;
+}
+
+static bool is_ours(const gx_tensor *node) {
+    if (node->op != gx.op_mul_mat_id && node->op != gx.op_mul_mat) return false;
+    const gx_tensor *w = node->src[0], *x = node->src[1];
+    if (!is_by_column(node) || w->extra || w->ne[3] != 1 || w->ne[0] > INT32_MAX ||
+        n_picked(node) <= LEAST_SHARE * w->ne[2] || n_picked(node) > INT32_MAX || x->type != gx.type_f32 ||
         x->nb[0] != sizeof(float) || x->ne[3] != 1 || node->type != gx.type_f32 || node->nb[0] != sizeof(float))
         return false;
     const nx_product_type type = type_of(w);
@@ -214,6 +224,7 @@ static bool is_ours(const gx_tensor *node) {
 }
 
 static int32_t picked(const gx_tensor *ids, int64_t token, int64_t k) {
+    if (!ids) return 0;
     return *(const int32_t *)((const char *)ids->data + (size_t)token * ids->nb[1] + (size_t)k * ids->nb[0]);
 }
 
@@ -221,11 +232,11 @@ static int32_t picked(const gx_tensor *ids, int64_t token, int64_t k) {
  * the last two have an end as well. */
 static void list_members(struct nxb_products *s, const gx_tensor *node) {
     const gx_tensor *ids = node->src[2];
-    const int64_t all = node->src[0]->ne[2];
+    const int64_t all = node->src[0]->ne[2], n_k = ids ? ids->ne[0] : 1, n_tokens = n_picked(node) / n_k;
     int32_t *counts = s->experts + 3 * (all + 1); /* then: where the next member of an expert goes */
     memset(counts, 0, (size_t)all * sizeof *counts);
-    for (int64_t t = 0; t < ids->ne[1]; t++)
-        for (int64_t k = 0; k < ids->ne[0]; k++) counts[picked(ids, t, k)]++;
+    for (int64_t t = 0; t < n_tokens; t++)
+        for (int64_t k = 0; k < n_k; k++) counts[picked(ids, t, k)]++;
     int32_t *numbers = s->experts, *first = numbers + all + 1, *panel = first + all + 1;
     int32_t n = 0, at = 0, panels = 0;
     for (int32_t e = 0; e < all; e++) {
@@ -241,8 +252,8 @@ static void list_members(struct nxb_products *s, const gx_tensor *node) {
     first[n] = at;
     panel[n] = panels;
     s->n_experts = (size_t)n;
-    for (int64_t t = 0; t < ids->ne[1]; t++)
-        for (int64_t k = 0; k < ids->ne[0]; k++)
+    for (int64_t t = 0; t < n_tokens; t++)
+        for (int64_t k = 0; k < n_k; k++)
             s->members[counts[picked(ids, t, k)]++] = (member){(int32_t)k, (int32_t)t};
 }
 
@@ -339,6 +350,14 @@ static gx_tensor *custom(struct nxb_products *s, const gx_tensor *node, nxb_cust
     return t;
 }
 
+/* Is it the same value? Nodes that stand for others (columns.c) have copies of their sources, and memory is
+ * used again for other values, so what it is computed from must be the same as well. */
+static bool is_same(const gx_tensor *a, const gx_tensor *b) {
+    return a == b || (a && b && a->data == b->data && a->op == b->op && !memcmp(a->ne, b->ne, sizeof a->ne) &&
+                      !memcmp(a->nb, b->nb, sizeof a->nb) && !memcmp(a->src, b->src, sizeof a->src) &&
+                      !memcmp(a->op_params, b->op_params, sizeof a->op_params) && a->view_src == b->view_src);
+}
+
 /* Write the nodes to compute to `out`; those of products that share tokens and router share the first steps. */
 static int expand(struct nxb_products *s, gx_tensor **nodes, int n, gx_tensor **out) {
     const gx_tensor *packed = NULL;
@@ -348,8 +367,8 @@ static int expand(struct nxb_products *s, gx_tensor **nodes, int n, gx_tensor **
             out[n_out++] = nodes[i];
             continue;
         }
-        const bool again = packed && packed->src[1] == nodes[i]->src[1] && packed->src[2] == nodes[i]->src[2] &&
-                           packed->src[0]->ne[2] == nodes[i]->src[0]->ne[2];
+        const bool again = packed && is_same(packed->src[1], nodes[i]->src[1]) &&
+                           is_same(packed->src[2], nodes[i]->src[2]) && packed->src[0]->ne[2] == nodes[i]->src[0]->ne[2];
         if (!again) {
             out[n_out++] = custom(s, nodes[i], round_tokens);
             out[n_out++] = custom(s, nodes[i], pack);
