@@ -114,6 +114,8 @@ def run(
             from nexus_ext.runtime.own_kernels import describe
 
             output.note(describe(session.llm.nexus.own_kernels, kernels))
+        if pin_cores:
+            output.note(session.llm.nexus.pinning)
         if stored is not None and stored.template is not None:
             session.use_template(stored.template)
         with_template = session.has_template if as_chat is None else as_chat

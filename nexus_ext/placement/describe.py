@@ -53,7 +53,10 @@ def describe(plan: Plan, catalog: Catalog) -> Description:
     rows = [RoleRow(role, tiers) for role, tiers in roles.items()]
     notes = list(plan.notes)
     if plan.everything_fits:
-        notes.append("Everything fits: nothing is streamed, and stock llama.cpp runs the model.")
+        notes.append(
+            "Everything fits: nothing is streamed, and stock llama.cpp runs the model (ternary "
+            "weights apart, see `nexus run --kernels`)."
+        )
     prediction = plan.prediction
     return Description(
         memory=tuple((name, size) for name, size in plan.breakdown.items() if size),

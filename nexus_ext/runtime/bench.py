@@ -29,6 +29,7 @@ from nexus_ext.hardware import HardwareProfile
 from nexus_ext.hardware.disk import drop_page_cache
 from nexus_ext.runtime import user_environ
 from nexus_ext.runtime.memory_limit import MemoryGroup, memory_group
+from nexus_ext.runtime.own_kernels import takes_over
 from nexus_ext.runtime.planning import Planned
 from nexus_ext.runtime.worker import Job, Session, Side, WorkerDied, run_worker
 from nexus_ext.units import GIB
@@ -331,7 +332,8 @@ def _result(
 
 def _hooked(planned: Planned) -> bool:
     """Whether anything of ours runs: what fits is left to llama.cpp as it comes."""
-    return not planned.plan.everything_fits or planned.catalog.container != "gguf"
+    streams = not planned.plan.everything_fits or planned.catalog.container != "gguf"
+    return streams or takes_over(planned.catalog, planned.plan)
 
 
 def summarize(side: Side, runs: tuple[Run, ...]) -> Summary:

@@ -28,7 +28,7 @@ from nexus_ext.policies import ModelInfo
 from nexus_ext.runtime.amx import amx_works
 from nexus_ext.runtime.loading import loads
 from nexus_ext.runtime.manifest import manifest
-from nexus_ext.runtime.own_kernels import PAGED_TIERS, own_types, usable_mode
+from nexus_ext.runtime.own_kernels import in_reach, own_types, usable_mode
 from nexus_ext.runtime.paged import PagedModel
 from nexus_ext.runtime.pinning import pin_threads
 from nexus_ext.runtime.planning import Planned
@@ -65,6 +65,7 @@ class NexusHandle:
         self.io_mode = planned.io_mode
         self.paged = paged
         self.router_watch: RouterWatch | None = None
+        self.pinning = ""  # a sentence about `pin_cores`
         self.info = ModelInfo(
             path=path,
             fingerprint=self.catalog.fingerprint,
@@ -222,7 +223,7 @@ class Llama(llama_cpp.Llama):
         paged = None
         catalog, tiers = planned.catalog, planned.plan.tiers
         kernels = usable_mode(kernels)
-        ours = own_types((t for t in catalog.tensors if tiers[t.name] in PAGED_TIERS), kernels)
+        ours = own_types(in_reach(catalog, planned.plan), kernels)
         # llama.cpp alone opens nothing but GGUF, whatever fits.
         alone = planned.plan.everything_fits and catalog.container == "gguf"
         if ours or table or pin_cores or not alone:
@@ -244,7 +245,7 @@ class Llama(llama_cpp.Llama):
                     raise _load_error(path, model, error) from error
             self._nexus = handle
             if model is not None and pin_cores:
-                pin_threads(model, max(self.n_threads, self.n_threads_batch))
+                handle.pinning = pin_threads(model, max(self.n_threads, self.n_threads_batch))
             if model is not None:
                 model.finish_load(progress)
             self._watch_context()

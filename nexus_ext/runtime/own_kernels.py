@@ -11,12 +11,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from nexus_ext import core, kernels
 from nexus_ext.errors import UsageError
+from nexus_ext.placement import Plan
 from nexus_ext.runtime import backend
-from nexus_ext.types import TensorInfo
+from nexus_ext.types import Catalog, TensorInfo
 
 _log = logging.getLogger("nexus_ext.runtime")
 
@@ -24,8 +25,7 @@ TYPES = ("tq1_0", "tq2_0", "q2_0", "q1_0")
 MODES = ("ggml", "auto", "nexus", "opencl")
 """ggml: never ours. auto: where the results are the same bits, and the CPU has instructions that
 make ours faster. nexus: always. opencl: on a device, as far as there is one."""
-PAGED_TIERS = ("ram", "host", "nvme")
-"""Where weights are that our kernels can compute with; those on a GPU are llama.cpp's."""
+_PAGED_TIERS = ("ram", "host", "nvme")
 
 
 @functools.cache
@@ -70,6 +70,16 @@ def own_types(weights: Iterable[TensorInfo], mode: str) -> tuple[str, ...]:
         if same or (mode in ("nexus", "opencl") and same is not None):
             chosen.append(name)
     return tuple(chosen)
+
+
+def in_reach(catalog: Catalog, plan: Plan) -> Iterator[TensorInfo]:
+    """Yield the weights that our kernels could compute with: those that no GPU has."""
+    return (tensor for tensor in catalog.tensors if plan.tiers[tensor.name] in _PAGED_TIERS)
+
+
+def takes_over(catalog: Catalog, plan: Plan) -> bool:
+    """Return whether `Llama` computes with some of these weights by our kernels by itself."""
+    return bool(own_types(in_reach(catalog, plan), "auto"))
 
 
 def usable_mode(mode: str) -> str:

@@ -76,7 +76,9 @@ def assert_same_tokens(
     with use_plugins(plugins):
         streamed = _streamed(path, weights, options)
         try:
-            assert streamed.nexus.active, f"all of {path} fits, so nothing is streamed"
+            assert not streamed.nexus.plan.everything_fits, (
+                f"all of {path} fits, so nothing is streamed"
+            )
             found = _logits(streamed, prompt, n_tokens)
             stats = streamed.nexus.stats()
         finally:

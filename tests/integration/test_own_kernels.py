@@ -12,9 +12,12 @@ import pytest
 
 from nexus_ext import Llama, kernels
 from nexus_ext.errors import UsageError
+from nexus_ext.formats import open_model
 from nexus_ext.hardware.system import System
-from nexus_ext.runtime.own_kernels import describe, same_bits, usable_mode
+from nexus_ext.placement import PlanRequest
+from nexus_ext.runtime.own_kernels import describe, same_bits, takes_over, usable_mode
 from nexus_ext.runtime.pinning import pin_threads
+from nexus_ext.runtime.planning import plan_model
 from tests.cli_support import hardware_file, run
 from tests.integration.streaming import SMALL, logits, paged, prompt, stock
 from tests.models_folder import find_model
@@ -152,3 +155,12 @@ def test_the_command_says_whose_kernels_it_uses(tmp_path: Path) -> None:
         answers[choice] = done.out
         assert ("kernels for tq2_0" in done.err) == (choice == "auto" and bool(same_bits("tq2_0")))
     assert answers["auto"] == answers["ggml"]
+
+
+def test_a_benchmark_knows_whether_something_of_ours_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog = open_model(str(find_model(MODELS[0])))
+    plan = plan_model(str(find_model(MODELS[0])), PlanRequest()).plan
+    fast = bool(same_bits("tq2_0")) and kernels.current_isa() != "reference"
+    assert plan.everything_fits and takes_over(catalog, plan) == fast
+    monkeypatch.setattr("nexus_ext.runtime.own_kernels.same_bits", lambda name: False)
+    assert not takes_over(catalog, plan)
