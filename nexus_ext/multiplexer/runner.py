@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, field
 
 from nexus_ext.errors import Interrupted, NexusError
+from nexus_ext.multiplexer import announce
 from nexus_ext.multiplexer.job import Job
 from nexus_ext.multiplexer.prefix import chunk_end, prefilled, reusable, shared_chunk
 from nexus_ext.multiplexer.sessions import Saved, SessionStore, common_prefix
@@ -49,6 +50,7 @@ class Runner:
         self._sessions = sessions
         self._prefill_next = True
         self._n_each = 0  # tokens of each prompt in the next step
+        self._watch = announce.watch_routers_of(model)
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -137,6 +139,8 @@ class Runner:
             for slot in slots:
                 self._fail(slot, error)
             return
+        if self._watch is not None:
+            self._watch.tell(later=True)
         now = time.monotonic_ns()
         for slot, row in zip(slots, last, strict=True):
             at = len(slot.tokens)

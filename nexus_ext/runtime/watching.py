@@ -92,11 +92,11 @@ class RouterWatch:
         self._most = max(1 << 14, 3 + n_tokens * used)
         model.record_routing(True)
 
-    def tell(self) -> None:
-        """Show plugins what was decided since the last time."""
+    def tell(self, *, later: bool = False) -> None:
+        """Show plugins what was decided since the last time; `later`: from another thread."""
         if self._model is None:
             return
-        layers = []
+        layers: list[LayerRouting] = []
         while entries := self._model.take_routing(self._most):
             layers += [
                 LayerRouting(layer, tuple(map(tuple, tokens)))
@@ -104,7 +104,11 @@ class RouterWatch:
                 if (layer := self._layers.get(number)) is not None
             ]
         if layers:
-            plugins().observe_routing(Routing(self._info, tuple(layers)))
+            routing = Routing(self._info, tuple(layers))
+            if later:
+                plugins().later(lambda: plugins().observe_routing(routing))
+            else:
+                plugins().observe_routing(routing)
         if not plugins().has_router_observers():  # all of them have failed
             self.stop()
 

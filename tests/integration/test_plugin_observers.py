@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nexus_ext import hookimpl
+from nexus_ext.multiplexer.settings import ModelSpec
 from nexus_ext.plugins import Plugins
 from nexus_ext.policies import ModelInfo, RequestInfo, RequestStart, Routing
 from nexus_ext.testing import load_plugins
@@ -192,3 +193,22 @@ def test_models_that_come_and_go_in_the_multiplexer_are_seen(use: Callable[..., 
     paths = [Path(info.path).name.split("-")[0] for info in watch.seen]
     assert sorted(paths) == ["bitllama", "bitllama", "tinydense", "tinydense"]
     assert all(info.resident_bytes > 0 for info in watch.seen)
+
+
+def test_the_multiplexer_shows_routers_from_another_thread(
+    moe: Path, use: Callable[..., Plugins]
+) -> None:
+    watch = Watch()
+    plugins = use(watch.plugin("nexus_router_observer"))
+
+    async def test() -> None:
+        path = str(moe)
+        async with multiplexer(find=lambda name: ModelSpec(name, path), n_ctx=64) as mux:
+            await answer(mux, "moe", [1 + t % 300 for t in a_prompt(1, 9)], 4)
+
+    run(test())
+    assert plugins.wait_for_observers()
+    assert {routing.model.path for routing in watch.seen} == {str(moe)}
+    n_tokens = sum(len(routing.layers[0].experts) for routing in watch.seen)
+    assert n_tokens == 9 + 3  # the last token that is generated is not computed with
+    assert all(len(routing.layers) == DIMS.n_layers for routing in watch.seen)
