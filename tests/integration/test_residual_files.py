@@ -92,6 +92,24 @@ def test_more_channels_bring_the_predictions_nearer(source: str, rough: str) -> 
     assert divergences[2] < 0.5 * divergences[0]
 
 
+def test_columns_by_themselves_are_corrected_as_single_tokens_are(rough: str) -> None:
+    """Several columns, dealt out to threads; attention alone may round otherwise."""
+    seen = {}
+    with closing(
+        Llama(rough, residual=rough + ".nxr", residual_share=0.2, logits_all=True, **SMALL)
+    ) as llm:
+        tokens = llm.tokenize(STORIES)[:24]
+        for share, columns in ((0.2, 1), (0.2, 8), (0.0, 1)):
+            llm.nexus.residuals.set_share(share)
+            llm.nexus.model.set_columns(columns > 1)
+            llm.n_batch = columns
+            llm.reset()
+            llm.eval(tokens)
+            seen[share, columns] = llm.scores[: len(tokens)].copy()
+    alone, together, plain = (seen[key] for key in ((0.2, 1), (0.2, 8), (0.0, 1)))
+    assert np.abs(alone - together).max() < 0.01 * np.abs(alone - plain).max()
+
+
 def test_a_share_is_found_when_none_is_given(rough: str) -> None:
     llm = Llama(rough, residual=rough + ".nxr", **SMALL)
     try:

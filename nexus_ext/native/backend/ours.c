@@ -94,23 +94,22 @@ bool nxb_ours_computes(const gx_tensor *node) {
 /* The columns of a decode: one, or several that are computed as if each were alone (columns.c). */
 static size_t n_alone(const gx_tensor *node) { return node->src[1]->ne[1] == 1 ? (size_t)node->src[1]->ne[2] : 0; }
 
+/* Columns are taken in turns by the threads; one column, by the first. */
 static void choose(gx_tensor *node, int ith, int nth, void *argument) {
-    (void)nth;
-    if (ith != 0) return;
     const job *j = argument;
-    nxb_ours *ours = j->ours;
+    const nxb_ours *ours = j->ours;
     const size_t k = j->k < j->residual->n_in ? j->k : j->residual->n_in;
-    for (size_t c = 0; c < n_alone(node); c++) {
+    for (size_t c = (unsigned)ith; c < n_alone(node); c += (unsigned)nth) {
         const float *x = (const float *)((const char *)node->src[1]->data + c * node->src[1]->nb[2]);
-        ours->n_channels = nx_residual_select(x, j->residual->n_in, j->k, ours->channels + c * k);
-        nx_residual_products(x, ours->channels + c * k, ours->n_channels, ours->products + 16 * c * k);
+        (void)nx_residual_select(x, j->residual->n_in, j->k, ours->channels + c * k); /* always k */
+        nx_residual_products(x, ours->channels + c * k, k, ours->products + 16 * c * k);
     }
 }
 
 static void add(gx_tensor *node, int ith, int nth, void *argument) {
     const job *j = argument;
     const nxb_ours *ours = j->ours;
-    const size_t k = ours->n_channels;
+    const size_t k = j->k < j->residual->n_in ? j->k : j->residual->n_in;
     const uint64_t lines = ((uint64_t)j->residual->n_out + NX_RESIDUAL_LINE - 1) / NX_RESIDUAL_LINE;
     const uint32_t begin = (uint32_t)(lines * (unsigned)ith / (unsigned)nth * NX_RESIDUAL_LINE);
     uint64_t end = lines * ((unsigned)ith + 1) / (unsigned)nth * NX_RESIDUAL_LINE;

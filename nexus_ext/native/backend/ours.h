@@ -46,7 +46,7 @@ typedef struct nxb_ours {
     size_t n_jobs, jobs_capacity;
     /* what jobs share, one after the other */
     uint32_t *channels; /* chosen for the last input */
-    size_t n_channels, channels_capacity;
+    size_t channels_capacity;
     float *products, *sums;
     size_t sums_capacity;
     void *columns; /* of activations */
