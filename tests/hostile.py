@@ -54,7 +54,7 @@ class Everything:
 
     name = "hostile"
     suffixes = (".hostile",)
-    function = 1
+    function = "nowhere"  # an address that is none cannot be told from one: no test of that
 
     def __init__(self, act: Callable[[], Any]) -> None:
         self._act = act
