@@ -14,7 +14,13 @@ from click.testing import CliRunner
 from nexus_ext import hooks, hookspecs
 from nexus_ext.cli.serve import serve
 from nexus_ext.plugins import Plugins
-from nexus_ext.server.config import EngineConfig, ModelConfig, ModelsConfig, ServerConfig
+from nexus_ext.server.config import (
+    EngineConfig,
+    ModelConfig,
+    ModelsConfig,
+    ServerConfig,
+    tomllib,
+)
 from tests.hook_pages import FOLDER, HOOKS, blocks, page, shown, signature, source_of
 from tests.hook_plugins import Install, installer
 from tests.unit import hook_exercises
@@ -102,9 +108,13 @@ def test_every_key_of_the_configuration_is_documented() -> None:
         end = text.find("\n#", start + 1)
         part = text[start:end]
         assert re.findall(r"^\| `(\w+)` \|", part, re.MULTILINE) == list(section.model_fields)
-        if name != "model":
-            for key in section.model_fields:
-                assert f"`NEXUS_{name}_{key}`".upper() in part.upper()
+        if name == "model":
+            continue
+        for key, field in section.model_fields.items():
+            row = re.search(rf"^\| `{key}` \| (.*?) ?\| `(\w+)` \|", part, re.MULTILINE)
+            assert row is not None and row[2] == f"NEXUS_{name}_{key}".upper()
+            default = tomllib.loads(f"x = {row[1].strip('`')}")["x"] if row[1] else None
+            assert getattr(section.model_validate({key: default}), key) == field.default, key
 
 
 def test_every_option_of_serve_is_documented() -> None:
