@@ -361,9 +361,9 @@ class Model:
         return [int(cpus[i]) for i in range(lib.nx_model_cores(self.pointer, cpus))]
 
     def own_products(self) -> dict[str, int]:
-        """Return how many products our kernels have computed, by what they were given."""
-        kinds = ("packed", "stored", "opencl")
-        numbers = (lib.NX_OWN_PACKED, lib.NX_OWN_STORED, lib.NX_OWN_OPENCL)
+        """Return how many products our kernels have computed, by what they were given; plugins'."""
+        kinds = ("packed", "stored", "opencl", "plugin")
+        numbers = (lib.NX_OWN_PACKED, lib.NX_OWN_STORED, lib.NX_OWN_OPENCL, lib.NX_OWN_PLUGIN)
         counts = (int(lib.nx_model_n_own(self.pointer, number)) for number in numbers)
         return dict(zip(kinds, counts, strict=True))
 

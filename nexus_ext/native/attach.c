@@ -38,6 +38,7 @@ void nx_attachments_free(nx_model *m) {
         nx_opencl_matrix_free(a->opencl);
         free(a);
     }
+    nx_kernels_free(m);
 }
 
 uint64_t nx_model_attached_bytes(const nx_model *m) {

@@ -5,6 +5,7 @@
 #include "nexus_attach.h"
 
 void nx_attachments_free(nx_model *);
+void nx_kernels_free(nx_model *);
 /* The attachment of an extent, made if there is none; NULL: no memory. With load_lock held. */
 nx_attachment *nx_attachment_get(nx_extent *);
 /* Pack what the manifest asks for, as far as memory allows; elastic weights not. Everything is read. With

@@ -123,7 +123,8 @@ struct nx_model {
     uint32_t own_types;      /* bit t: weights of nx_ternary_type t are for our own kernels */
     uint64_t own_more_bytes; /* by how much packing them may add to what weights take */
     bool own_opencl;         /* packed ones go to the OpenCL device */
-    uint64_t own_products[3]; /* by nx_own_kind; atomic */
+    struct nx_kernel_use *kernels; /* of plugins */
+    uint64_t own_products[4]; /* by nx_own_kind; atomic */
     uint32_t cores[NX_MAX_CORES]; /* see nexus_threads.h; guarded by lock */
     size_t n_cores;
 

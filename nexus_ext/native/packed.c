@@ -142,7 +142,7 @@ void nx_model_pack(nx_model *m) {
         nx_extent *e = &m->extents[i];
         nx_ternary_type type;
         nx_attachment *a = nx_extent_attached(e);
-        if (e->elastic || e->tier != NX_TIER_RAM || !is_for_us(m, e, &type) || (a && (a->packed.codes || a->opencl || a->given_up)))
+        if (e->elastic || e->tier != NX_TIER_RAM || !is_for_us(m, e, &type) || (a && (a->packed.codes || a->opencl || a->given_up || a->kernel)))
             continue;
         if (m->own_opencl && to_device(e, type)) continue;
         const uint64_t bytes = memory_of(e, type);

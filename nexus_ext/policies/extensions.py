@@ -94,7 +94,7 @@ class KernelProvider(Protocol):
     """Computes products of resident weights with a C function of its own."""
 
     name: str
-    function: int  # address of an `nx_plugin_kernel` of nexus_plugin.h; the object keeps it alive
+    function: int  # address of an `nxp_kernel` of nexus_plugin.h; the object keeps it alive
 
     def claims(self, info: KernelInfo) -> bool:
         """Tell whether the function computes this product. Asked once for each tensor."""

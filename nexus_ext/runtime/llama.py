@@ -25,6 +25,7 @@ from nexus_ext.formats.residuals import read_residuals
 from nexus_ext.placement import Pin, Plan, PlanRequest
 from nexus_ext.plugins import plugins
 from nexus_ext.policies import ModelInfo
+from nexus_ext.runtime import plugin_kernels
 from nexus_ext.runtime.amx import amx_works
 from nexus_ext.runtime.loading import loads
 from nexus_ext.runtime.manifest import manifest
@@ -226,7 +227,8 @@ class Llama(llama_cpp.Llama):
         ours = own_types(in_reach(catalog, planned.plan), kernels)
         # llama.cpp alone opens nothing but GGUF, whatever fits.
         alone = planned.plan.everything_fits and catalog.container == "gguf"
-        if ours or table or pin_cores or not alone:
+        claimed = plugin_kernels.claims(catalog, tiers, kernels, ours)
+        if ours or claimed or table or pin_cores or not alone:
             device = kernels == "opencl"
             paged = PagedModel(
                 catalog,
@@ -238,6 +240,8 @@ class Llama(llama_cpp.Llama):
         model = paged.core if paged is not None else None
         handle = NexusHandle(path, planned, paged)
         try:
+            if model is not None:
+                plugin_kernels.attach(model, catalog, claimed, kernels)
             with loads(model, extra_buffers=model is None and amx_works() is not False):
                 try:
                     super().__init__(path, n_gpu_layers=layers, **arguments)

@@ -55,6 +55,7 @@ class RunStats:
     packed_products: int  # computed by our kernels since the model was opened: resident weights,
     stored_products: int  # streamed ones and experts, as they are stored,
     device_products: int  # and those on the OpenCL device
+    plugin_products: int  # computed by kernels of plugins
 
 
 def run_stats(
@@ -122,4 +123,5 @@ def run_stats(
         packed_products=products["packed"],
         stored_products=products["stored"],
         device_products=products["opencl"],
+        plugin_products=products["plugin"],
     )

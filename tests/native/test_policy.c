@@ -2,6 +2,7 @@
  * test_policy.c: plugins in C: what is refused and in which words, what a policy is told and asked, how long
  * its states live, and that a predictor's answer is checked.
  */
+#include "nexus_attach.h"
 #include "nx_consumer.h"
 #include "nx_policies.h"
 #include "predict.h"
@@ -357,12 +358,69 @@ static void predictors(bool direct) {
 
 static void what_a_predictor_answers_is_checked(void) { world_for_each(predictors); }
 
+/* ------------------------------------------------------------ kernels */
+
+static int tall(void *user, const nxp_matrix *m) {
+    NX_CHECK(user == &oracle && NXP_HAS(m, nxp_matrix, row_bytes) && !m->rows && m->n_in == 512);
+    return m->n_out > 10;
+}
+
+static void no_product(void *user, const nxp_matrix *m, const void *columns, uint64_t stride, uint32_t n_columns,
+                       uint64_t begin, uint64_t end, float *y, uint64_t y_stride) {
+    (void)user, (void)m, (void)columns, (void)stride, (void)n_columns, (void)begin, (void)end, (void)y, (void)y_stride;
+}
+
+static void no_column(void *user, const float *x, uint64_t n_in, void *out) { (void)user, (void)x, (void)n_in, (void)out; }
+
+static void kernels(bool direct) {
+    world_init(&here, 1, 400000, 42);
+    world_manifest(&here, 30000, 10000, 100000, 0, direct);
+    world_tensor(&here, "ram", 0, 4096, 512, 16, 1, 0, "tall");
+    world_tensor(&here, "ram", 0, 40960, 512, 8, 1, 0, "low");
+    world_tensor(&here, "ram", 0, 81920, 512, 16, 2, 0, "experts");
+    world_tensor(&here, "nvme", 0, 122880, 512, 16, 1, 0, "streamed");
+    nx_model *m = world_open(&here, "", 0);
+    nxp_kernel k = {.head = NXP_HEAD(nxp_kernel, NXP_KERNEL, "k"), .user = &oracle, .type = "i8", .accepts = tall,
+                    .multiply = no_product};
+    uint32_t n;
+    nx_error error = {0};
+    NX_CHECK_EQ(nx_model_use_kernel(m, &k, (uint32_t[]){0, 1}, 2, &n, &error), NX_OK);
+    const nx_attachment *a = nx_extent_attached(&m->extents[0]);
+    NX_CHECK(n == 1 && a && a->kernel && a->kernel->multiply == no_product && !nx_extent_attached(&m->extents[1]));
+    NX_CHECK(a->matrix.rows == m->extents[0].pinned && a->matrix.row_bytes == 512 && a->matrix.n_out == 16);
+    for (uint32_t i = 2; i < 5; i++) { /* experts, streamed, none at all */
+        NX_CHECK_EQ(nx_model_use_kernel(m, &k, &i, 1, &n, &error), NX_E_INVALID);
+        NX_CHECK(strstr(error.text, i == 4 ? "there is not" : m->extents[i].name) != NULL);
+    }
+    nxp_kernel bad = k;
+    bad.type = "q4_0";
+    NX_CHECK_EQ(nx_model_use_kernel(m, &bad, (uint32_t[]){0}, 1, &n, &error), NX_E_INVALID);
+    NX_CHECK(strstr(error.text, "of type q4_0, not by tall") != NULL);
+    bad.type = "";
+    NX_CHECK_EQ(nx_model_use_kernel(m, &bad, NULL, 0, &n, &error), NX_E_INVALID);
+    bad = k;
+    bad.multiply = NULL;
+    NX_CHECK_EQ(nx_model_use_kernel(m, &bad, NULL, 0, &n, &error), NX_E_INVALID);
+    NX_CHECK(strstr(error.text, "`multiply`") != NULL);
+    bad = k;
+    bad.activate = no_column;
+    NX_CHECK_EQ(nx_model_use_kernel(m, &bad, NULL, 0, &n, &error), NX_E_INVALID);
+    NX_CHECK(strstr(error.text, "pair of") != NULL);
+    bad = k;
+    bad.head.api_version = 3;
+    NX_CHECK_EQ(nx_model_use_kernel(m, &bad, NULL, 0, &n, &error), NX_E_ABI);
+    close_model(m);
+}
+
+static void a_kernel_gets_resident_matrices_of_its_type(void) { world_for_each(kernels); }
+
 int main(int argc, char **argv) {
     static const nx_test tests[] = {
         NX_TEST(a_struct_of_another_version_is_refused_in_words),
         NX_TEST(a_policy_is_asked_once_about_what_may_leave_and_its_states_end),
         NX_TEST(a_replay_is_what_the_cache_would_do),
         NX_TEST(what_a_predictor_answers_is_checked),
+        NX_TEST(a_kernel_gets_resident_matrices_of_its_type),
     };
     return nx_test_main(tests, sizeof tests / sizeof *tests, argc, argv);
 }

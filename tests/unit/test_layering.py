@@ -32,7 +32,7 @@ LAYERS = {
             ("nexus_ext.plugin_registry",),
             ("nexus_ext.plugins",),
             ("nexus_ext.core_errors",),
-            ("nexus_ext.native_codecs", "nexus_ext.native_plugins"),
+            ("nexus_ext.native_codecs", "nexus_ext.native_kernels", "nexus_ext.native_plugins"),
             ("nexus_ext.native_predictions",),
             ("nexus_ext.core",),
             ("nexus_ext.kernels",),
@@ -58,7 +58,8 @@ MAY_IMPORT = {
     "llama_cpp": ("nexus_ext.runtime", "nexus_ext.integrations"),
     "nexus_ext._native": (
         *("nexus_ext.codecs", "nexus_ext.core", "nexus_ext.core_errors"),
-        *("nexus_ext.native_codecs", "nexus_ext.native_plugins", "nexus_ext.native_predictions"),
+        *("nexus_ext.native_codecs", "nexus_ext.native_kernels"),
+        *("nexus_ext.native_plugins", "nexus_ext.native_predictions"),
     ),
 }
 MAX_LINES = 500

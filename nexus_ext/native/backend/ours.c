@@ -6,6 +6,7 @@
  * is cut. The list belongs to a view of the graph, so the graph of the caller stays as it is.
  *
  *   few bits:       see ours_ternary.c
+ *   a plugin's:     see ours_plugin.c
  *   residual:       what computes the product; choose (channels, by one thread); add (outputs, by all)
  */
 #include <stdio.h>
@@ -86,7 +87,7 @@ bool nxb_ours_computes(const gx_tensor *node) {
     if (!nxb_is_product(node)) return false;
     const nx_extent *e = nxb_extent(node->src[0]);
     const nx_attachment *a = e ? nx_extent_attached(e) : NULL;
-    return e && (has_copy(a) || own_type(e) != NX_TERNARY_TYPES);
+    return e && (has_copy(a) || (a && a->kernel) || own_type(e) != NX_TERNARY_TYPES);
 }
 
 /* -- residuals ---------------------------------------------------------------------------------- */
@@ -183,6 +184,10 @@ static int residual_nodes(nxb_ours *ours, const gx_tensor *node, const nx_attach
 static int product_nodes(nxb_run *r, gx_tensor *node, const noted *n, progress *p, gx_tensor **out) {
     nxb_ours *ours = r->own->ours;
     out[0] = node;
+    if (n->attached && n->attached->kernel) {
+        nx_note_own(r->models[0], NX_OWN_PLUGIN);
+        return nxb_plugin_nodes(ours, node, n->attached, p, out);
+    }
     if (n->stored == NX_TERNARY_TYPES && !has_copy(n->attached)) return 1;
     if (n->stored != NX_TERNARY_TYPES) {
         nx_note_own(r->models[0], NX_OWN_STORED);

@@ -1,5 +1,5 @@
 /* ours.h: operations of our own, as ours.c (which puts them into a graph) and ours_ternary.c (products with
- * weights of few bits) share them. */
+ * weights of few bits) and ours_plugin.c (products by kernels of plugins) share them. */
 #ifndef NEXUS_OURS_H
 #define NEXUS_OURS_H
 
@@ -19,6 +19,7 @@ typedef struct job {
     uint32_t k;
     const nx_ternary *packed; /* or `opencl`, or, as it is stored, src[0] of the node */
     const nx_opencl_matrix *opencl;
+    const nx_attachment *attached; /* a plugin's kernel */
     nx_ternary_type type;
     uint32_t n_in;
     uint32_t next; /* of what is handed out to threads; atomic */
@@ -30,6 +31,7 @@ typedef struct progress {
     uint32_t chosen_k;
     const gx_tensor *activated; /* the input that was rounded, and how */
     nx_ternary_type activated_as;
+    const nxp_kernel *activated_by; /* by a plugin instead; NULL: by us */
     const gx_tensor *grouped; /* the numbers of experts that were sorted, of how many experts */
     int64_t grouped_of;
 } progress;
@@ -72,6 +74,9 @@ bool nxb_is_expert_product(const gx_tensor *);
 /* The product of `node` as nodes of ours. Returns how many, or a status below 0. */
 int nxb_packed_nodes(nxb_ours *, const gx_tensor *node, const nx_attachment *, progress *, gx_tensor **out);
 int nxb_stored_nodes(nxb_ours *, const gx_tensor *node, nx_ternary_type, progress *, gx_tensor **out);
+int nxb_plugin_nodes(nxb_ours *, const gx_tensor *node, const nx_attachment *, progress *, gx_tensor **out);
+/* Room for so many bytes of activations, at a multiple of 64. */
+bool nxb_ours_columns(nxb_ours *, uint64_t bytes);
 /* Types whose activations are rounded alike have the same. */
 nx_ternary_type nxb_rounded_as(nx_ternary_type);
 void nxb_ternary_free(nxb_ours *);

@@ -59,23 +59,25 @@ static void activate(gx_tensor *node, int ith, int nth, void *argument) {
     }
 }
 
+bool nxb_ours_columns(nxb_ours *ours, uint64_t bytes) {
+    if (bytes <= ours->columns_capacity) return true;
+    free(ours->columns);
+    ours->columns_capacity = 0;
+    if (posix_memalign(&ours->columns, 64, bytes) != 0) ours->columns = NULL;
+    else ours->columns_capacity = bytes;
+    return ours->columns != NULL;
+}
+
 /* Memory for the columns of `node`; adds the node that rounds them if that has not been done. */
 static int activate_nodes(nxb_ours *ours, const gx_tensor *node, const job *with, progress *p, gx_tensor **out) {
     const gx_tensor *x = node->src[1];
-    if (p->activated == x && p->activated_as == nxb_rounded_as(with->type)) return 0;
+    if (p->activated == x && !p->activated_by && p->activated_as == nxb_rounded_as(with->type)) return 0;
     const uint64_t bytes = nx_ternary_activation_bytes(with->type, with->n_in) * (uint64_t)(x->ne[1] * x->ne[2]);
-    if (bytes > ours->columns_capacity) {
-        free(ours->columns);
-        ours->columns_capacity = 0;
-        if (posix_memalign(&ours->columns, 64, bytes) != 0) {
-            ours->columns = NULL;
-            return GX_ALLOC_FAILED;
-        }
-        ours->columns_capacity = bytes;
-    }
+    if (!nxb_ours_columns(ours, bytes)) return GX_ALLOC_FAILED;
     out[0] = nxb_ours_custom(ours, node, activate, *with);
     p->activated = x;
     p->activated_as = nxb_rounded_as(with->type);
+    p->activated_by = NULL;
     return 1;
 }
 

@@ -87,6 +87,12 @@ typedef struct {
     int (*decode)(void *, const void *, size_t, void *, size_t);
 } nxp_codec;
 
+typedef struct {
+    nxp_head head;
+    const char *type;
+    ...;
+} nxp_kernel;
+
 const nxp_cache_policy *nx_cache_builtin(const char *name);
 nx_status nx_cache_use_policy(nx_model *, const nxp_cache_policy *, nx_error *error);
 void nx_cache_policy_get(nx_model *, nx_plugin_info *out);
@@ -98,6 +104,12 @@ nx_status nx_cache_replay(const nxp_cache_policy *, uint32_t layer, uint32_t n_e
 
 nx_status nx_codec_register(const nxp_codec *, int gated, nx_error *error);
 void nx_codec_gate(int open);
+nx_status nx_model_use_kernel(nx_model *, const nxp_kernel *, const uint32_t *extents, size_t n,
+                              uint32_t *n_taken, nx_error *error);
+nx_status nx_kernel_check(const nxp_kernel *, nxp_kernel *out, nx_error *error);
+typedef struct nx_extent nx_extent;
+nx_extent *nx_model_extent(nx_model *, size_t index);
+nx_status nx_model_read(nx_model *, const nx_extent *, uint64_t offset, void *dst, uint64_t nbytes);
 
 extern "Python" void *nx_python_cache_create(void *, const nxp_cache_layer *);
 extern "Python" void nx_python_cache_used(void *, const nxp_cache_use *);

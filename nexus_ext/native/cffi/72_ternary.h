@@ -31,5 +31,5 @@ void nx_ternary_multiply_stored(nx_ternary_type, const void *rows, size_t stride
                                 float *const *y);
 
 uint32_t nx_model_n_packed(const nx_model *);
-typedef enum { NX_OWN_PACKED, NX_OWN_STORED, NX_OWN_OPENCL, NX_OWN_KINDS, ... } nx_own_kind;
+typedef enum { NX_OWN_PACKED, NX_OWN_STORED, NX_OWN_OPENCL, NX_OWN_PLUGIN, NX_OWN_KINDS, ... } nx_own_kind;
 uint64_t nx_model_n_own(const nx_model *, nx_own_kind);

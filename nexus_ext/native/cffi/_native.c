@@ -1,4 +1,4 @@
-/* Written by build.py with cffi 2.1.1 from 926573feef2d6ce78544b44d51a5a58ab16fad58e1da8491a4add7eca5af4821. */
+/* Written by build.py with cffi 2.1.1 from 129f7f299d68af7015173536914449b6357f2dba5883380aaeb9fffeb0432c53. */
 #define _CFFI_
 
 /* We try to define Py_LIMITED_API before including Python.h.
@@ -600,534 +600,561 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 /************************************************************/
 
 static void *_cffi_types[] = {
-/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 337), // FILE *()(nx_model *, int *)
-/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 497), // nx_model *
-/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 169), // int *
+/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 361), // FILE *()(nx_model *, int *)
+/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 523), // nx_model *
+/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 188), // int *
 /*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 468), // _Bool()(void *)
-/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 527), // void *
+/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 492), // _Bool()(void *)
+/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 554), // void *
 /*  6 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  7 */ _CFFI_OP(_CFFI_OP_FUNCTION, 69), // char const *()(nx_isa)
+/*  7 */ _CFFI_OP(_CFFI_OP_FUNCTION, 73), // char const *()(nx_isa)
 /*  8 */ _CFFI_OP(_CFFI_OP_ENUM, 3), // nx_isa
 /*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION, 69), // char const *()(nx_model const *)
-/* 11 */ _CFFI_OP(_CFFI_OP_POINTER, 497), // nx_model const *
+/* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION, 73), // char const *()(nx_model const *)
+/* 11 */ _CFFI_OP(_CFFI_OP_POINTER, 523), // nx_model const *
 /* 12 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION, 69), // char const *()(nx_status)
+/* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION, 73), // char const *()(nx_status)
 /* 14 */ _CFFI_OP(_CFFI_OP_ENUM, 5), // nx_status
 /* 15 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 69), // char const *()(void)
+/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 73), // char const *()(void)
 /* 17 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION, 481), // double()(void)
+/* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION, 505), // double()(void)
 /* 19 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION, 169), // int()(nx_ans_path)
+/* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // int()(nx_ans_path)
 /* 21 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // nx_ans_path
 /* 22 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 23 */ _CFFI_OP(_CFFI_OP_FUNCTION, 169), // int()(nx_isa)
+/* 23 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // int()(nx_isa)
 /* 24 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
 /* 25 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 26 */ _CFFI_OP(_CFFI_OP_FUNCTION, 169), // int()(nx_model *, uint64_t)
+/* 26 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // int()(nx_model *, uint64_t)
 /* 27 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 28 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
 /* 29 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 30 */ _CFFI_OP(_CFFI_OP_FUNCTION, 169), // int()(nx_model const *, uint32_t)
+/* 30 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // int()(nx_model const *, uint32_t)
 /* 31 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
 /* 32 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
 /* 33 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 34 */ _CFFI_OP(_CFFI_OP_FUNCTION, 169), // int()(nx_ternary_type)
+/* 34 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // int()(nx_ternary_type)
 /* 35 */ _CFFI_OP(_CFFI_OP_ENUM, 6), // nx_ternary_type
 /* 36 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 37 */ _CFFI_OP(_CFFI_OP_FUNCTION, 169), // int()(void *)
+/* 37 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // int()(void *)
 /* 38 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
 /* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION, 169), // int()(void *, nxp_cache_ask const *, int32_t *)
+/* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // int()(void *, nxp_cache_ask const *, int32_t *)
 /* 41 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 42 */ _CFFI_OP(_CFFI_OP_POINTER, 506), // nxp_cache_ask const *
-/* 43 */ _CFFI_OP(_CFFI_OP_POINTER, 485), // int32_t *
+/* 42 */ _CFFI_OP(_CFFI_OP_POINTER, 532), // nxp_cache_ask const *
+/* 43 */ _CFFI_OP(_CFFI_OP_POINTER, 509), // int32_t *
 /* 44 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 45 */ _CFFI_OP(_CFFI_OP_FUNCTION, 169), // int()(void *, uint64_t, uint64_t)
+/* 45 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // int()(void *, uint64_t, uint64_t)
 /* 46 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
 /* 47 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 48 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 49 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 50 */ _CFFI_OP(_CFFI_OP_FUNCTION, 169), // int()(void *, void const *, size_t, void *, size_t)
+/* 50 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // int()(void *, void const *, size_t, void *, size_t)
 /* 51 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 52 */ _CFFI_OP(_CFFI_OP_POINTER, 527), // void const *
+/* 52 */ _CFFI_OP(_CFFI_OP_POINTER, 554), // void const *
 /* 53 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
 /* 54 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
 /* 55 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 56 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 57 */ _CFFI_OP(_CFFI_OP_FUNCTION, 169), // int()(void)
+/* 57 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // int()(void)
 /* 58 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 59 */ _CFFI_OP(_CFFI_OP_FUNCTION, 485), // int32_t()(void *, nxp_predict_ask const *, int32_t *)
+/* 59 */ _CFFI_OP(_CFFI_OP_FUNCTION, 509), // int32_t()(void *, nxp_predict_ask const *, int32_t *)
 /* 60 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 61 */ _CFFI_OP(_CFFI_OP_POINTER, 513), // nxp_predict_ask const *
+/* 61 */ _CFFI_OP(_CFFI_OP_POINTER, 540), // nxp_predict_ask const *
 /* 62 */ _CFFI_OP(_CFFI_OP_NOOP, 43),
 /* 63 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 64 */ _CFFI_OP(_CFFI_OP_FUNCTION, 21), // nx_ans_path()(void)
 /* 65 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION, 8), // nx_isa()(void)
-/* 67 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 68 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_io_mode, nx_file * *)
-/* 69 */ _CFFI_OP(_CFFI_OP_POINTER, 469), // char const *
-/* 70 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // nx_io_mode
-/* 71 */ _CFFI_OP(_CFFI_OP_POINTER, 349), // nx_file * *
-/* 72 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 73 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_probe_options const *, nx_probe_result *)
-/* 74 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
-/* 75 */ _CFFI_OP(_CFFI_OP_POINTER, 501), // nx_probe_options const *
-/* 76 */ _CFFI_OP(_CFFI_OP_POINTER, 502), // nx_probe_result *
-/* 77 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 78 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, size_t, void const *, size_t, nx_model * *, nx_error *)
-/* 79 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
-/* 80 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 81 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
-/* 82 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 83 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // nx_model * *
-/* 84 */ _CFFI_OP(_CFFI_OP_POINTER, 489), // nx_error *
-/* 85 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 86 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(float const *, size_t, uint32_t, uint32_t, uint32_t, uint32_t, uint8_t *, float *)
-/* 87 */ _CFFI_OP(_CFFI_OP_POINTER, 257), // float const *
-/* 88 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 89 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 90 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 91 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 92 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 93 */ _CFFI_OP(_CFFI_OP_POINTER, 519), // uint8_t *
-/* 94 */ _CFFI_OP(_CFFI_OP_POINTER, 257), // float *
-/* 95 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 96 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ans_layout const *, void const *, size_t, void *, size_t, size_t *)
-/* 97 */ _CFFI_OP(_CFFI_OP_POINTER, 487), // nx_ans_layout const *
-/* 98 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
-/* 99 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 100 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 101 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 102 */ _CFFI_OP(_CFFI_OP_POINTER, 53), // size_t *
-/* 103 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 104 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ans_path, void const *, size_t, void *, size_t)
-/* 105 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
-/* 106 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
-/* 107 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 108 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 109 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 110 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 111 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix * *)
-/* 112 */ _CFFI_OP(_CFFI_OP_POINTER, 356), // nx_imatrix * *
-/* 113 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 114 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix const *)
-/* 115 */ _CFFI_OP(_CFFI_OP_POINTER, 494), // nx_imatrix const *
-/* 116 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 117 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix const *, size_t, char *, uint32_t *, uint32_t *, double const * *, uint64_t const * *)
-/* 118 */ _CFFI_OP(_CFFI_OP_NOOP, 115),
-/* 119 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 120 */ _CFFI_OP(_CFFI_OP_POINTER, 469), // char *
-/* 121 */ _CFFI_OP(_CFFI_OP_POINTER, 32), // uint32_t *
-/* 122 */ _CFFI_OP(_CFFI_OP_NOOP, 121),
-/* 123 */ _CFFI_OP(_CFFI_OP_POINTER, 480), // double const * *
-/* 124 */ _CFFI_OP(_CFFI_OP_POINTER, 389), // uint64_t const * *
-/* 125 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 126 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_isa)
-/* 127 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
-/* 128 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 129 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_membench_options const *, nx_membench_result *)
-/* 130 */ _CFFI_OP(_CFFI_OP_POINTER, 495), // nx_membench_options const *
-/* 131 */ _CFFI_OP(_CFFI_OP_POINTER, 496), // nx_membench_result *
+/* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION, 515), // nx_extent *()(nx_model *, size_t)
+/* 67 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 68 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 69 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 70 */ _CFFI_OP(_CFFI_OP_FUNCTION, 8), // nx_isa()(void)
+/* 71 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 72 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_io_mode, nx_file * *)
+/* 73 */ _CFFI_OP(_CFFI_OP_POINTER, 493), // char const *
+/* 74 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // nx_io_mode
+/* 75 */ _CFFI_OP(_CFFI_OP_POINTER, 373), // nx_file * *
+/* 76 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 77 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_probe_options const *, nx_probe_result *)
+/* 78 */ _CFFI_OP(_CFFI_OP_NOOP, 73),
+/* 79 */ _CFFI_OP(_CFFI_OP_POINTER, 527), // nx_probe_options const *
+/* 80 */ _CFFI_OP(_CFFI_OP_POINTER, 528), // nx_probe_result *
+/* 81 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 82 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, size_t, void const *, size_t, nx_model * *, nx_error *)
+/* 83 */ _CFFI_OP(_CFFI_OP_NOOP, 73),
+/* 84 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 85 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 86 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 87 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // nx_model * *
+/* 88 */ _CFFI_OP(_CFFI_OP_POINTER, 513), // nx_error *
+/* 89 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 90 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(float const *, size_t, uint32_t, uint32_t, uint32_t, uint32_t, uint8_t *, float *)
+/* 91 */ _CFFI_OP(_CFFI_OP_POINTER, 281), // float const *
+/* 92 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 93 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 94 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 95 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 96 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 97 */ _CFFI_OP(_CFFI_OP_POINTER, 546), // uint8_t *
+/* 98 */ _CFFI_OP(_CFFI_OP_POINTER, 281), // float *
+/* 99 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 100 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ans_layout const *, void const *, size_t, void *, size_t, size_t *)
+/* 101 */ _CFFI_OP(_CFFI_OP_POINTER, 511), // nx_ans_layout const *
+/* 102 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 103 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 104 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 105 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 106 */ _CFFI_OP(_CFFI_OP_POINTER, 53), // size_t *
+/* 107 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 108 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ans_path, void const *, size_t, void *, size_t)
+/* 109 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
+/* 110 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 111 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 112 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 113 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 114 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 115 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix * *)
+/* 116 */ _CFFI_OP(_CFFI_OP_POINTER, 380), // nx_imatrix * *
+/* 117 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 118 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix const *)
+/* 119 */ _CFFI_OP(_CFFI_OP_POINTER, 520), // nx_imatrix const *
+/* 120 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 121 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix const *, size_t, char *, uint32_t *, uint32_t *, double const * *, uint64_t const * *)
+/* 122 */ _CFFI_OP(_CFFI_OP_NOOP, 119),
+/* 123 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 124 */ _CFFI_OP(_CFFI_OP_POINTER, 493), // char *
+/* 125 */ _CFFI_OP(_CFFI_OP_POINTER, 32), // uint32_t *
+/* 126 */ _CFFI_OP(_CFFI_OP_NOOP, 125),
+/* 127 */ _CFFI_OP(_CFFI_OP_POINTER, 504), // double const * *
+/* 128 */ _CFFI_OP(_CFFI_OP_POINTER, 413), // uint64_t const * *
+/* 129 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 130 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_isa)
+/* 131 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
 /* 132 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 133 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *)
-/* 134 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 135 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
+/* 133 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_membench_options const *, nx_membench_result *)
+/* 134 */ _CFFI_OP(_CFFI_OP_POINTER, 521), // nx_membench_options const *
+/* 135 */ _CFFI_OP(_CFFI_OP_POINTER, 522), // nx_membench_result *
 /* 136 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 137 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, uint32_t)
+/* 137 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *)
 /* 138 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 139 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
-/* 140 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 141 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 142 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, void const *, uint64_t, float const *, uint64_t, uint32_t, nx_error *)
-/* 143 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 144 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
-/* 145 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
-/* 146 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 147 */ _CFFI_OP(_CFFI_OP_NOOP, 87),
-/* 148 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 149 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 150 */ _CFFI_OP(_CFFI_OP_NOOP, 84),
-/* 151 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 152 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, int(*)(void *, uint64_t, uint64_t), void *)
-/* 153 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 154 */ _CFFI_OP(_CFFI_OP_POINTER, 45), // int(*)(void *, uint64_t, uint64_t)
-/* 155 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 156 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 157 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nx_fault const *)
-/* 158 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 159 */ _CFFI_OP(_CFFI_OP_POINTER, 491), // nx_fault const *
+/* 139 */ _CFFI_OP(_CFFI_OP_NOOP, 73),
+/* 140 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 141 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, uint32_t)
+/* 142 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 143 */ _CFFI_OP(_CFFI_OP_NOOP, 73),
+/* 144 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 145 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 146 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, void const *, uint64_t, float const *, uint64_t, uint32_t, nx_error *)
+/* 147 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 148 */ _CFFI_OP(_CFFI_OP_NOOP, 73),
+/* 149 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 150 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 151 */ _CFFI_OP(_CFFI_OP_NOOP, 91),
+/* 152 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 153 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 154 */ _CFFI_OP(_CFFI_OP_NOOP, 88),
+/* 155 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 156 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, int(*)(void *, uint64_t, uint64_t), void *)
+/* 157 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 158 */ _CFFI_OP(_CFFI_OP_POINTER, 45), // int(*)(void *, uint64_t, uint64_t)
+/* 159 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
 /* 160 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 161 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nxp_cache_policy const *, nx_error *)
+/* 161 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nx_extent const *, uint64_t, void *, uint64_t)
 /* 162 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 163 */ _CFFI_OP(_CFFI_OP_POINTER, 508), // nxp_cache_policy const *
-/* 164 */ _CFFI_OP(_CFFI_OP_NOOP, 84),
-/* 165 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 166 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nxp_predictor const *, int, nx_error *)
-/* 167 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 168 */ _CFFI_OP(_CFFI_OP_POINTER, 514), // nxp_predictor const *
-/* 169 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
-/* 170 */ _CFFI_OP(_CFFI_OP_NOOP, 84),
+/* 163 */ _CFFI_OP(_CFFI_OP_POINTER, 516), // nx_extent const *
+/* 164 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 165 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 166 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 167 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 168 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nx_fault const *)
+/* 169 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 170 */ _CFFI_OP(_CFFI_OP_POINTER, 517), // nx_fault const *
 /* 171 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 172 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t)
+/* 172 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nxp_cache_policy const *, nx_error *)
 /* 173 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 174 */ _CFFI_OP(_CFFI_OP_POINTER, 32), // uint32_t const *
-/* 175 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 174 */ _CFFI_OP(_CFFI_OP_POINTER, 534), // nxp_cache_policy const *
+/* 175 */ _CFFI_OP(_CFFI_OP_NOOP, 88),
 /* 176 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 177 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, int(*)(void *), void *, uint64_t *)
+/* 177 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nxp_kernel const *, uint32_t const *, size_t, uint32_t *, nx_error *)
 /* 178 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 179 */ _CFFI_OP(_CFFI_OP_NOOP, 174),
-/* 180 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 181 */ _CFFI_OP(_CFFI_OP_POINTER, 37), // int(*)(void *)
-/* 182 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 183 */ _CFFI_OP(_CFFI_OP_POINTER, 28), // uint64_t *
+/* 179 */ _CFFI_OP(_CFFI_OP_POINTER, 538), // nxp_kernel const *
+/* 180 */ _CFFI_OP(_CFFI_OP_POINTER, 32), // uint32_t const *
+/* 181 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 182 */ _CFFI_OP(_CFFI_OP_NOOP, 125),
+/* 183 */ _CFFI_OP(_CFFI_OP_NOOP, 88),
 /* 184 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 185 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, uint64_t *)
+/* 185 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nxp_predictor const *, int, nx_error *)
 /* 186 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 187 */ _CFFI_OP(_CFFI_OP_NOOP, 174),
-/* 188 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 189 */ _CFFI_OP(_CFFI_OP_NOOP, 183),
+/* 187 */ _CFFI_OP(_CFFI_OP_POINTER, 541), // nxp_predictor const *
+/* 188 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
+/* 189 */ _CFFI_OP(_CFFI_OP_NOOP, 88),
 /* 190 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 191 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t, uint32_t)
+/* 191 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t)
 /* 192 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 193 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 194 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 193 */ _CFFI_OP(_CFFI_OP_NOOP, 180),
+/* 194 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 195 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 196 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
-/* 197 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 198 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 199 */ _CFFI_OP(_CFFI_OP_POINTER, 493), // nx_file_info *
-/* 200 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 201 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_opencl_matrix const *, void const *, uint32_t, float *, size_t)
-/* 202 */ _CFFI_OP(_CFFI_OP_POINTER, 498), // nx_opencl_matrix const *
-/* 203 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
-/* 204 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 205 */ _CFFI_OP(_CFFI_OP_NOOP, 94),
-/* 206 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 207 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 208 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ternary_type, uint32_t, uint32_t, nx_ternary *)
-/* 209 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
-/* 210 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 211 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 212 */ _CFFI_OP(_CFFI_OP_POINTER, 505), // nx_ternary *
-/* 213 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 214 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ternary_type, void const *, size_t, uint32_t, uint32_t, nx_opencl_matrix * *)
-/* 215 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
-/* 216 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
-/* 217 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 218 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 219 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 220 */ _CFFI_OP(_CFFI_OP_POINTER, 392), // nx_opencl_matrix * *
-/* 221 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 222 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nxp_cache_policy const *, uint32_t, uint32_t, uint32_t, int32_t const *, size_t, size_t, uint64_t *, nx_plugin_info *, nx_error *)
-/* 223 */ _CFFI_OP(_CFFI_OP_NOOP, 163),
-/* 224 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 225 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 226 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 227 */ _CFFI_OP(_CFFI_OP_POINTER, 485), // int32_t const *
-/* 228 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 229 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 230 */ _CFFI_OP(_CFFI_OP_NOOP, 183),
-/* 231 */ _CFFI_OP(_CFFI_OP_POINTER, 499), // nx_plugin_info *
-/* 232 */ _CFFI_OP(_CFFI_OP_NOOP, 84),
-/* 233 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 234 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nxp_codec const *, int, nx_error *)
-/* 235 */ _CFFI_OP(_CFFI_OP_POINTER, 510), // nxp_codec const *
-/* 236 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
-/* 237 */ _CFFI_OP(_CFFI_OP_NOOP, 84),
-/* 238 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 239 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(void const *, size_t, void *, size_t)
-/* 240 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
-/* 241 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 242 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 243 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 244 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 245 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(void)
-/* 246 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 247 */ _CFFI_OP(_CFFI_OP_FUNCTION, 35), // nx_ternary_type()(char const *)
-/* 248 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
-/* 249 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 250 */ _CFFI_OP(_CFFI_OP_FUNCTION, 163), // nxp_cache_policy const *()(char const *)
-/* 251 */ _CFFI_OP(_CFFI_OP_NOOP, 69),
+/* 196 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, int(*)(void *), void *, uint64_t *)
+/* 197 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 198 */ _CFFI_OP(_CFFI_OP_NOOP, 180),
+/* 199 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 200 */ _CFFI_OP(_CFFI_OP_POINTER, 37), // int(*)(void *)
+/* 201 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 202 */ _CFFI_OP(_CFFI_OP_POINTER, 28), // uint64_t *
+/* 203 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 204 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, uint64_t *)
+/* 205 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 206 */ _CFFI_OP(_CFFI_OP_NOOP, 180),
+/* 207 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 208 */ _CFFI_OP(_CFFI_OP_NOOP, 202),
+/* 209 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 210 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t, uint32_t)
+/* 211 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 212 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 213 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 214 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 215 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
+/* 216 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 217 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 218 */ _CFFI_OP(_CFFI_OP_POINTER, 519), // nx_file_info *
+/* 219 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 220 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_opencl_matrix const *, void const *, uint32_t, float *, size_t)
+/* 221 */ _CFFI_OP(_CFFI_OP_POINTER, 524), // nx_opencl_matrix const *
+/* 222 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 223 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 224 */ _CFFI_OP(_CFFI_OP_NOOP, 98),
+/* 225 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 226 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 227 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ternary_type, uint32_t, uint32_t, nx_ternary *)
+/* 228 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 229 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 230 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 231 */ _CFFI_OP(_CFFI_OP_POINTER, 531), // nx_ternary *
+/* 232 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 233 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ternary_type, void const *, size_t, uint32_t, uint32_t, nx_opencl_matrix * *)
+/* 234 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 235 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 236 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 237 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 238 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 239 */ _CFFI_OP(_CFFI_OP_POINTER, 416), // nx_opencl_matrix * *
+/* 240 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 241 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nxp_cache_policy const *, uint32_t, uint32_t, uint32_t, int32_t const *, size_t, size_t, uint64_t *, nx_plugin_info *, nx_error *)
+/* 242 */ _CFFI_OP(_CFFI_OP_NOOP, 174),
+/* 243 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 244 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 245 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 246 */ _CFFI_OP(_CFFI_OP_POINTER, 509), // int32_t const *
+/* 247 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 248 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 249 */ _CFFI_OP(_CFFI_OP_NOOP, 202),
+/* 250 */ _CFFI_OP(_CFFI_OP_POINTER, 525), // nx_plugin_info *
+/* 251 */ _CFFI_OP(_CFFI_OP_NOOP, 88),
 /* 252 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 253 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(float const *, uint32_t, uint32_t, float, float, uint32_t *)
-/* 254 */ _CFFI_OP(_CFFI_OP_NOOP, 87),
-/* 255 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 256 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 257 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13), // float
-/* 258 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13),
-/* 259 */ _CFFI_OP(_CFFI_OP_NOOP, 121),
-/* 260 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 261 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(float const *, uint32_t, uint32_t, uint32_t *)
-/* 262 */ _CFFI_OP(_CFFI_OP_NOOP, 87),
-/* 263 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 264 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 265 */ _CFFI_OP(_CFFI_OP_NOOP, 121),
-/* 266 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 267 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(nx_imatrix const *)
-/* 268 */ _CFFI_OP(_CFFI_OP_NOOP, 115),
-/* 269 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 270 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(nx_model *, int32_t *, size_t)
-/* 271 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 272 */ _CFFI_OP(_CFFI_OP_NOOP, 43),
-/* 273 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 274 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 275 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(nx_model *, nx_event *, size_t)
-/* 276 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 277 */ _CFFI_OP(_CFFI_OP_POINTER, 490), // nx_event *
-/* 278 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 279 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 280 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(nx_model *, uint32_t *)
-/* 281 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 282 */ _CFFI_OP(_CFFI_OP_NOOP, 121),
-/* 283 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 284 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(size_t)
-/* 285 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 286 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 287 */ _CFFI_OP(_CFFI_OP_FUNCTION, 32), // uint32_t()(nx_model const *)
-/* 288 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 289 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 290 */ _CFFI_OP(_CFFI_OP_FUNCTION, 32), // uint32_t()(nx_model const *, uint32_t, uint32_t *)
-/* 291 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 292 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 293 */ _CFFI_OP(_CFFI_OP_NOOP, 121),
-/* 294 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 295 */ _CFFI_OP(_CFFI_OP_FUNCTION, 32), // uint32_t()(nx_ternary_type)
-/* 296 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
-/* 297 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 298 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_model const *)
-/* 299 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 300 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 301 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_model const *, nx_own_kind)
-/* 302 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 303 */ _CFFI_OP(_CFFI_OP_ENUM, 4), // nx_own_kind
-/* 304 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 305 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_model const *, uint32_t)
-/* 306 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 307 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 308 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 309 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_opencl_matrix const *)
-/* 310 */ _CFFI_OP(_CFFI_OP_NOOP, 202),
-/* 311 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 312 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_ternary_type, uint32_t)
-/* 313 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
-/* 314 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 315 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 316 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_ternary_type, uint32_t, uint32_t)
-/* 317 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
-/* 318 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 319 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 320 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 321 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(uint32_t)
-/* 322 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 323 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 324 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(void const *, size_t)
-/* 325 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
-/* 326 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 327 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 328 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // void *()(void *, nxp_cache_layer const *)
-/* 329 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 330 */ _CFFI_OP(_CFFI_OP_POINTER, 507), // nxp_cache_layer const *
-/* 331 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 332 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // void *()(void *, nxp_layers const *)
-/* 333 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 334 */ _CFFI_OP(_CFFI_OP_POINTER, 512), // nxp_layers const *
+/* 253 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nxp_codec const *, int, nx_error *)
+/* 254 */ _CFFI_OP(_CFFI_OP_POINTER, 536), // nxp_codec const *
+/* 255 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 256 */ _CFFI_OP(_CFFI_OP_NOOP, 88),
+/* 257 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 258 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nxp_kernel const *, nxp_kernel *, nx_error *)
+/* 259 */ _CFFI_OP(_CFFI_OP_NOOP, 179),
+/* 260 */ _CFFI_OP(_CFFI_OP_POINTER, 538), // nxp_kernel *
+/* 261 */ _CFFI_OP(_CFFI_OP_NOOP, 88),
+/* 262 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 263 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(void const *, size_t, void *, size_t)
+/* 264 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 265 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 266 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 267 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 268 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 269 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(void)
+/* 270 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 271 */ _CFFI_OP(_CFFI_OP_FUNCTION, 35), // nx_ternary_type()(char const *)
+/* 272 */ _CFFI_OP(_CFFI_OP_NOOP, 73),
+/* 273 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 274 */ _CFFI_OP(_CFFI_OP_FUNCTION, 174), // nxp_cache_policy const *()(char const *)
+/* 275 */ _CFFI_OP(_CFFI_OP_NOOP, 73),
+/* 276 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 277 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(float const *, uint32_t, uint32_t, float, float, uint32_t *)
+/* 278 */ _CFFI_OP(_CFFI_OP_NOOP, 91),
+/* 279 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 280 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 281 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13), // float
+/* 282 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13),
+/* 283 */ _CFFI_OP(_CFFI_OP_NOOP, 125),
+/* 284 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 285 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(float const *, uint32_t, uint32_t, uint32_t *)
+/* 286 */ _CFFI_OP(_CFFI_OP_NOOP, 91),
+/* 287 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 288 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 289 */ _CFFI_OP(_CFFI_OP_NOOP, 125),
+/* 290 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 291 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(nx_imatrix const *)
+/* 292 */ _CFFI_OP(_CFFI_OP_NOOP, 119),
+/* 293 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 294 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(nx_model *, int32_t *, size_t)
+/* 295 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 296 */ _CFFI_OP(_CFFI_OP_NOOP, 43),
+/* 297 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 298 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 299 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(nx_model *, nx_event *, size_t)
+/* 300 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 301 */ _CFFI_OP(_CFFI_OP_POINTER, 514), // nx_event *
+/* 302 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 303 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 304 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(nx_model *, uint32_t *)
+/* 305 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 306 */ _CFFI_OP(_CFFI_OP_NOOP, 125),
+/* 307 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 308 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(size_t)
+/* 309 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 310 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 311 */ _CFFI_OP(_CFFI_OP_FUNCTION, 32), // uint32_t()(nx_model const *)
+/* 312 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 313 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 314 */ _CFFI_OP(_CFFI_OP_FUNCTION, 32), // uint32_t()(nx_model const *, uint32_t, uint32_t *)
+/* 315 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 316 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 317 */ _CFFI_OP(_CFFI_OP_NOOP, 125),
+/* 318 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 319 */ _CFFI_OP(_CFFI_OP_FUNCTION, 32), // uint32_t()(nx_ternary_type)
+/* 320 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 321 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 322 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_model const *)
+/* 323 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 324 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 325 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_model const *, nx_own_kind)
+/* 326 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 327 */ _CFFI_OP(_CFFI_OP_ENUM, 4), // nx_own_kind
+/* 328 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 329 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_model const *, uint32_t)
+/* 330 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 331 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 332 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 333 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_opencl_matrix const *)
+/* 334 */ _CFFI_OP(_CFFI_OP_NOOP, 221),
 /* 335 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 336 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(FILE *)
-/* 337 */ _CFFI_OP(_CFFI_OP_POINTER, 467), // FILE *
-/* 338 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 339 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(float const *, uint32_t const *, size_t, float *)
-/* 340 */ _CFFI_OP(_CFFI_OP_NOOP, 87),
-/* 341 */ _CFFI_OP(_CFFI_OP_NOOP, 174),
-/* 342 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 343 */ _CFFI_OP(_CFFI_OP_NOOP, 94),
+/* 336 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_ternary_type, uint32_t)
+/* 337 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 338 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 339 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 340 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_ternary_type, uint32_t, uint32_t)
+/* 341 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 342 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 343 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 344 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 345 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(int)
-/* 346 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 345 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(uint32_t)
+/* 346 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 347 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 348 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_file *)
-/* 349 */ _CFFI_OP(_CFFI_OP_POINTER, 492), // nx_file *
-/* 350 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 351 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_file const *, nx_file_info *)
-/* 352 */ _CFFI_OP(_CFFI_OP_POINTER, 492), // nx_file const *
-/* 353 */ _CFFI_OP(_CFFI_OP_NOOP, 199),
-/* 354 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 355 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_imatrix *)
-/* 356 */ _CFFI_OP(_CFFI_OP_POINTER, 494), // nx_imatrix *
-/* 357 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 358 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_model *)
-/* 359 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 360 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 361 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_model *, int)
-/* 362 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 363 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
-/* 364 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 365 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_model *, nx_error *)
-/* 366 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 367 */ _CFFI_OP(_CFFI_OP_NOOP, 84),
+/* 348 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(void const *, size_t)
+/* 349 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 350 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 351 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 352 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // void *()(void *, nxp_cache_layer const *)
+/* 353 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 354 */ _CFFI_OP(_CFFI_OP_POINTER, 533), // nxp_cache_layer const *
+/* 355 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 356 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // void *()(void *, nxp_layers const *)
+/* 357 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 358 */ _CFFI_OP(_CFFI_OP_POINTER, 539), // nxp_layers const *
+/* 359 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 360 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(FILE *)
+/* 361 */ _CFFI_OP(_CFFI_OP_POINTER, 491), // FILE *
+/* 362 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 363 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(float const *, uint32_t const *, size_t, float *)
+/* 364 */ _CFFI_OP(_CFFI_OP_NOOP, 91),
+/* 365 */ _CFFI_OP(_CFFI_OP_NOOP, 180),
+/* 366 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 367 */ _CFFI_OP(_CFFI_OP_NOOP, 98),
 /* 368 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 369 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_model *, nx_plugin_info *)
-/* 370 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 371 */ _CFFI_OP(_CFFI_OP_NOOP, 231),
-/* 372 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 373 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_model *, nx_prediction *)
-/* 374 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 375 */ _CFFI_OP(_CFFI_OP_POINTER, 500), // nx_prediction *
-/* 376 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 377 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_model *, nx_stats *)
-/* 378 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 379 */ _CFFI_OP(_CFFI_OP_POINTER, 504), // nx_stats *
-/* 380 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 381 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_model *, uint32_t, uint64_t *)
-/* 382 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 383 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 384 */ _CFFI_OP(_CFFI_OP_NOOP, 183),
-/* 385 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 386 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_model *, uint32_t, uint64_t const *)
-/* 387 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 388 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 389 */ _CFFI_OP(_CFFI_OP_POINTER, 28), // uint64_t const *
-/* 390 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 391 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_opencl_matrix *)
-/* 392 */ _CFFI_OP(_CFFI_OP_POINTER, 498), // nx_opencl_matrix *
-/* 393 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 394 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_residual_matrix const *, uint32_t const *, float const *, size_t, uint32_t, uint32_t, float *, float *)
-/* 395 */ _CFFI_OP(_CFFI_OP_POINTER, 503), // nx_residual_matrix const *
-/* 396 */ _CFFI_OP(_CFFI_OP_NOOP, 174),
-/* 397 */ _CFFI_OP(_CFFI_OP_NOOP, 87),
-/* 398 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 399 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 400 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 401 */ _CFFI_OP(_CFFI_OP_NOOP, 94),
-/* 402 */ _CFFI_OP(_CFFI_OP_NOOP, 94),
-/* 403 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 404 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_residual_matrix const *, uint32_t, uint32_t, float *, size_t)
-/* 405 */ _CFFI_OP(_CFFI_OP_NOOP, 395),
-/* 406 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 369 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(int)
+/* 370 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 371 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 372 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_file *)
+/* 373 */ _CFFI_OP(_CFFI_OP_POINTER, 518), // nx_file *
+/* 374 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 375 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_file const *, nx_file_info *)
+/* 376 */ _CFFI_OP(_CFFI_OP_POINTER, 518), // nx_file const *
+/* 377 */ _CFFI_OP(_CFFI_OP_NOOP, 218),
+/* 378 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 379 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_imatrix *)
+/* 380 */ _CFFI_OP(_CFFI_OP_POINTER, 520), // nx_imatrix *
+/* 381 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 382 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_model *)
+/* 383 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 384 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 385 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_model *, int)
+/* 386 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 387 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 388 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 389 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_model *, nx_error *)
+/* 390 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 391 */ _CFFI_OP(_CFFI_OP_NOOP, 88),
+/* 392 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 393 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_model *, nx_plugin_info *)
+/* 394 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 395 */ _CFFI_OP(_CFFI_OP_NOOP, 250),
+/* 396 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 397 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_model *, nx_prediction *)
+/* 398 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 399 */ _CFFI_OP(_CFFI_OP_POINTER, 526), // nx_prediction *
+/* 400 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 401 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_model *, nx_stats *)
+/* 402 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 403 */ _CFFI_OP(_CFFI_OP_POINTER, 530), // nx_stats *
+/* 404 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 405 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_model *, uint32_t, uint64_t *)
+/* 406 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 407 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 408 */ _CFFI_OP(_CFFI_OP_NOOP, 94),
-/* 409 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 410 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 411 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_ternary *)
-/* 412 */ _CFFI_OP(_CFFI_OP_NOOP, 212),
-/* 413 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 414 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_ternary *, void const *, size_t, uint32_t, uint32_t)
-/* 415 */ _CFFI_OP(_CFFI_OP_NOOP, 212),
-/* 416 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
-/* 417 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 418 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 419 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 420 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 421 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_ternary const *, uint32_t, uint32_t, float *)
-/* 422 */ _CFFI_OP(_CFFI_OP_POINTER, 505), // nx_ternary const *
+/* 408 */ _CFFI_OP(_CFFI_OP_NOOP, 202),
+/* 409 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 410 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_model *, uint32_t, uint64_t const *)
+/* 411 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 412 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 413 */ _CFFI_OP(_CFFI_OP_POINTER, 28), // uint64_t const *
+/* 414 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 415 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_opencl_matrix *)
+/* 416 */ _CFFI_OP(_CFFI_OP_POINTER, 524), // nx_opencl_matrix *
+/* 417 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 418 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_residual_matrix const *, uint32_t const *, float const *, size_t, uint32_t, uint32_t, float *, float *)
+/* 419 */ _CFFI_OP(_CFFI_OP_POINTER, 529), // nx_residual_matrix const *
+/* 420 */ _CFFI_OP(_CFFI_OP_NOOP, 180),
+/* 421 */ _CFFI_OP(_CFFI_OP_NOOP, 91),
+/* 422 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 423 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 424 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 425 */ _CFFI_OP(_CFFI_OP_NOOP, 94),
-/* 426 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 427 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_ternary const *, void const *, uint32_t, uint32_t, uint32_t, float *, size_t)
-/* 428 */ _CFFI_OP(_CFFI_OP_NOOP, 422),
-/* 429 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 425 */ _CFFI_OP(_CFFI_OP_NOOP, 98),
+/* 426 */ _CFFI_OP(_CFFI_OP_NOOP, 98),
+/* 427 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 428 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_residual_matrix const *, uint32_t, uint32_t, float *, size_t)
+/* 429 */ _CFFI_OP(_CFFI_OP_NOOP, 419),
 /* 430 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 431 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 432 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 433 */ _CFFI_OP(_CFFI_OP_NOOP, 94),
-/* 434 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 435 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 436 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_ternary_type, float const *, uint32_t, uint32_t, void *)
-/* 437 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
-/* 438 */ _CFFI_OP(_CFFI_OP_NOOP, 87),
-/* 439 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 440 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 441 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 442 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 443 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(nx_ternary_type, void const *, size_t, uint32_t, void const * const *, uint32_t, uint32_t, uint32_t, float * const *)
-/* 444 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
-/* 445 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
-/* 446 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 432 */ _CFFI_OP(_CFFI_OP_NOOP, 98),
+/* 433 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 434 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 435 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_ternary *)
+/* 436 */ _CFFI_OP(_CFFI_OP_NOOP, 231),
+/* 437 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 438 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_ternary *, void const *, size_t, uint32_t, uint32_t)
+/* 439 */ _CFFI_OP(_CFFI_OP_NOOP, 231),
+/* 440 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 441 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 442 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 443 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 444 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 445 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_ternary const *, uint32_t, uint32_t, float *)
+/* 446 */ _CFFI_OP(_CFFI_OP_POINTER, 531), // nx_ternary const *
 /* 447 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 448 */ _CFFI_OP(_CFFI_OP_POINTER, 52), // void const * const *
-/* 449 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 450 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 451 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 452 */ _CFFI_OP(_CFFI_OP_POINTER, 94), // float * const *
-/* 453 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 454 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(void *)
-/* 455 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 456 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 457 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(void *, nxp_cache_use const *)
-/* 458 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 459 */ _CFFI_OP(_CFFI_OP_POINTER, 509), // nxp_cache_use const *
-/* 460 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 461 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(void *, nxp_routed const *)
-/* 462 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 463 */ _CFFI_OP(_CFFI_OP_POINTER, 515), // nxp_routed const *
-/* 464 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 465 */ _CFFI_OP(_CFFI_OP_FUNCTION, 527), // void()(void)
+/* 448 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 449 */ _CFFI_OP(_CFFI_OP_NOOP, 98),
+/* 450 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 451 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_ternary const *, void const *, uint32_t, uint32_t, uint32_t, float *, size_t)
+/* 452 */ _CFFI_OP(_CFFI_OP_NOOP, 446),
+/* 453 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 454 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 455 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 456 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 457 */ _CFFI_OP(_CFFI_OP_NOOP, 98),
+/* 458 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 459 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 460 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_ternary_type, float const *, uint32_t, uint32_t, void *)
+/* 461 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 462 */ _CFFI_OP(_CFFI_OP_NOOP, 91),
+/* 463 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 464 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 465 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
 /* 466 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 467 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 24), // FILE
-/* 468 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
-/* 469 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
-/* 470 */ _CFFI_OP(_CFFI_OP_ARRAY, 469), // char[128]
-/* 471 */ (_cffi_opcode_t)(128),
-/* 472 */ _CFFI_OP(_CFFI_OP_ARRAY, 469), // char[256]
-/* 473 */ (_cffi_opcode_t)(256),
-/* 474 */ _CFFI_OP(_CFFI_OP_ARRAY, 469), // char[512]
-/* 475 */ (_cffi_opcode_t)(512),
-/* 476 */ _CFFI_OP(_CFFI_OP_ARRAY, 469), // char[64]
-/* 477 */ (_cffi_opcode_t)(64),
-/* 478 */ _CFFI_OP(_CFFI_OP_ARRAY, 469), // char[96]
-/* 479 */ (_cffi_opcode_t)(96),
-/* 480 */ _CFFI_OP(_CFFI_OP_POINTER, 481), // double const *
-/* 481 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
-/* 482 */ _CFFI_OP(_CFFI_OP_POINTER, 40), // int(*)(void *, nxp_cache_ask const *, int32_t *)
-/* 483 */ _CFFI_OP(_CFFI_OP_POINTER, 50), // int(*)(void *, void const *, size_t, void *, size_t)
-/* 484 */ _CFFI_OP(_CFFI_OP_POINTER, 59), // int32_t(*)(void *, nxp_predict_ask const *, int32_t *)
-/* 485 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
-/* 486 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
-/* 487 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_ans_layout
-/* 488 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_control_state
-/* 489 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_error
-/* 490 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_event
-/* 491 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_fault
-/* 492 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 25), // nx_file
-/* 493 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_file_info
-/* 494 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 26), // nx_imatrix
-/* 495 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_options
-/* 496 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_membench_result
-/* 497 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 27), // nx_model
-/* 498 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 28), // nx_opencl_matrix
-/* 499 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_plugin_info
-/* 500 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_prediction
-/* 501 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // nx_probe_options
-/* 502 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_probe_result
-/* 503 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // nx_residual_matrix
-/* 504 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // nx_stats
-/* 505 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // nx_ternary
-/* 506 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 14), // nxp_cache_ask
-/* 507 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 15), // nxp_cache_layer
-/* 508 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 16), // nxp_cache_policy
-/* 509 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 17), // nxp_cache_use
-/* 510 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 18), // nxp_codec
-/* 511 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 19), // nxp_head
-/* 512 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 20), // nxp_layers
-/* 513 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 21), // nxp_predict_ask
-/* 514 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 22), // nxp_predictor
-/* 515 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 23), // nxp_routed
-/* 516 */ _CFFI_OP(_CFFI_OP_POINTER, 517), // uint16_t *
-/* 517 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 20), // uint16_t
-/* 518 */ _CFFI_OP(_CFFI_OP_POINTER, 519), // uint8_t const *
-/* 519 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
-/* 520 */ _CFFI_OP(_CFFI_OP_ARRAY, 519), // uint8_t[16]
-/* 521 */ (_cffi_opcode_t)(16),
-/* 522 */ _CFFI_OP(_CFFI_OP_POINTER, 328), // void *(*)(void *, nxp_cache_layer const *)
-/* 523 */ _CFFI_OP(_CFFI_OP_POINTER, 332), // void *(*)(void *, nxp_layers const *)
-/* 524 */ _CFFI_OP(_CFFI_OP_POINTER, 454), // void(*)(void *)
-/* 525 */ _CFFI_OP(_CFFI_OP_POINTER, 457), // void(*)(void *, nxp_cache_use const *)
-/* 526 */ _CFFI_OP(_CFFI_OP_POINTER, 461), // void(*)(void *, nxp_routed const *)
-/* 527 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
+/* 467 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_ternary_type, void const *, size_t, uint32_t, void const * const *, uint32_t, uint32_t, uint32_t, float * const *)
+/* 468 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 469 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 470 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 471 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 472 */ _CFFI_OP(_CFFI_OP_POINTER, 52), // void const * const *
+/* 473 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 474 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 475 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 476 */ _CFFI_OP(_CFFI_OP_POINTER, 98), // float * const *
+/* 477 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 478 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(void *)
+/* 479 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 480 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 481 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(void *, nxp_cache_use const *)
+/* 482 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 483 */ _CFFI_OP(_CFFI_OP_POINTER, 535), // nxp_cache_use const *
+/* 484 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 485 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(void *, nxp_routed const *)
+/* 486 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 487 */ _CFFI_OP(_CFFI_OP_POINTER, 542), // nxp_routed const *
+/* 488 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 489 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(void)
+/* 490 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 491 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 25), // FILE
+/* 492 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
+/* 493 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/* 494 */ _CFFI_OP(_CFFI_OP_ARRAY, 493), // char[128]
+/* 495 */ (_cffi_opcode_t)(128),
+/* 496 */ _CFFI_OP(_CFFI_OP_ARRAY, 493), // char[256]
+/* 497 */ (_cffi_opcode_t)(256),
+/* 498 */ _CFFI_OP(_CFFI_OP_ARRAY, 493), // char[512]
+/* 499 */ (_cffi_opcode_t)(512),
+/* 500 */ _CFFI_OP(_CFFI_OP_ARRAY, 493), // char[64]
+/* 501 */ (_cffi_opcode_t)(64),
+/* 502 */ _CFFI_OP(_CFFI_OP_ARRAY, 493), // char[96]
+/* 503 */ (_cffi_opcode_t)(96),
+/* 504 */ _CFFI_OP(_CFFI_OP_POINTER, 505), // double const *
+/* 505 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
+/* 506 */ _CFFI_OP(_CFFI_OP_POINTER, 40), // int(*)(void *, nxp_cache_ask const *, int32_t *)
+/* 507 */ _CFFI_OP(_CFFI_OP_POINTER, 50), // int(*)(void *, void const *, size_t, void *, size_t)
+/* 508 */ _CFFI_OP(_CFFI_OP_POINTER, 59), // int32_t(*)(void *, nxp_predict_ask const *, int32_t *)
+/* 509 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
+/* 510 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
+/* 511 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_ans_layout
+/* 512 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_control_state
+/* 513 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_error
+/* 514 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_event
+/* 515 */ _CFFI_OP(_CFFI_OP_POINTER, 516), // nx_extent *
+/* 516 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 26), // nx_extent
+/* 517 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_fault
+/* 518 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 27), // nx_file
+/* 519 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_file_info
+/* 520 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 28), // nx_imatrix
+/* 521 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_options
+/* 522 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_membench_result
+/* 523 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 29), // nx_model
+/* 524 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 30), // nx_opencl_matrix
+/* 525 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_plugin_info
+/* 526 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_prediction
+/* 527 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // nx_probe_options
+/* 528 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_probe_result
+/* 529 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // nx_residual_matrix
+/* 530 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // nx_stats
+/* 531 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // nx_ternary
+/* 532 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 14), // nxp_cache_ask
+/* 533 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 15), // nxp_cache_layer
+/* 534 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 16), // nxp_cache_policy
+/* 535 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 17), // nxp_cache_use
+/* 536 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 18), // nxp_codec
+/* 537 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 19), // nxp_head
+/* 538 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 20), // nxp_kernel
+/* 539 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 21), // nxp_layers
+/* 540 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 22), // nxp_predict_ask
+/* 541 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 23), // nxp_predictor
+/* 542 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 24), // nxp_routed
+/* 543 */ _CFFI_OP(_CFFI_OP_POINTER, 544), // uint16_t *
+/* 544 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 20), // uint16_t
+/* 545 */ _CFFI_OP(_CFFI_OP_POINTER, 546), // uint8_t const *
+/* 546 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
+/* 547 */ _CFFI_OP(_CFFI_OP_ARRAY, 546), // uint8_t[16]
+/* 548 */ (_cffi_opcode_t)(16),
+/* 549 */ _CFFI_OP(_CFFI_OP_POINTER, 352), // void *(*)(void *, nxp_cache_layer const *)
+/* 550 */ _CFFI_OP(_CFFI_OP_POINTER, 356), // void *(*)(void *, nxp_layers const *)
+/* 551 */ _CFFI_OP(_CFFI_OP_POINTER, 478), // void(*)(void *)
+/* 552 */ _CFFI_OP(_CFFI_OP_POINTER, 481), // void(*)(void *, nxp_cache_use const *)
+/* 553 */ _CFFI_OP(_CFFI_OP_POINTER, 485), // void(*)(void *, nxp_routed const *)
+/* 554 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
 
 _CFFI_UNUSED_FN
@@ -1376,6 +1403,13 @@ static int _cffi_const_NX_OWN_OPENCL(unsigned long long *o)
 {
   int n = (NX_OWN_OPENCL) <= 0;
   *o = (unsigned long long)((NX_OWN_OPENCL) | 0);  /* check that NX_OWN_OPENCL is an integer */
+  return n;
+}
+
+static int _cffi_const_NX_OWN_PLUGIN(unsigned long long *o)
+{
+  int n = (NX_OWN_PLUGIN) <= 0;
+  *o = (unsigned long long)((NX_OWN_PLUGIN) | 0);  /* check that NX_OWN_PLUGIN is an integer */
   return n;
 }
 
@@ -1712,6 +1746,16 @@ static void _cffi_checkfld_typedef_nxp_head(nxp_head *p)
   { char const * *tmp = &p->name; (void)tmp; }
 }
 struct _cffi_align_typedef_nxp_head { char x; nxp_head y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_nxp_kernel(nxp_kernel *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  { nxp_head *tmp = &p->head; (void)tmp; }
+  { char const * *tmp = &p->type; (void)tmp; }
+}
+struct _cffi_align_typedef_nxp_kernel { char x; nxp_kernel y; };
 
 _CFFI_UNUSED_FN
 static void _cffi_checkfld_typedef_nxp_layers(nxp_layers *p)
@@ -2078,10 +2122,10 @@ _cffi_f_nx_ans_encode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(97), arg0, (char **)&x0);
+      _cffi_type(101), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ans_layout const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(97), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(101), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2113,10 +2157,10 @@ _cffi_f_nx_ans_encode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(102), arg5, (char **)&x5);
+      _cffi_type(106), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (size_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(102), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(106), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2180,10 +2224,10 @@ _cffi_f_nx_cache_builtin(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(69), arg0, (char **)&x0);
+      _cffi_type(73), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(69), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(73), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2195,7 +2239,7 @@ _cffi_f_nx_cache_builtin(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(163));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(174));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -2231,10 +2275,10 @@ _cffi_f_nx_cache_policy_get(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(231), arg1, (char **)&x1);
+      _cffi_type(250), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_plugin_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(231), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(250), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2339,10 +2383,10 @@ _cffi_f_nx_cache_replay(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(163), arg0, (char **)&x0);
+      _cffi_type(174), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nxp_cache_policy const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(163), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(174), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2360,10 +2404,10 @@ _cffi_f_nx_cache_replay(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(227), arg4, (char **)&x4);
+      _cffi_type(246), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (int32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(227), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(246), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2377,28 +2421,28 @@ _cffi_f_nx_cache_replay(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(183), arg7, (char **)&x7);
+      _cffi_type(202), arg7, (char **)&x7);
   if (datasize != 0) {
     x7 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(183), arg7, (char **)&x7,
+    if (_cffi_convert_array_argument(_cffi_type(202), arg7, (char **)&x7,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(231), arg8, (char **)&x8);
+      _cffi_type(250), arg8, (char **)&x8);
   if (datasize != 0) {
     x8 = ((size_t)datasize) <= 640 ? (nx_plugin_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(231), arg8, (char **)&x8,
+    if (_cffi_convert_array_argument(_cffi_type(250), arg8, (char **)&x8,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(84), arg9, (char **)&x9);
+      _cffi_type(88), arg9, (char **)&x9);
   if (datasize != 0) {
     x9 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(84), arg9, (char **)&x9,
+    if (_cffi_convert_array_argument(_cffi_type(88), arg9, (char **)&x9,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2448,10 +2492,10 @@ _cffi_f_nx_cache_set_policy(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(69), arg1, (char **)&x1);
+      _cffi_type(73), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(69), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(73), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2503,19 +2547,19 @@ _cffi_f_nx_cache_use_policy(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(163), arg1, (char **)&x1);
+      _cffi_type(174), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nxp_cache_policy const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(163), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(174), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(84), arg2, (char **)&x2);
+      _cffi_type(88), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(84), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(88), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2586,10 +2630,10 @@ _cffi_f_nx_codec_register(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(235), arg0, (char **)&x0);
+      _cffi_type(254), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nxp_codec const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(235), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(254), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2599,10 +2643,10 @@ _cffi_f_nx_codec_register(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(84), arg2, (char **)&x2);
+      _cffi_type(88), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(84), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(88), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2656,10 +2700,10 @@ _cffi_f_nx_demote(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(174), arg1, (char **)&x1);
+      _cffi_type(180), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(174), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(180), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2669,10 +2713,10 @@ _cffi_f_nx_demote(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(183), arg3, (char **)&x3);
+      _cffi_type(202), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(183), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(202), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2801,10 +2845,10 @@ _cffi_f_nx_file_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(349), arg0, (char **)&x0);
+      _cffi_type(373), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(349), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(373), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2843,19 +2887,19 @@ _cffi_f_nx_file_get_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(352), arg0, (char **)&x0);
+      _cffi_type(376), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(352), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(376), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(199), arg1, (char **)&x1);
+      _cffi_type(218), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_file_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(199), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(218), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2898,22 +2942,22 @@ _cffi_f_nx_file_open(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(69), arg0, (char **)&x0);
+      _cffi_type(73), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(69), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(73), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
-  if (_cffi_to_c((char *)&x1, _cffi_type(70), arg1) < 0)
+  if (_cffi_to_c((char *)&x1, _cffi_type(74), arg1) < 0)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(71), arg2, (char **)&x2);
+      _cffi_type(75), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_file * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(71), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(75), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3045,10 +3089,10 @@ _cffi_f_nx_group_experts(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(121), arg2, (char **)&x2);
+      _cffi_type(125), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(121), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(125), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3201,10 +3245,10 @@ _cffi_f_nx_imatrix_at(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(115), arg0, (char **)&x0);
+      _cffi_type(119), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(115), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(119), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3214,46 +3258,46 @@ _cffi_f_nx_imatrix_at(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(120), arg2, (char **)&x2);
+      _cffi_type(124), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(120), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(124), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(121), arg3, (char **)&x3);
+      _cffi_type(125), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(121), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(125), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(121), arg4, (char **)&x4);
+      _cffi_type(125), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(121), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(125), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(123), arg5, (char **)&x5);
+      _cffi_type(127), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (double const * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(123), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(127), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(124), arg6, (char **)&x6);
+      _cffi_type(128), arg6, (char **)&x6);
   if (datasize != 0) {
     x6 = ((size_t)datasize) <= 640 ? (uint64_t const * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(124), arg6, (char **)&x6,
+    if (_cffi_convert_array_argument(_cffi_type(128), arg6, (char **)&x6,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3288,10 +3332,10 @@ _cffi_f_nx_imatrix_count(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(115), arg0, (char **)&x0);
+      _cffi_type(119), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(115), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(119), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3326,10 +3370,10 @@ _cffi_f_nx_imatrix_create(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(112), arg0, (char **)&x0);
+      _cffi_type(116), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(112), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(116), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3362,10 +3406,10 @@ _cffi_f_nx_imatrix_free(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(356), arg0, (char **)&x0);
+      _cffi_type(380), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(356), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(380), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3400,10 +3444,10 @@ _cffi_f_nx_imatrix_status(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(115), arg0, (char **)&x0);
+      _cffi_type(119), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(115), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(119), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3582,28 +3626,28 @@ _cffi_f_nx_io_probe(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(69), arg0, (char **)&x0);
+      _cffi_type(73), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(69), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(73), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(75), arg1, (char **)&x1);
+      _cffi_type(79), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_probe_options const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(75), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(79), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(76), arg2, (char **)&x2);
+      _cffi_type(80), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_probe_result *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(76), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(80), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3621,6 +3665,70 @@ _cffi_f_nx_io_probe(PyObject *self, PyObject *args)
 }
 #else
 #  define _cffi_f_nx_io_probe _cffi_d_nx_io_probe
+#endif
+
+static nx_status _cffi_d_nx_kernel_check(nxp_kernel const * x0, nxp_kernel * x1, nx_error * x2)
+{
+  return nx_kernel_check(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_kernel_check(PyObject *self, PyObject *args)
+{
+  nxp_kernel const * x0;
+  nxp_kernel * x1;
+  nx_error * x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "nx_kernel_check", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(179), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nxp_kernel const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(179), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(260), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (nxp_kernel *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(260), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(88), arg2, (char **)&x2);
+  if (datasize != 0) {
+    x2 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(88), arg2, (char **)&x2,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_kernel_check(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_kernel_check _cffi_d_nx_kernel_check
 #endif
 
 static double _cffi_d_nx_kernels_dots_per_second(void)
@@ -3697,7 +3805,7 @@ _cffi_f_nx_kernels_isa_name(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(69));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(73));
   return pyresult;
 }
 #else
@@ -3781,7 +3889,7 @@ _cffi_f_nx_kernels_why(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(69));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(73));
   return pyresult;
 }
 #else
@@ -3845,19 +3953,19 @@ _cffi_f_nx_membench_read(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(130), arg0, (char **)&x0);
+      _cffi_type(134), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_membench_options const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(130), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(134), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(131), arg1, (char **)&x1);
+      _cffi_type(135), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_membench_result *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(131), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(135), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3919,10 +4027,10 @@ _cffi_f_nx_model_attach_residual(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(69), arg1, (char **)&x1);
+      _cffi_type(73), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(69), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(73), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3941,10 +4049,10 @@ _cffi_f_nx_model_attach_residual(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(87), arg4, (char **)&x4);
+      _cffi_type(91), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(87), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(91), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3958,10 +4066,10 @@ _cffi_f_nx_model_attach_residual(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(84), arg7, (char **)&x7);
+      _cffi_type(88), arg7, (char **)&x7);
   if (datasize != 0) {
     x7 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(84), arg7, (char **)&x7,
+    if (_cffi_convert_array_argument(_cffi_type(88), arg7, (char **)&x7,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4157,10 +4265,10 @@ _cffi_f_nx_model_cores(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(121), arg1, (char **)&x1);
+      _cffi_type(125), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(121), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(125), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4209,10 +4317,10 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(69), arg0, (char **)&x0);
+      _cffi_type(73), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(69), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(73), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4235,19 +4343,19 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(83), arg4, (char **)&x4);
+      _cffi_type(87), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (nx_model * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(83), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(87), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(84), arg5, (char **)&x5);
+      _cffi_type(88), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(84), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(88), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4299,10 +4407,10 @@ _cffi_f_nx_model_events(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(277), arg1, (char **)&x1);
+      _cffi_type(301), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_event *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(277), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(301), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4324,6 +4432,54 @@ _cffi_f_nx_model_events(PyObject *self, PyObject *args)
 }
 #else
 #  define _cffi_f_nx_model_events _cffi_d_nx_model_events
+#endif
+
+static nx_extent * _cffi_d_nx_model_extent(nx_model * x0, size_t x1)
+{
+  return nx_model_extent(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_extent(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  size_t x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_extent * result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "nx_model_extent", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, size_t);
+  if (x1 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_model_extent(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(515));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_model_extent _cffi_d_nx_model_extent
 #endif
 
 static nx_status _cffi_d_nx_model_file_info(nx_model const * x0, uint32_t x1, nx_file_info * x2)
@@ -4362,10 +4518,10 @@ _cffi_f_nx_model_file_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(199), arg2, (char **)&x2);
+      _cffi_type(218), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_file_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(199), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(218), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4416,7 +4572,7 @@ _cffi_f_nx_model_finish_load(PyObject *self, PyObject *args)
       return NULL;
   }
 
-  x1 = (int(*)(void *, uint64_t, uint64_t))_cffi_to_c_pointer(arg1, _cffi_type(154));
+  x1 = (int(*)(void *, uint64_t, uint64_t))_cffi_to_c_pointer(arg1, _cffi_type(158));
   if (x1 == (int(*)(void *, uint64_t, uint64_t))NULL && PyErr_Occurred())
     return NULL;
 
@@ -4472,10 +4628,10 @@ _cffi_f_nx_model_get_stats(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(379), arg1, (char **)&x1);
+      _cffi_type(403), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_stats *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(379), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(403), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4525,10 +4681,10 @@ _cffi_f_nx_model_inject(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(159), arg1, (char **)&x1);
+      _cffi_type(170), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_fault const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(159), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(170), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4578,7 +4734,7 @@ _cffi_f_nx_model_io_engine(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(69));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(73));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -4614,10 +4770,10 @@ _cffi_f_nx_model_last_error(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(84), arg1, (char **)&x1);
+      _cffi_type(88), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(84), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(88), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4704,7 +4860,7 @@ _cffi_f_nx_model_n_own(PyObject *self, PyObject *args)
       return NULL;
   }
 
-  if (_cffi_to_c((char *)&x1, _cffi_type(303), arg1) < 0)
+  if (_cffi_to_c((char *)&x1, _cffi_type(327), arg1) < 0)
     return NULL;
 
   Py_BEGIN_ALLOW_THREADS
@@ -4758,6 +4914,82 @@ _cffi_f_nx_model_n_packed(PyObject *self, PyObject *arg0)
 }
 #else
 #  define _cffi_f_nx_model_n_packed _cffi_d_nx_model_n_packed
+#endif
+
+static nx_status _cffi_d_nx_model_read(nx_model * x0, nx_extent const * x1, uint64_t x2, void * x3, uint64_t x4)
+{
+  return nx_model_read(x0, x1, x2, x3, x4);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_read(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  nx_extent const * x1;
+  uint64_t x2;
+  void * x3;
+  uint64_t x4;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+  PyObject *arg4;
+
+  if (!PyArg_UnpackTuple(args, "nx_model_read", 5, 5, &arg0, &arg1, &arg2, &arg3, &arg4))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(163), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (nx_extent const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(163), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, uint64_t);
+  if (x2 == (uint64_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(5), arg3, (char **)&x3);
+  if (datasize != 0) {
+    x3 = ((size_t)datasize) <= 640 ? (void *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(5), arg3, (char **)&x3,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x4 = _cffi_to_c_int(arg4, uint64_t);
+  if (x4 == (uint64_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_model_read(x0, x1, x2, x3, x4); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_model_read _cffi_d_nx_model_read
 #endif
 
 static void _cffi_d_nx_model_release(nx_model * x0)
@@ -4910,10 +5142,10 @@ _cffi_f_nx_model_set_cores(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(174), arg1, (char **)&x1);
+      _cffi_type(180), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(174), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(180), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4969,10 +5201,10 @@ _cffi_f_nx_model_set_residual_k(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(69), arg1, (char **)&x1);
+      _cffi_type(73), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(69), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(73), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5041,7 +5273,7 @@ _cffi_f_nx_model_stream(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(337));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(361));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -5062,10 +5294,10 @@ _cffi_f_nx_model_stream_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(337), arg0, (char **)&x0);
+      _cffi_type(361), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (FILE *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(337), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(361), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5131,6 +5363,98 @@ _cffi_f_nx_model_trace(PyObject *self, PyObject *args)
 #  define _cffi_f_nx_model_trace _cffi_d_nx_model_trace
 #endif
 
+static nx_status _cffi_d_nx_model_use_kernel(nx_model * x0, nxp_kernel const * x1, uint32_t const * x2, size_t x3, uint32_t * x4, nx_error * x5)
+{
+  return nx_model_use_kernel(x0, x1, x2, x3, x4, x5);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_model_use_kernel(PyObject *self, PyObject *args)
+{
+  nx_model * x0;
+  nxp_kernel const * x1;
+  uint32_t const * x2;
+  size_t x3;
+  uint32_t * x4;
+  nx_error * x5;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+  PyObject *arg4;
+  PyObject *arg5;
+
+  if (!PyArg_UnpackTuple(args, "nx_model_use_kernel", 6, 6, &arg0, &arg1, &arg2, &arg3, &arg4, &arg5))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_model *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(179), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (nxp_kernel const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(179), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(180), arg2, (char **)&x2);
+  if (datasize != 0) {
+    x2 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(180), arg2, (char **)&x2,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x3 = _cffi_to_c_int(arg3, size_t);
+  if (x3 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(125), arg4, (char **)&x4);
+  if (datasize != 0) {
+    x4 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(125), arg4, (char **)&x4,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(88), arg5, (char **)&x5);
+  if (datasize != 0) {
+    x5 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(88), arg5, (char **)&x5,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_model_use_kernel(x0, x1, x2, x3, x4, x5); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_model_use_kernel _cffi_d_nx_model_use_kernel
+#endif
+
 static char const * _cffi_d_nx_opencl_error(void)
 {
   return nx_opencl_error();
@@ -5150,7 +5474,7 @@ _cffi_f_nx_opencl_error(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(69));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(73));
   return pyresult;
 }
 #else
@@ -5172,10 +5496,10 @@ _cffi_f_nx_opencl_matrix_bytes(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(202), arg0, (char **)&x0);
+      _cffi_type(221), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_opencl_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(202), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(221), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5248,10 +5572,10 @@ _cffi_f_nx_opencl_matrix_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(220), arg5, (char **)&x5);
+      _cffi_type(239), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (nx_opencl_matrix * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(220), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(239), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5284,10 +5608,10 @@ _cffi_f_nx_opencl_matrix_free(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(392), arg0, (char **)&x0);
+      _cffi_type(416), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_opencl_matrix *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(392), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(416), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5334,10 +5658,10 @@ _cffi_f_nx_opencl_multiply(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(202), arg0, (char **)&x0);
+      _cffi_type(221), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_opencl_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(202), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(221), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5356,10 +5680,10 @@ _cffi_f_nx_opencl_multiply(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(94), arg3, (char **)&x3);
+      _cffi_type(98), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(94), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(98), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5428,7 +5752,7 @@ _cffi_f_nx_opencl_why(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(69));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(73));
   return pyresult;
 }
 #else
@@ -5469,10 +5793,10 @@ _cffi_f_nx_popularity_get(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(183), arg2, (char **)&x2);
+      _cffi_type(202), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(183), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(202), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5526,10 +5850,10 @@ _cffi_f_nx_popularity_set(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(389), arg2, (char **)&x2);
+      _cffi_type(413), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (uint64_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(389), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(413), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5577,10 +5901,10 @@ _cffi_f_nx_predict_get(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(375), arg1, (char **)&x1);
+      _cffi_type(399), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_prediction *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(375), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(399), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5628,10 +5952,10 @@ _cffi_f_nx_predict_plugin_get(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(231), arg1, (char **)&x1);
+      _cffi_type(250), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_plugin_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(231), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(250), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5681,10 +6005,10 @@ _cffi_f_nx_predict_set(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(69), arg1, (char **)&x1);
+      _cffi_type(73), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(69), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(73), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5738,10 +6062,10 @@ _cffi_f_nx_predict_use(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(168), arg1, (char **)&x1);
+      _cffi_type(187), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nxp_predictor const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(168), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(187), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5751,10 +6075,10 @@ _cffi_f_nx_predict_use(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(84), arg3, (char **)&x3);
+      _cffi_type(88), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(84), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(88), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5812,10 +6136,10 @@ _cffi_f_nx_promote(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(174), arg1, (char **)&x1);
+      _cffi_type(180), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(174), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(180), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5824,7 +6148,7 @@ _cffi_f_nx_promote(PyObject *self, PyObject *args)
   if (x2 == (size_t)-1 && PyErr_Occurred())
     return NULL;
 
-  x3 = (int(*)(void *))_cffi_to_c_pointer(arg3, _cffi_type(181));
+  x3 = (int(*)(void *))_cffi_to_c_pointer(arg3, _cffi_type(200));
   if (x3 == (int(*)(void *))NULL && PyErr_Occurred())
     return NULL;
 
@@ -5838,10 +6162,10 @@ _cffi_f_nx_promote(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(183), arg5, (char **)&x5);
+      _cffi_type(202), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(183), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(202), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5930,28 +6254,28 @@ _cffi_f_nx_residual_add(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(395), arg0, (char **)&x0);
+      _cffi_type(419), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_residual_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(395), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(419), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(174), arg1, (char **)&x1);
+      _cffi_type(180), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(174), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(180), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(87), arg2, (char **)&x2);
+      _cffi_type(91), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(87), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(91), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5969,19 +6293,19 @@ _cffi_f_nx_residual_add(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(94), arg6, (char **)&x6);
+      _cffi_type(98), arg6, (char **)&x6);
   if (datasize != 0) {
     x6 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(94), arg6, (char **)&x6,
+    if (_cffi_convert_array_argument(_cffi_type(98), arg6, (char **)&x6,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(94), arg7, (char **)&x7);
+      _cffi_type(98), arg7, (char **)&x7);
   if (datasize != 0) {
     x7 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(94), arg7, (char **)&x7,
+    if (_cffi_convert_array_argument(_cffi_type(98), arg7, (char **)&x7,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6026,10 +6350,10 @@ _cffi_f_nx_residual_decode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(395), arg0, (char **)&x0);
+      _cffi_type(419), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_residual_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(395), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(419), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6043,10 +6367,10 @@ _cffi_f_nx_residual_decode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(94), arg3, (char **)&x3);
+      _cffi_type(98), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(94), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(98), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6103,10 +6427,10 @@ _cffi_f_nx_residual_encode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(87), arg0, (char **)&x0);
+      _cffi_type(91), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(87), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(91), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6132,19 +6456,19 @@ _cffi_f_nx_residual_encode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(93), arg6, (char **)&x6);
+      _cffi_type(97), arg6, (char **)&x6);
   if (datasize != 0) {
     x6 = ((size_t)datasize) <= 640 ? (uint8_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(93), arg6, (char **)&x6,
+    if (_cffi_convert_array_argument(_cffi_type(97), arg6, (char **)&x6,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(94), arg7, (char **)&x7);
+      _cffi_type(98), arg7, (char **)&x7);
   if (datasize != 0) {
     x7 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(94), arg7, (char **)&x7,
+    if (_cffi_convert_array_argument(_cffi_type(98), arg7, (char **)&x7,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6187,19 +6511,19 @@ _cffi_f_nx_residual_products(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(87), arg0, (char **)&x0);
+      _cffi_type(91), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(87), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(91), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(174), arg1, (char **)&x1);
+      _cffi_type(180), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(174), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(180), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6209,10 +6533,10 @@ _cffi_f_nx_residual_products(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(94), arg3, (char **)&x3);
+      _cffi_type(98), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(94), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(98), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6287,10 +6611,10 @@ _cffi_f_nx_residual_select(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(87), arg0, (char **)&x0);
+      _cffi_type(91), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(87), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(91), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6304,10 +6628,10 @@ _cffi_f_nx_residual_select(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(121), arg3, (char **)&x3);
+      _cffi_type(125), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(121), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(125), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6356,10 +6680,10 @@ _cffi_f_nx_residual_select_buckets(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(87), arg0, (char **)&x0);
+      _cffi_type(91), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(87), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(91), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6381,10 +6705,10 @@ _cffi_f_nx_residual_select_buckets(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(121), arg5, (char **)&x5);
+      _cffi_type(125), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(121), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(125), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6569,7 +6893,7 @@ _cffi_f_nx_status_text(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(69));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(73));
   return pyresult;
 }
 #else
@@ -6604,10 +6928,10 @@ _cffi_f_nx_ternary_activate(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(87), arg1, (char **)&x1);
+      _cffi_type(91), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(87), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(91), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6777,10 +7101,10 @@ _cffi_f_nx_ternary_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(212), arg3, (char **)&x3);
+      _cffi_type(231), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (nx_ternary *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(212), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(231), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6813,10 +7137,10 @@ _cffi_f_nx_ternary_finish(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(212), arg0, (char **)&x0);
+      _cffi_type(231), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(212), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(231), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6849,10 +7173,10 @@ _cffi_f_nx_ternary_free(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(212), arg0, (char **)&x0);
+      _cffi_type(231), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(212), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(231), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6901,10 +7225,10 @@ _cffi_f_nx_ternary_multiply(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(422), arg0, (char **)&x0);
+      _cffi_type(446), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(422), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(446), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6931,10 +7255,10 @@ _cffi_f_nx_ternary_multiply(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(94), arg5, (char **)&x5);
+      _cffi_type(98), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(94), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(98), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7011,10 +7335,10 @@ _cffi_f_nx_ternary_multiply_stored(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(448), arg4, (char **)&x4);
+      _cffi_type(472), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (void const * const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(448), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(472), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7032,10 +7356,10 @@ _cffi_f_nx_ternary_multiply_stored(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(452), arg8, (char **)&x8);
+      _cffi_type(476), arg8, (char **)&x8);
   if (datasize != 0) {
     x8 = ((size_t)datasize) <= 640 ? (float * const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(452), arg8, (char **)&x8,
+    if (_cffi_convert_array_argument(_cffi_type(476), arg8, (char **)&x8,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7080,10 +7404,10 @@ _cffi_f_nx_ternary_pack(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(212), arg0, (char **)&x0);
+      _cffi_type(231), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(212), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(231), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7242,10 +7566,10 @@ _cffi_f_nx_ternary_type_of(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(69), arg0, (char **)&x0);
+      _cffi_type(73), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(69), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(73), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7288,10 +7612,10 @@ _cffi_f_nx_ternary_unpack(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(422), arg0, (char **)&x0);
+      _cffi_type(446), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(422), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(446), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7305,10 +7629,10 @@ _cffi_f_nx_ternary_unpack(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(94), arg3, (char **)&x3);
+      _cffi_type(98), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(94), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(98), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7347,7 +7671,7 @@ _cffi_f_nx_version(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(69));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(73));
   return pyresult;
 }
 #else
@@ -7596,6 +7920,7 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "NX_OWN_KINDS", (void *)_cffi_const_NX_OWN_KINDS, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_OWN_OPENCL", (void *)_cffi_const_NX_OWN_OPENCL, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_OWN_PACKED", (void *)_cffi_const_NX_OWN_PACKED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "NX_OWN_PLUGIN", (void *)_cffi_const_NX_OWN_PLUGIN, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_OWN_STORED", (void *)_cffi_const_NX_OWN_STORED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_Q1_0", (void *)_cffi_const_NX_Q1_0, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_Q2_0", (void *)_cffi_const_NX_Q2_0, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
@@ -7604,148 +7929,152 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "NX_TQ1_0", (void *)_cffi_const_NX_TQ1_0, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_TQ2_0", (void *)_cffi_const_NX_TQ2_0, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "nx_ans_best", (void *)_cffi_f_nx_ans_best, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 64), (void *)_cffi_d_nx_ans_best },
-  { "nx_ans_bound", (void *)_cffi_f_nx_ans_bound, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 284), (void *)_cffi_d_nx_ans_bound },
-  { "nx_ans_decode", (void *)_cffi_f_nx_ans_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 239), (void *)_cffi_d_nx_ans_decode },
-  { "nx_ans_decode_by", (void *)_cffi_f_nx_ans_decode_by, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 104), (void *)_cffi_d_nx_ans_decode_by },
-  { "nx_ans_encode", (void *)_cffi_f_nx_ans_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 96), (void *)_cffi_d_nx_ans_encode },
+  { "nx_ans_bound", (void *)_cffi_f_nx_ans_bound, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 308), (void *)_cffi_d_nx_ans_bound },
+  { "nx_ans_decode", (void *)_cffi_f_nx_ans_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 263), (void *)_cffi_d_nx_ans_decode },
+  { "nx_ans_decode_by", (void *)_cffi_f_nx_ans_decode_by, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 108), (void *)_cffi_d_nx_ans_decode_by },
+  { "nx_ans_encode", (void *)_cffi_f_nx_ans_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 100), (void *)_cffi_d_nx_ans_encode },
   { "nx_ans_has", (void *)_cffi_f_nx_ans_has, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 20), (void *)_cffi_d_nx_ans_has },
-  { "nx_cache_builtin", (void *)_cffi_f_nx_cache_builtin, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 250), (void *)_cffi_d_nx_cache_builtin },
-  { "nx_cache_policy_get", (void *)_cffi_f_nx_cache_policy_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 369), (void *)_cffi_d_nx_cache_policy_get },
+  { "nx_cache_builtin", (void *)_cffi_f_nx_cache_builtin, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 274), (void *)_cffi_d_nx_cache_builtin },
+  { "nx_cache_policy_get", (void *)_cffi_f_nx_cache_policy_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 393), (void *)_cffi_d_nx_cache_policy_get },
   { "nx_cache_preload", (void *)_cffi_f_nx_cache_preload, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 26), (void *)_cffi_d_nx_cache_preload },
-  { "nx_cache_replay", (void *)_cffi_f_nx_cache_replay, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 222), (void *)_cffi_d_nx_cache_replay },
-  { "nx_cache_set_policy", (void *)_cffi_f_nx_cache_set_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 133), (void *)_cffi_d_nx_cache_set_policy },
-  { "nx_cache_use_policy", (void *)_cffi_f_nx_cache_use_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 161), (void *)_cffi_d_nx_cache_use_policy },
-  { "nx_codec_gate", (void *)_cffi_f_nx_codec_gate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 345), (void *)_cffi_d_nx_codec_gate },
-  { "nx_codec_register", (void *)_cffi_f_nx_codec_register, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 234), (void *)_cffi_d_nx_codec_register },
-  { "nx_demote", (void *)_cffi_f_nx_demote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 185), (void *)_cffi_d_nx_demote },
+  { "nx_cache_replay", (void *)_cffi_f_nx_cache_replay, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 241), (void *)_cffi_d_nx_cache_replay },
+  { "nx_cache_set_policy", (void *)_cffi_f_nx_cache_set_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 137), (void *)_cffi_d_nx_cache_set_policy },
+  { "nx_cache_use_policy", (void *)_cffi_f_nx_cache_use_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 172), (void *)_cffi_d_nx_cache_use_policy },
+  { "nx_codec_gate", (void *)_cffi_f_nx_codec_gate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 369), (void *)_cffi_d_nx_codec_gate },
+  { "nx_codec_register", (void *)_cffi_f_nx_codec_register, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 253), (void *)_cffi_d_nx_codec_register },
+  { "nx_demote", (void *)_cffi_f_nx_demote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 204), (void *)_cffi_d_nx_demote },
   { "nx_extent_is_resident", (void *)_cffi_f_nx_extent_is_resident, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 30), (void *)_cffi_d_nx_extent_is_resident },
-  { "nx_extent_span", (void *)_cffi_f_nx_extent_span, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 305), (void *)_cffi_d_nx_extent_span },
-  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 348), (void *)_cffi_d_nx_file_close },
-  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 351), (void *)_cffi_d_nx_file_get_info },
-  { "nx_file_open", (void *)_cffi_f_nx_file_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 68), (void *)_cffi_d_nx_file_open },
+  { "nx_extent_span", (void *)_cffi_f_nx_extent_span, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 329), (void *)_cffi_d_nx_extent_span },
+  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 372), (void *)_cffi_d_nx_file_close },
+  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 375), (void *)_cffi_d_nx_file_get_info },
+  { "nx_file_open", (void *)_cffi_f_nx_file_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 72), (void *)_cffi_d_nx_file_open },
   { "nx_flag_callback", (void *)_cffi_f_nx_flag_callback, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 4), (void *)_cffi_d_nx_flag_callback },
   { "nx_flag_stop", (void *)_cffi_f_nx_flag_stop, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 37), (void *)_cffi_d_nx_flag_stop },
-  { "nx_group_experts", (void *)_cffi_f_nx_group_experts, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 290), (void *)_cffi_d_nx_group_experts },
-  { "nx_group_resize", (void *)_cffi_f_nx_group_resize, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 191), (void *)_cffi_d_nx_group_resize },
-  { "nx_group_slot_bytes", (void *)_cffi_f_nx_group_slot_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 305), (void *)_cffi_d_nx_group_slot_bytes },
-  { "nx_imatrix_at", (void *)_cffi_f_nx_imatrix_at, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 117), (void *)_cffi_d_nx_imatrix_at },
-  { "nx_imatrix_count", (void *)_cffi_f_nx_imatrix_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 267), (void *)_cffi_d_nx_imatrix_count },
-  { "nx_imatrix_create", (void *)_cffi_f_nx_imatrix_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 111), (void *)_cffi_d_nx_imatrix_create },
-  { "nx_imatrix_free", (void *)_cffi_f_nx_imatrix_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 355), (void *)_cffi_d_nx_imatrix_free },
-  { "nx_imatrix_status", (void *)_cffi_f_nx_imatrix_status, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 114), (void *)_cffi_d_nx_imatrix_status },
-  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 465), (void *)_cffi_d_nx_interrupt_arm },
-  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 465), (void *)_cffi_d_nx_interrupt_disarm },
-  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 465), (void *)_cffi_d_nx_interrupt_request },
+  { "nx_group_experts", (void *)_cffi_f_nx_group_experts, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 314), (void *)_cffi_d_nx_group_experts },
+  { "nx_group_resize", (void *)_cffi_f_nx_group_resize, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 210), (void *)_cffi_d_nx_group_resize },
+  { "nx_group_slot_bytes", (void *)_cffi_f_nx_group_slot_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 329), (void *)_cffi_d_nx_group_slot_bytes },
+  { "nx_imatrix_at", (void *)_cffi_f_nx_imatrix_at, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 121), (void *)_cffi_d_nx_imatrix_at },
+  { "nx_imatrix_count", (void *)_cffi_f_nx_imatrix_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 291), (void *)_cffi_d_nx_imatrix_count },
+  { "nx_imatrix_create", (void *)_cffi_f_nx_imatrix_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 115), (void *)_cffi_d_nx_imatrix_create },
+  { "nx_imatrix_free", (void *)_cffi_f_nx_imatrix_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 379), (void *)_cffi_d_nx_imatrix_free },
+  { "nx_imatrix_status", (void *)_cffi_f_nx_imatrix_status, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 118), (void *)_cffi_d_nx_imatrix_status },
+  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 489), (void *)_cffi_d_nx_interrupt_arm },
+  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 489), (void *)_cffi_d_nx_interrupt_disarm },
+  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 489), (void *)_cffi_d_nx_interrupt_request },
   { "nx_interrupted", (void *)_cffi_f_nx_interrupted, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 57), (void *)_cffi_d_nx_interrupted },
   { "nx_interrupted_callback", (void *)_cffi_f_nx_interrupted_callback, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 4), (void *)_cffi_d_nx_interrupted_callback },
-  { "nx_io_probe", (void *)_cffi_f_nx_io_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 73), (void *)_cffi_d_nx_io_probe },
+  { "nx_io_probe", (void *)_cffi_f_nx_io_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 77), (void *)_cffi_d_nx_io_probe },
+  { "nx_kernel_check", (void *)_cffi_f_nx_kernel_check, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 258), (void *)_cffi_d_nx_kernel_check },
   { "nx_kernels_dots_per_second", (void *)_cffi_f_nx_kernels_dots_per_second, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 18), (void *)_cffi_d_nx_kernels_dots_per_second },
-  { "nx_kernels_isa", (void *)_cffi_f_nx_kernels_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 66), (void *)_cffi_d_nx_kernels_isa },
+  { "nx_kernels_isa", (void *)_cffi_f_nx_kernels_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 70), (void *)_cffi_d_nx_kernels_isa },
   { "nx_kernels_isa_name", (void *)_cffi_f_nx_kernels_isa_name, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 7), (void *)_cffi_d_nx_kernels_isa_name },
   { "nx_kernels_isa_usable", (void *)_cffi_f_nx_kernels_isa_usable, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 23), (void *)_cffi_d_nx_kernels_isa_usable },
-  { "nx_kernels_use_isa", (void *)_cffi_f_nx_kernels_use_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 126), (void *)_cffi_d_nx_kernels_use_isa },
+  { "nx_kernels_use_isa", (void *)_cffi_f_nx_kernels_use_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 130), (void *)_cffi_d_nx_kernels_use_isa },
   { "nx_kernels_why", (void *)_cffi_f_nx_kernels_why, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_kernels_why },
-  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 358), (void *)_cffi_d_nx_loading_set },
-  { "nx_membench_read", (void *)_cffi_f_nx_membench_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 129), (void *)_cffi_d_nx_membench_read },
-  { "nx_model_attach_residual", (void *)_cffi_f_nx_model_attach_residual, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 142), (void *)_cffi_d_nx_model_attach_residual },
-  { "nx_model_attached_bytes", (void *)_cffi_f_nx_model_attached_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 298), (void *)_cffi_d_nx_model_attached_bytes },
-  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 358), (void *)_cffi_d_nx_model_clear_error },
-  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 358), (void *)_cffi_d_nx_model_clear_faults },
-  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 358), (void *)_cffi_d_nx_model_close },
-  { "nx_model_cores", (void *)_cffi_f_nx_model_cores, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 280), (void *)_cffi_d_nx_model_cores },
-  { "nx_model_create", (void *)_cffi_f_nx_model_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 78), (void *)_cffi_d_nx_model_create },
-  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 275), (void *)_cffi_d_nx_model_events },
-  { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 196), (void *)_cffi_d_nx_model_file_info },
-  { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 152), (void *)_cffi_d_nx_model_finish_load },
-  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 377), (void *)_cffi_d_nx_model_get_stats },
-  { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 157), (void *)_cffi_d_nx_model_inject },
+  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 382), (void *)_cffi_d_nx_loading_set },
+  { "nx_membench_read", (void *)_cffi_f_nx_membench_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 133), (void *)_cffi_d_nx_membench_read },
+  { "nx_model_attach_residual", (void *)_cffi_f_nx_model_attach_residual, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 146), (void *)_cffi_d_nx_model_attach_residual },
+  { "nx_model_attached_bytes", (void *)_cffi_f_nx_model_attached_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 322), (void *)_cffi_d_nx_model_attached_bytes },
+  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 382), (void *)_cffi_d_nx_model_clear_error },
+  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 382), (void *)_cffi_d_nx_model_clear_faults },
+  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 382), (void *)_cffi_d_nx_model_close },
+  { "nx_model_cores", (void *)_cffi_f_nx_model_cores, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 304), (void *)_cffi_d_nx_model_cores },
+  { "nx_model_create", (void *)_cffi_f_nx_model_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 82), (void *)_cffi_d_nx_model_create },
+  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 299), (void *)_cffi_d_nx_model_events },
+  { "nx_model_extent", (void *)_cffi_f_nx_model_extent, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 66), (void *)_cffi_d_nx_model_extent },
+  { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 215), (void *)_cffi_d_nx_model_file_info },
+  { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 156), (void *)_cffi_d_nx_model_finish_load },
+  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 401), (void *)_cffi_d_nx_model_get_stats },
+  { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 168), (void *)_cffi_d_nx_model_inject },
   { "nx_model_io_engine", (void *)_cffi_f_nx_model_io_engine, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 10), (void *)_cffi_d_nx_model_io_engine },
-  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 365), (void *)_cffi_d_nx_model_last_error },
-  { "nx_model_n_groups", (void *)_cffi_f_nx_model_n_groups, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 287), (void *)_cffi_d_nx_model_n_groups },
-  { "nx_model_n_own", (void *)_cffi_f_nx_model_n_own, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 301), (void *)_cffi_d_nx_model_n_own },
-  { "nx_model_n_packed", (void *)_cffi_f_nx_model_n_packed, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 287), (void *)_cffi_d_nx_model_n_packed },
-  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 358), (void *)_cffi_d_nx_model_release },
-  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 358), (void *)_cffi_d_nx_model_reset_stats },
-  { "nx_model_set_columns", (void *)_cffi_f_nx_model_set_columns, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 361), (void *)_cffi_d_nx_model_set_columns },
-  { "nx_model_set_cores", (void *)_cffi_f_nx_model_set_cores, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 172), (void *)_cffi_d_nx_model_set_cores },
-  { "nx_model_set_residual_k", (void *)_cffi_f_nx_model_set_residual_k, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 137), (void *)_cffi_d_nx_model_set_residual_k },
+  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 389), (void *)_cffi_d_nx_model_last_error },
+  { "nx_model_n_groups", (void *)_cffi_f_nx_model_n_groups, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 311), (void *)_cffi_d_nx_model_n_groups },
+  { "nx_model_n_own", (void *)_cffi_f_nx_model_n_own, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 325), (void *)_cffi_d_nx_model_n_own },
+  { "nx_model_n_packed", (void *)_cffi_f_nx_model_n_packed, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 311), (void *)_cffi_d_nx_model_n_packed },
+  { "nx_model_read", (void *)_cffi_f_nx_model_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 161), (void *)_cffi_d_nx_model_read },
+  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 382), (void *)_cffi_d_nx_model_release },
+  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 382), (void *)_cffi_d_nx_model_reset_stats },
+  { "nx_model_set_columns", (void *)_cffi_f_nx_model_set_columns, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 385), (void *)_cffi_d_nx_model_set_columns },
+  { "nx_model_set_cores", (void *)_cffi_f_nx_model_set_cores, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 191), (void *)_cffi_d_nx_model_set_cores },
+  { "nx_model_set_residual_k", (void *)_cffi_f_nx_model_set_residual_k, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 141), (void *)_cffi_d_nx_model_set_residual_k },
   { "nx_model_stream", (void *)_cffi_f_nx_model_stream, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 0), (void *)_cffi_d_nx_model_stream },
-  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 336), (void *)_cffi_d_nx_model_stream_close },
-  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 361), (void *)_cffi_d_nx_model_trace },
+  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 360), (void *)_cffi_d_nx_model_stream_close },
+  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 385), (void *)_cffi_d_nx_model_trace },
+  { "nx_model_use_kernel", (void *)_cffi_f_nx_model_use_kernel, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 177), (void *)_cffi_d_nx_model_use_kernel },
   { "nx_opencl_error", (void *)_cffi_f_nx_opencl_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_opencl_error },
-  { "nx_opencl_matrix_bytes", (void *)_cffi_f_nx_opencl_matrix_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 309), (void *)_cffi_d_nx_opencl_matrix_bytes },
-  { "nx_opencl_matrix_create", (void *)_cffi_f_nx_opencl_matrix_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 214), (void *)_cffi_d_nx_opencl_matrix_create },
-  { "nx_opencl_matrix_free", (void *)_cffi_f_nx_opencl_matrix_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 391), (void *)_cffi_d_nx_opencl_matrix_free },
-  { "nx_opencl_multiply", (void *)_cffi_f_nx_opencl_multiply, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 201), (void *)_cffi_d_nx_opencl_multiply },
-  { "nx_opencl_open", (void *)_cffi_f_nx_opencl_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 245), (void *)_cffi_d_nx_opencl_open },
+  { "nx_opencl_matrix_bytes", (void *)_cffi_f_nx_opencl_matrix_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 333), (void *)_cffi_d_nx_opencl_matrix_bytes },
+  { "nx_opencl_matrix_create", (void *)_cffi_f_nx_opencl_matrix_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 233), (void *)_cffi_d_nx_opencl_matrix_create },
+  { "nx_opencl_matrix_free", (void *)_cffi_f_nx_opencl_matrix_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 415), (void *)_cffi_d_nx_opencl_matrix_free },
+  { "nx_opencl_multiply", (void *)_cffi_f_nx_opencl_multiply, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 220), (void *)_cffi_d_nx_opencl_multiply },
+  { "nx_opencl_open", (void *)_cffi_f_nx_opencl_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 269), (void *)_cffi_d_nx_opencl_open },
   { "nx_opencl_why", (void *)_cffi_f_nx_opencl_why, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_opencl_why },
-  { "nx_popularity_get", (void *)_cffi_f_nx_popularity_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 381), (void *)_cffi_d_nx_popularity_get },
-  { "nx_popularity_set", (void *)_cffi_f_nx_popularity_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 386), (void *)_cffi_d_nx_popularity_set },
-  { "nx_predict_get", (void *)_cffi_f_nx_predict_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 373), (void *)_cffi_d_nx_predict_get },
-  { "nx_predict_plugin_get", (void *)_cffi_f_nx_predict_plugin_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 369), (void *)_cffi_d_nx_predict_plugin_get },
-  { "nx_predict_set", (void *)_cffi_f_nx_predict_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 133), (void *)_cffi_d_nx_predict_set },
-  { "nx_predict_use", (void *)_cffi_f_nx_predict_use, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 166), (void *)_cffi_d_nx_predict_use },
-  { "nx_promote", (void *)_cffi_f_nx_promote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 177), (void *)_cffi_d_nx_promote },
-  { "nx_python_cache_create", (void *)&_cffi_externpy__nx_python_cache_create, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 522), (void *)nx_python_cache_create },
-  { "nx_python_cache_used", (void *)&_cffi_externpy__nx_python_cache_used, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 525), (void *)nx_python_cache_used },
-  { "nx_python_cache_victims", (void *)&_cffi_externpy__nx_python_cache_victims, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 482), (void *)nx_python_cache_victims },
-  { "nx_python_decode", (void *)&_cffi_externpy__nx_python_decode, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 483), (void *)nx_python_decode },
-  { "nx_python_predict", (void *)&_cffi_externpy__nx_python_predict, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 484), (void *)nx_python_predict },
-  { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 154), (void *)nx_python_progress },
-  { "nx_python_routed", (void *)&_cffi_externpy__nx_python_routed, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 526), (void *)nx_python_routed },
-  { "nx_resident_bytes", (void *)_cffi_f_nx_resident_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 298), (void *)_cffi_d_nx_resident_bytes },
-  { "nx_residual_add", (void *)_cffi_f_nx_residual_add, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 394), (void *)_cffi_d_nx_residual_add },
-  { "nx_residual_decode", (void *)_cffi_f_nx_residual_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 404), (void *)_cffi_d_nx_residual_decode },
-  { "nx_residual_encode", (void *)_cffi_f_nx_residual_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 86), (void *)_cffi_d_nx_residual_encode },
-  { "nx_residual_products", (void *)_cffi_f_nx_residual_products, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 339), (void *)_cffi_d_nx_residual_products },
-  { "nx_residual_row_bytes", (void *)_cffi_f_nx_residual_row_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 321), (void *)_cffi_d_nx_residual_row_bytes },
-  { "nx_residual_select", (void *)_cffi_f_nx_residual_select, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 261), (void *)_cffi_d_nx_residual_select },
-  { "nx_residual_select_buckets", (void *)_cffi_f_nx_residual_select_buckets, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 253), (void *)_cffi_d_nx_residual_select_buckets },
-  { "nx_routing_lost", (void *)_cffi_f_nx_routing_lost, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 298), (void *)_cffi_d_nx_routing_lost },
-  { "nx_routing_record", (void *)_cffi_f_nx_routing_record, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 361), (void *)_cffi_d_nx_routing_record },
-  { "nx_routing_take", (void *)_cffi_f_nx_routing_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 270), (void *)_cffi_d_nx_routing_take },
+  { "nx_popularity_get", (void *)_cffi_f_nx_popularity_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 405), (void *)_cffi_d_nx_popularity_get },
+  { "nx_popularity_set", (void *)_cffi_f_nx_popularity_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 410), (void *)_cffi_d_nx_popularity_set },
+  { "nx_predict_get", (void *)_cffi_f_nx_predict_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 397), (void *)_cffi_d_nx_predict_get },
+  { "nx_predict_plugin_get", (void *)_cffi_f_nx_predict_plugin_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 393), (void *)_cffi_d_nx_predict_plugin_get },
+  { "nx_predict_set", (void *)_cffi_f_nx_predict_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 137), (void *)_cffi_d_nx_predict_set },
+  { "nx_predict_use", (void *)_cffi_f_nx_predict_use, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 185), (void *)_cffi_d_nx_predict_use },
+  { "nx_promote", (void *)_cffi_f_nx_promote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 196), (void *)_cffi_d_nx_promote },
+  { "nx_python_cache_create", (void *)&_cffi_externpy__nx_python_cache_create, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 549), (void *)nx_python_cache_create },
+  { "nx_python_cache_used", (void *)&_cffi_externpy__nx_python_cache_used, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 552), (void *)nx_python_cache_used },
+  { "nx_python_cache_victims", (void *)&_cffi_externpy__nx_python_cache_victims, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 506), (void *)nx_python_cache_victims },
+  { "nx_python_decode", (void *)&_cffi_externpy__nx_python_decode, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 507), (void *)nx_python_decode },
+  { "nx_python_predict", (void *)&_cffi_externpy__nx_python_predict, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 508), (void *)nx_python_predict },
+  { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 158), (void *)nx_python_progress },
+  { "nx_python_routed", (void *)&_cffi_externpy__nx_python_routed, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 553), (void *)nx_python_routed },
+  { "nx_resident_bytes", (void *)_cffi_f_nx_resident_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 322), (void *)_cffi_d_nx_resident_bytes },
+  { "nx_residual_add", (void *)_cffi_f_nx_residual_add, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 418), (void *)_cffi_d_nx_residual_add },
+  { "nx_residual_decode", (void *)_cffi_f_nx_residual_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 428), (void *)_cffi_d_nx_residual_decode },
+  { "nx_residual_encode", (void *)_cffi_f_nx_residual_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 90), (void *)_cffi_d_nx_residual_encode },
+  { "nx_residual_products", (void *)_cffi_f_nx_residual_products, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 363), (void *)_cffi_d_nx_residual_products },
+  { "nx_residual_row_bytes", (void *)_cffi_f_nx_residual_row_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 345), (void *)_cffi_d_nx_residual_row_bytes },
+  { "nx_residual_select", (void *)_cffi_f_nx_residual_select, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 285), (void *)_cffi_d_nx_residual_select },
+  { "nx_residual_select_buckets", (void *)_cffi_f_nx_residual_select_buckets, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 277), (void *)_cffi_d_nx_residual_select_buckets },
+  { "nx_routing_lost", (void *)_cffi_f_nx_routing_lost, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 322), (void *)_cffi_d_nx_routing_lost },
+  { "nx_routing_record", (void *)_cffi_f_nx_routing_record, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 385), (void *)_cffi_d_nx_routing_record },
+  { "nx_routing_take", (void *)_cffi_f_nx_routing_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 294), (void *)_cffi_d_nx_routing_take },
   { "nx_status_text", (void *)_cffi_f_nx_status_text, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 13), (void *)_cffi_d_nx_status_text },
-  { "nx_ternary_activate", (void *)_cffi_f_nx_ternary_activate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 436), (void *)_cffi_d_nx_ternary_activate },
-  { "nx_ternary_activation_bytes", (void *)_cffi_f_nx_ternary_activation_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 312), (void *)_cffi_d_nx_ternary_activation_bytes },
-  { "nx_ternary_block", (void *)_cffi_f_nx_ternary_block, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 295), (void *)_cffi_d_nx_ternary_block },
-  { "nx_ternary_block_bytes", (void *)_cffi_f_nx_ternary_block_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 295), (void *)_cffi_d_nx_ternary_block_bytes },
-  { "nx_ternary_create", (void *)_cffi_f_nx_ternary_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 208), (void *)_cffi_d_nx_ternary_create },
-  { "nx_ternary_finish", (void *)_cffi_f_nx_ternary_finish, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 411), (void *)_cffi_d_nx_ternary_finish },
-  { "nx_ternary_free", (void *)_cffi_f_nx_ternary_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 411), (void *)_cffi_d_nx_ternary_free },
-  { "nx_ternary_multiply", (void *)_cffi_f_nx_ternary_multiply, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 427), (void *)_cffi_d_nx_ternary_multiply },
-  { "nx_ternary_multiply_stored", (void *)_cffi_f_nx_ternary_multiply_stored, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 443), (void *)_cffi_d_nx_ternary_multiply_stored },
-  { "nx_ternary_pack", (void *)_cffi_f_nx_ternary_pack, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 414), (void *)_cffi_d_nx_ternary_pack },
-  { "nx_ternary_packed_bytes", (void *)_cffi_f_nx_ternary_packed_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 316), (void *)_cffi_d_nx_ternary_packed_bytes },
-  { "nx_ternary_row_unit", (void *)_cffi_f_nx_ternary_row_unit, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 295), (void *)_cffi_d_nx_ternary_row_unit },
+  { "nx_ternary_activate", (void *)_cffi_f_nx_ternary_activate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 460), (void *)_cffi_d_nx_ternary_activate },
+  { "nx_ternary_activation_bytes", (void *)_cffi_f_nx_ternary_activation_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 336), (void *)_cffi_d_nx_ternary_activation_bytes },
+  { "nx_ternary_block", (void *)_cffi_f_nx_ternary_block, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 319), (void *)_cffi_d_nx_ternary_block },
+  { "nx_ternary_block_bytes", (void *)_cffi_f_nx_ternary_block_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 319), (void *)_cffi_d_nx_ternary_block_bytes },
+  { "nx_ternary_create", (void *)_cffi_f_nx_ternary_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 227), (void *)_cffi_d_nx_ternary_create },
+  { "nx_ternary_finish", (void *)_cffi_f_nx_ternary_finish, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 435), (void *)_cffi_d_nx_ternary_finish },
+  { "nx_ternary_free", (void *)_cffi_f_nx_ternary_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 435), (void *)_cffi_d_nx_ternary_free },
+  { "nx_ternary_multiply", (void *)_cffi_f_nx_ternary_multiply, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 451), (void *)_cffi_d_nx_ternary_multiply },
+  { "nx_ternary_multiply_stored", (void *)_cffi_f_nx_ternary_multiply_stored, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 467), (void *)_cffi_d_nx_ternary_multiply_stored },
+  { "nx_ternary_pack", (void *)_cffi_f_nx_ternary_pack, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 438), (void *)_cffi_d_nx_ternary_pack },
+  { "nx_ternary_packed_bytes", (void *)_cffi_f_nx_ternary_packed_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 340), (void *)_cffi_d_nx_ternary_packed_bytes },
+  { "nx_ternary_row_unit", (void *)_cffi_f_nx_ternary_row_unit, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 319), (void *)_cffi_d_nx_ternary_row_unit },
   { "nx_ternary_stored_usable", (void *)_cffi_f_nx_ternary_stored_usable, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 34), (void *)_cffi_d_nx_ternary_stored_usable },
-  { "nx_ternary_type_of", (void *)_cffi_f_nx_ternary_type_of, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 247), (void *)_cffi_d_nx_ternary_type_of },
-  { "nx_ternary_unpack", (void *)_cffi_f_nx_ternary_unpack, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 421), (void *)_cffi_d_nx_ternary_unpack },
+  { "nx_ternary_type_of", (void *)_cffi_f_nx_ternary_type_of, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 271), (void *)_cffi_d_nx_ternary_type_of },
+  { "nx_ternary_unpack", (void *)_cffi_f_nx_ternary_unpack, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 445), (void *)_cffi_d_nx_ternary_unpack },
   { "nx_version", (void *)_cffi_f_nx_version, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_version },
-  { "nx_xxh3_64", (void *)_cffi_f_nx_xxh3_64, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 324), (void *)_cffi_d_nx_xxh3_64 },
+  { "nx_xxh3_64", (void *)_cffi_f_nx_xxh3_64, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 348), (void *)_cffi_d_nx_xxh3_64 },
 };
 
 static const struct _cffi_field_s _cffi_fields[] = {
   { "rotate", offsetof(nx_ans_layout, rotate),
               sizeof(((nx_ans_layout *)0)->rotate),
-              _CFFI_OP(_CFFI_OP_NOOP, 519) },
+              _CFFI_OP(_CFFI_OP_NOOP, 546) },
   { "block", offsetof(nx_ans_layout, block),
              sizeof(((nx_ans_layout *)0)->block),
-             _CFFI_OP(_CFFI_OP_NOOP, 519) },
+             _CFFI_OP(_CFFI_OP_NOOP, 546) },
   { "n_planes", offsetof(nx_ans_layout, n_planes),
                 sizeof(((nx_ans_layout *)0)->n_planes),
-                _CFFI_OP(_CFFI_OP_NOOP, 519) },
+                _CFFI_OP(_CFFI_OP_NOOP, 546) },
   { "offset", offsetof(nx_ans_layout, offset),
               sizeof(((nx_ans_layout *)0)->offset),
-              _CFFI_OP(_CFFI_OP_NOOP, 520) },
+              _CFFI_OP(_CFFI_OP_NOOP, 547) },
   { "width", offsetof(nx_ans_layout, width),
              sizeof(((nx_ans_layout *)0)->width),
-             _CFFI_OP(_CFFI_OP_NOOP, 520) },
+             _CFFI_OP(_CFFI_OP_NOOP, 547) },
   { "status", offsetof(nx_error, status),
               sizeof(((nx_error *)0)->status),
               _CFFI_OP(_CFFI_OP_NOOP, 14) },
   { "sys_errno", offsetof(nx_error, sys_errno),
                  sizeof(((nx_error *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 169) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 188) },
   { "offset", offsetof(nx_error, offset),
               sizeof(((nx_error *)0)->offset),
               _CFFI_OP(_CFFI_OP_NOOP, 28) },
@@ -7754,13 +8083,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "path", offsetof(nx_error, path),
             sizeof(((nx_error *)0)->path),
-            _CFFI_OP(_CFFI_OP_NOOP, 474) },
+            _CFFI_OP(_CFFI_OP_NOOP, 498) },
   { "tensor", offsetof(nx_error, tensor),
               sizeof(((nx_error *)0)->tensor),
-              _CFFI_OP(_CFFI_OP_NOOP, 470) },
+              _CFFI_OP(_CFFI_OP_NOOP, 494) },
   { "text", offsetof(nx_error, text),
             sizeof(((nx_error *)0)->text),
-            _CFFI_OP(_CFFI_OP_NOOP, 472) },
+            _CFFI_OP(_CFFI_OP_NOOP, 496) },
   { "t_ns", offsetof(nx_event, t_ns),
             sizeof(((nx_event *)0)->t_ns),
             _CFFI_OP(_CFFI_OP_NOOP, 28) },
@@ -7781,10 +8110,10 @@ static const struct _cffi_field_s _cffi_fields[] = {
                   _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "kind", offsetof(nx_fault, kind),
             sizeof(((nx_fault *)0)->kind),
-            _CFFI_OP(_CFFI_OP_NOOP, 169) },
+            _CFFI_OP(_CFFI_OP_NOOP, 188) },
   { "count", offsetof(nx_fault, count),
              sizeof(((nx_fault *)0)->count),
-             _CFFI_OP(_CFFI_OP_NOOP, 485) },
+             _CFFI_OP(_CFFI_OP_NOOP, 509) },
   { "nbytes", offsetof(nx_file_info, nbytes),
               sizeof(((nx_file_info *)0)->nbytes),
               _CFFI_OP(_CFFI_OP_NOOP, 28) },
@@ -7796,7 +8125,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "mtime_ns", offsetof(nx_file_info, mtime_ns),
                 sizeof(((nx_file_info *)0)->mtime_ns),
-                _CFFI_OP(_CFFI_OP_NOOP, 486) },
+                _CFFI_OP(_CFFI_OP_NOOP, 510) },
   { "offset_align", offsetof(nx_file_info, offset_align),
                     sizeof(((nx_file_info *)0)->offset_align),
                     _CFFI_OP(_CFFI_OP_NOOP, 32) },
@@ -7805,13 +8134,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
                  _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "direct", offsetof(nx_file_info, direct),
               sizeof(((nx_file_info *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 169) },
+              _CFFI_OP(_CFFI_OP_NOOP, 188) },
   { "reason", offsetof(nx_file_info, reason),
               sizeof(((nx_file_info *)0)->reason),
-              _CFFI_OP(_CFFI_OP_NOOP, 478) },
+              _CFFI_OP(_CFFI_OP_NOOP, 502) },
   { "sys_errno", offsetof(nx_file_info, sys_errno),
                  sizeof(((nx_file_info *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 169) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 188) },
   { "n_threads", offsetof(nx_membench_options, n_threads),
                  sizeof(((nx_membench_options *)0)->n_threads),
                  _CFFI_OP(_CFFI_OP_NOOP, 32) },
@@ -7823,7 +8152,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "bytes_s", offsetof(nx_membench_result, bytes_s),
                sizeof(((nx_membench_result *)0)->bytes_s),
-               _CFFI_OP(_CFFI_OP_NOOP, 481) },
+               _CFFI_OP(_CFFI_OP_NOOP, 505) },
   { "bytes", offsetof(nx_membench_result, bytes),
              sizeof(((nx_membench_result *)0)->bytes),
              _CFFI_OP(_CFFI_OP_NOOP, 28) },
@@ -7844,13 +8173,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
                 _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "name", offsetof(nx_plugin_info, name),
             sizeof(((nx_plugin_info *)0)->name),
-            _CFFI_OP(_CFFI_OP_NOOP, 476) },
+            _CFFI_OP(_CFFI_OP_NOOP, 500) },
   { "disabled", offsetof(nx_plugin_info, disabled),
                 sizeof(((nx_plugin_info *)0)->disabled),
-                _CFFI_OP(_CFFI_OP_NOOP, 169) },
+                _CFFI_OP(_CFFI_OP_NOOP, 188) },
   { "why", offsetof(nx_plugin_info, why),
            sizeof(((nx_plugin_info *)0)->why),
-           _CFFI_OP(_CFFI_OP_NOOP, 472) },
+           _CFFI_OP(_CFFI_OP_NOOP, 496) },
   { "calls", offsetof(nx_plugin_info, calls),
              sizeof(((nx_plugin_info *)0)->calls),
              _CFFI_OP(_CFFI_OP_NOOP, 28) },
@@ -7859,10 +8188,10 @@ static const struct _cffi_field_s _cffi_fields[] = {
           _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "state", offsetof(nx_prediction, state),
              sizeof(((nx_prediction *)0)->state),
-             _CFFI_OP(_CFFI_OP_NOOP, 488) },
+             _CFFI_OP(_CFFI_OP_NOOP, 512) },
   { "on", offsetof(nx_prediction, on),
           sizeof(((nx_prediction *)0)->on),
-          _CFFI_OP(_CFFI_OP_NOOP, 169) },
+          _CFFI_OP(_CFFI_OP_NOOP, 188) },
   { "trials", offsetof(nx_prediction, trials),
               sizeof(((nx_prediction *)0)->trials),
               _CFFI_OP(_CFFI_OP_NOOP, 28) },
@@ -7871,16 +8200,16 @@ static const struct _cffi_field_s _cffi_fields[] = {
                 _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "idle", offsetof(nx_prediction, idle),
             sizeof(((nx_prediction *)0)->idle),
-            _CFFI_OP(_CFFI_OP_NOOP, 481) },
+            _CFFI_OP(_CFFI_OP_NOOP, 505) },
   { "stall", offsetof(nx_prediction, stall),
              sizeof(((nx_prediction *)0)->stall),
-             _CFFI_OP(_CFFI_OP_NOOP, 481) },
+             _CFFI_OP(_CFFI_OP_NOOP, 505) },
   { "on_ns", offsetof(nx_prediction, on_ns),
              sizeof(((nx_prediction *)0)->on_ns),
-             _CFFI_OP(_CFFI_OP_NOOP, 481) },
+             _CFFI_OP(_CFFI_OP_NOOP, 505) },
   { "off_ns", offsetof(nx_prediction, off_ns),
               sizeof(((nx_prediction *)0)->off_ns),
-              _CFFI_OP(_CFFI_OP_NOOP, 481) },
+              _CFFI_OP(_CFFI_OP_NOOP, 505) },
   { "block_bytes", offsetof(nx_probe_options, block_bytes),
                    sizeof(((nx_probe_options *)0)->block_bytes),
                    _CFFI_OP(_CFFI_OP_NOOP, 32) },
@@ -7889,7 +8218,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "random", offsetof(nx_probe_options, random),
               sizeof(((nx_probe_options *)0)->random),
-              _CFFI_OP(_CFFI_OP_NOOP, 169) },
+              _CFFI_OP(_CFFI_OP_NOOP, 188) },
   { "max_bytes", offsetof(nx_probe_options, max_bytes),
                  sizeof(((nx_probe_options *)0)->max_bytes),
                  _CFFI_OP(_CFFI_OP_NOOP, 28) },
@@ -7898,7 +8227,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "engine", offsetof(nx_probe_options, engine),
               sizeof(((nx_probe_options *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 169) },
+              _CFFI_OP(_CFFI_OP_NOOP, 188) },
   { "seed", offsetof(nx_probe_options, seed),
             sizeof(((nx_probe_options *)0)->seed),
             _CFFI_OP(_CFFI_OP_NOOP, 28) },
@@ -7910,16 +8239,16 @@ static const struct _cffi_field_s _cffi_fields[] = {
           _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "direct", offsetof(nx_probe_result, direct),
               sizeof(((nx_probe_result *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 169) },
+              _CFFI_OP(_CFFI_OP_NOOP, 188) },
   { "engine", offsetof(nx_probe_result, engine),
               sizeof(((nx_probe_result *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 169) },
+              _CFFI_OP(_CFFI_OP_NOOP, 188) },
   { "how_cold", offsetof(nx_probe_result, how_cold),
                 sizeof(((nx_probe_result *)0)->how_cold),
-                _CFFI_OP(_CFFI_OP_NOOP, 478) },
+                _CFFI_OP(_CFFI_OP_NOOP, 502) },
   { "sys_errno", offsetof(nx_probe_result, sys_errno),
                  sizeof(((nx_probe_result *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 169) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 188) },
   { "n_in", offsetof(nx_residual_matrix, n_in),
             sizeof(((nx_residual_matrix *)0)->n_in),
             _CFFI_OP(_CFFI_OP_NOOP, 32) },
@@ -7928,10 +8257,10 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "codes", offsetof(nx_residual_matrix, codes),
              sizeof(((nx_residual_matrix *)0)->codes),
-             _CFFI_OP(_CFFI_OP_NOOP, 518) },
+             _CFFI_OP(_CFFI_OP_NOOP, 545) },
   { "scales", offsetof(nx_residual_matrix, scales),
               sizeof(((nx_residual_matrix *)0)->scales),
-              _CFFI_OP(_CFFI_OP_NOOP, 87) },
+              _CFFI_OP(_CFFI_OP_NOOP, 91) },
   { "passes", offsetof(nx_stats, passes),
               sizeof(((nx_stats *)0)->passes),
               _CFFI_OP(_CFFI_OP_NOOP, 28) },
@@ -8048,13 +8377,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "codes", offsetof(nx_ternary, codes),
              sizeof(((nx_ternary *)0)->codes),
-             _CFFI_OP(_CFFI_OP_NOOP, 93) },
+             _CFFI_OP(_CFFI_OP_NOOP, 97) },
   { "scales", offsetof(nx_ternary, scales),
               sizeof(((nx_ternary *)0)->scales),
-              _CFFI_OP(_CFFI_OP_NOOP, 516) },
+              _CFFI_OP(_CFFI_OP_NOOP, 543) },
   { "scale", offsetof(nx_ternary, scale),
              sizeof(((nx_ternary *)0)->scale),
-             _CFFI_OP(_CFFI_OP_NOOP, 257) },
+             _CFFI_OP(_CFFI_OP_NOOP, 281) },
   { "codes_bytes", offsetof(nx_ternary, codes_bytes),
                    sizeof(((nx_ternary *)0)->codes_bytes),
                    _CFFI_OP(_CFFI_OP_NOOP, 28) },
@@ -8075,16 +8404,16 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "experts", offsetof(nxp_cache_ask, experts),
                sizeof(((nxp_cache_ask *)0)->experts),
-               _CFFI_OP(_CFFI_OP_NOOP, 227) },
+               _CFFI_OP(_CFFI_OP_NOOP, 246) },
   { "ages", offsetof(nxp_cache_ask, ages),
             sizeof(((nxp_cache_ask *)0)->ages),
-            _CFFI_OP(_CFFI_OP_NOOP, 389) },
+            _CFFI_OP(_CFFI_OP_NOOP, 413) },
   { "frequencies", offsetof(nxp_cache_ask, frequencies),
                    sizeof(((nxp_cache_ask *)0)->frequencies),
-                   _CFFI_OP(_CFFI_OP_NOOP, 87) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 91) },
   { "incoming", offsetof(nxp_cache_ask, incoming),
                 sizeof(((nxp_cache_ask *)0)->incoming),
-                _CFFI_OP(_CFFI_OP_NOOP, 227) },
+                _CFFI_OP(_CFFI_OP_NOOP, 246) },
   { "layer", offsetof(nxp_cache_layer, layer),
              sizeof(((nxp_cache_layer *)0)->layer),
              _CFFI_OP(_CFFI_OP_NOOP, 32) },
@@ -8102,22 +8431,22 @@ static const struct _cffi_field_s _cffi_fields[] = {
                     _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "head", offsetof(nxp_cache_policy, head),
             sizeof(((nxp_cache_policy *)0)->head),
-            _CFFI_OP(_CFFI_OP_NOOP, 511) },
+            _CFFI_OP(_CFFI_OP_NOOP, 537) },
   { "user", offsetof(nxp_cache_policy, user),
             sizeof(((nxp_cache_policy *)0)->user),
             _CFFI_OP(_CFFI_OP_NOOP, 5) },
   { "create", offsetof(nxp_cache_policy, create),
               sizeof(((nxp_cache_policy *)0)->create),
-              _CFFI_OP(_CFFI_OP_NOOP, 522) },
+              _CFFI_OP(_CFFI_OP_NOOP, 549) },
   { "destroy", offsetof(nxp_cache_policy, destroy),
                sizeof(((nxp_cache_policy *)0)->destroy),
-               _CFFI_OP(_CFFI_OP_NOOP, 524) },
+               _CFFI_OP(_CFFI_OP_NOOP, 551) },
   { "used", offsetof(nxp_cache_policy, used),
             sizeof(((nxp_cache_policy *)0)->used),
-            _CFFI_OP(_CFFI_OP_NOOP, 525) },
+            _CFFI_OP(_CFFI_OP_NOOP, 552) },
   { "victims", offsetof(nxp_cache_policy, victims),
                sizeof(((nxp_cache_policy *)0)->victims),
-               _CFFI_OP(_CFFI_OP_NOOP, 482) },
+               _CFFI_OP(_CFFI_OP_NOOP, 506) },
   { "n_experts", offsetof(nxp_cache_use, n_experts),
                  sizeof(((nxp_cache_use *)0)->n_experts),
                  _CFFI_OP(_CFFI_OP_NOOP, 32) },
@@ -8126,19 +8455,19 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "experts", offsetof(nxp_cache_use, experts),
                sizeof(((nxp_cache_use *)0)->experts),
-               _CFFI_OP(_CFFI_OP_NOOP, 227) },
+               _CFFI_OP(_CFFI_OP_NOOP, 246) },
   { "hit", offsetof(nxp_cache_use, hit),
            sizeof(((nxp_cache_use *)0)->hit),
-           _CFFI_OP(_CFFI_OP_NOOP, 518) },
+           _CFFI_OP(_CFFI_OP_NOOP, 545) },
   { "head", offsetof(nxp_codec, head),
             sizeof(((nxp_codec *)0)->head),
-            _CFFI_OP(_CFFI_OP_NOOP, 511) },
+            _CFFI_OP(_CFFI_OP_NOOP, 537) },
   { "user", offsetof(nxp_codec, user),
             sizeof(((nxp_codec *)0)->user),
             _CFFI_OP(_CFFI_OP_NOOP, 5) },
   { "decode", offsetof(nxp_codec, decode),
               sizeof(((nxp_codec *)0)->decode),
-              _CFFI_OP(_CFFI_OP_NOOP, 483) },
+              _CFFI_OP(_CFFI_OP_NOOP, 507) },
   { "struct_size", offsetof(nxp_head, struct_size),
                    sizeof(((nxp_head *)0)->struct_size),
                    _CFFI_OP(_CFFI_OP_NOOP, 32) },
@@ -8153,16 +8482,22 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "name", offsetof(nxp_head, name),
             sizeof(((nxp_head *)0)->name),
-            _CFFI_OP(_CFFI_OP_NOOP, 69) },
+            _CFFI_OP(_CFFI_OP_NOOP, 73) },
+  { "head", offsetof(nxp_kernel, head),
+            sizeof(((nxp_kernel *)0)->head),
+            _CFFI_OP(_CFFI_OP_NOOP, 537) },
+  { "type", offsetof(nxp_kernel, type),
+            sizeof(((nxp_kernel *)0)->type),
+            _CFFI_OP(_CFFI_OP_NOOP, 73) },
   { "n_layers", offsetof(nxp_layers, n_layers),
                 sizeof(((nxp_layers *)0)->n_layers),
                 _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "n_experts", offsetof(nxp_layers, n_experts),
                  sizeof(((nxp_layers *)0)->n_experts),
-                 _CFFI_OP(_CFFI_OP_NOOP, 174) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 180) },
   { "n_slots", offsetof(nxp_layers, n_slots),
                sizeof(((nxp_layers *)0)->n_slots),
-               _CFFI_OP(_CFFI_OP_NOOP, 174) },
+               _CFFI_OP(_CFFI_OP_NOOP, 180) },
   { "layer", offsetof(nxp_predict_ask, layer),
              sizeof(((nxp_predict_ask *)0)->layer),
              _CFFI_OP(_CFFI_OP_NOOP, 32) },
@@ -8180,22 +8515,22 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "head", offsetof(nxp_predictor, head),
             sizeof(((nxp_predictor *)0)->head),
-            _CFFI_OP(_CFFI_OP_NOOP, 511) },
+            _CFFI_OP(_CFFI_OP_NOOP, 537) },
   { "user", offsetof(nxp_predictor, user),
             sizeof(((nxp_predictor *)0)->user),
             _CFFI_OP(_CFFI_OP_NOOP, 5) },
   { "create", offsetof(nxp_predictor, create),
               sizeof(((nxp_predictor *)0)->create),
-              _CFFI_OP(_CFFI_OP_NOOP, 523) },
+              _CFFI_OP(_CFFI_OP_NOOP, 550) },
   { "destroy", offsetof(nxp_predictor, destroy),
                sizeof(((nxp_predictor *)0)->destroy),
-               _CFFI_OP(_CFFI_OP_NOOP, 524) },
+               _CFFI_OP(_CFFI_OP_NOOP, 551) },
   { "routed", offsetof(nxp_predictor, routed),
               sizeof(((nxp_predictor *)0)->routed),
-              _CFFI_OP(_CFFI_OP_NOOP, 526) },
+              _CFFI_OP(_CFFI_OP_NOOP, 553) },
   { "predict", offsetof(nxp_predictor, predict),
                sizeof(((nxp_predictor *)0)->predict),
-               _CFFI_OP(_CFFI_OP_NOOP, 484) },
+               _CFFI_OP(_CFFI_OP_NOOP, 508) },
   { "layer", offsetof(nxp_routed, layer),
              sizeof(((nxp_routed *)0)->layer),
              _CFFI_OP(_CFFI_OP_NOOP, 32) },
@@ -8207,82 +8542,86 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "experts", offsetof(nxp_routed, experts),
                sizeof(((nxp_routed *)0)->experts),
-               _CFFI_OP(_CFFI_OP_NOOP, 227) },
+               _CFFI_OP(_CFFI_OP_NOOP, 246) },
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "$nx_ans_layout", 487, _CFFI_F_CHECK_FIELDS,
+  { "$nx_ans_layout", 511, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_ans_layout), offsetof(struct _cffi_align_typedef_nx_ans_layout, y), 0, 5 },
-  { "$nx_error", 489, _CFFI_F_CHECK_FIELDS,
+  { "$nx_error", 513, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_error), offsetof(struct _cffi_align_typedef_nx_error, y), 5, 7 },
-  { "$nx_event", 490, _CFFI_F_CHECK_FIELDS,
+  { "$nx_event", 514, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_event), offsetof(struct _cffi_align_typedef_nx_event, y), 12, 4 },
-  { "$nx_fault", 491, _CFFI_F_CHECK_FIELDS,
+  { "$nx_fault", 517, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_fault), offsetof(struct _cffi_align_typedef_nx_fault, y), 16, 4 },
-  { "$nx_file_info", 493, _CFFI_F_CHECK_FIELDS,
+  { "$nx_file_info", 519, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_file_info), offsetof(struct _cffi_align_typedef_nx_file_info, y), 20, 9 },
-  { "$nx_membench_options", 495, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_options", 521, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_options), offsetof(struct _cffi_align_typedef_nx_membench_options, y), 29, 3 },
-  { "$nx_membench_result", 496, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_result", 522, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_result), offsetof(struct _cffi_align_typedef_nx_membench_result, y), 32, 7 },
-  { "$nx_plugin_info", 499, _CFFI_F_CHECK_FIELDS,
+  { "$nx_plugin_info", 525, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_plugin_info), offsetof(struct _cffi_align_typedef_nx_plugin_info, y), 39, 5 },
-  { "$nx_prediction", 500, _CFFI_F_CHECK_FIELDS,
+  { "$nx_prediction", 526, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_prediction), offsetof(struct _cffi_align_typedef_nx_prediction, y), 44, 8 },
-  { "$nx_probe_options", 501, _CFFI_F_CHECK_FIELDS,
+  { "$nx_probe_options", 527, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_probe_options), offsetof(struct _cffi_align_typedef_nx_probe_options, y), 52, 7 },
-  { "$nx_probe_result", 502, _CFFI_F_CHECK_FIELDS,
+  { "$nx_probe_result", 528, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_probe_result), offsetof(struct _cffi_align_typedef_nx_probe_result, y), 59, 6 },
-  { "$nx_residual_matrix", 503, _CFFI_F_CHECK_FIELDS,
+  { "$nx_residual_matrix", 529, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_residual_matrix), offsetof(struct _cffi_align_typedef_nx_residual_matrix, y), 65, 4 },
-  { "$nx_stats", 504, _CFFI_F_CHECK_FIELDS,
+  { "$nx_stats", 530, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_stats), offsetof(struct _cffi_align_typedef_nx_stats, y), 69, 35 },
-  { "$nx_ternary", 505, _CFFI_F_CHECK_FIELDS,
+  { "$nx_ternary", 531, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_ternary), offsetof(struct _cffi_align_typedef_nx_ternary, y), 104, 8 },
-  { "$nxp_cache_ask", 506, 0,
+  { "$nxp_cache_ask", 532, 0,
     sizeof(nxp_cache_ask), offsetof(struct _cffi_align_typedef_nxp_cache_ask, y), 112, 8 },
-  { "$nxp_cache_layer", 507, 0,
+  { "$nxp_cache_layer", 533, 0,
     sizeof(nxp_cache_layer), offsetof(struct _cffi_align_typedef_nxp_cache_layer, y), 120, 5 },
-  { "$nxp_cache_policy", 508, _CFFI_F_CHECK_FIELDS,
+  { "$nxp_cache_policy", 534, _CFFI_F_CHECK_FIELDS,
     sizeof(nxp_cache_policy), offsetof(struct _cffi_align_typedef_nxp_cache_policy, y), 125, 6 },
-  { "$nxp_cache_use", 509, 0,
+  { "$nxp_cache_use", 535, 0,
     sizeof(nxp_cache_use), offsetof(struct _cffi_align_typedef_nxp_cache_use, y), 131, 4 },
-  { "$nxp_codec", 510, _CFFI_F_CHECK_FIELDS,
+  { "$nxp_codec", 536, _CFFI_F_CHECK_FIELDS,
     sizeof(nxp_codec), offsetof(struct _cffi_align_typedef_nxp_codec, y), 135, 3 },
-  { "$nxp_head", 511, _CFFI_F_CHECK_FIELDS,
+  { "$nxp_head", 537, _CFFI_F_CHECK_FIELDS,
     sizeof(nxp_head), offsetof(struct _cffi_align_typedef_nxp_head, y), 138, 5 },
-  { "$nxp_layers", 512, 0,
-    sizeof(nxp_layers), offsetof(struct _cffi_align_typedef_nxp_layers, y), 143, 3 },
-  { "$nxp_predict_ask", 513, 0,
-    sizeof(nxp_predict_ask), offsetof(struct _cffi_align_typedef_nxp_predict_ask, y), 146, 5 },
-  { "$nxp_predictor", 514, _CFFI_F_CHECK_FIELDS,
-    sizeof(nxp_predictor), offsetof(struct _cffi_align_typedef_nxp_predictor, y), 151, 6 },
-  { "$nxp_routed", 515, 0,
-    sizeof(nxp_routed), offsetof(struct _cffi_align_typedef_nxp_routed, y), 157, 4 },
-  { "_IO_FILE", 467, _CFFI_F_OPAQUE,
+  { "$nxp_kernel", 538, 0,
+    sizeof(nxp_kernel), offsetof(struct _cffi_align_typedef_nxp_kernel, y), 143, 2 },
+  { "$nxp_layers", 539, 0,
+    sizeof(nxp_layers), offsetof(struct _cffi_align_typedef_nxp_layers, y), 145, 3 },
+  { "$nxp_predict_ask", 540, 0,
+    sizeof(nxp_predict_ask), offsetof(struct _cffi_align_typedef_nxp_predict_ask, y), 148, 5 },
+  { "$nxp_predictor", 541, _CFFI_F_CHECK_FIELDS,
+    sizeof(nxp_predictor), offsetof(struct _cffi_align_typedef_nxp_predictor, y), 153, 6 },
+  { "$nxp_routed", 542, 0,
+    sizeof(nxp_routed), offsetof(struct _cffi_align_typedef_nxp_routed, y), 159, 4 },
+  { "_IO_FILE", 491, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_file", 492, _CFFI_F_OPAQUE,
+  { "nx_extent", 516, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_imatrix", 494, _CFFI_F_OPAQUE,
+  { "nx_file", 518, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_model", 497, _CFFI_F_OPAQUE,
+  { "nx_imatrix", 520, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_opencl_matrix", 498, _CFFI_F_OPAQUE,
+  { "nx_model", 523, _CFFI_F_OPAQUE,
+    (size_t)-1, -1, -1, 0 /* opaque */ },
+  { "nx_opencl_matrix", 524, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
 };
 
 static const struct _cffi_enum_s _cffi_enums[] = {
   { "$nx_ans_path", 21, _cffi_prim_int(sizeof(nx_ans_path), ((nx_ans_path)-1) <= 0),
     "NX_ANS_PORTABLE,NX_ANS_AVX2,NX_ANS_AVX512,NX_ANS_NEON,NX_ANS_PATHS" },
-  { "$nx_control_state", 488, _cffi_prim_int(sizeof(nx_control_state), ((nx_control_state)-1) <= 0),
+  { "$nx_control_state", 512, _cffi_prim_int(sizeof(nx_control_state), ((nx_control_state)-1) <= 0),
     "NX_CONTROL_FIXED,NX_CONTROL_WATCHING,NX_CONTROL_NO_STALL,NX_CONTROL_NO_IDLE,NX_CONTROL_TRYING,NX_CONTROL_SLOWER,"
     "NX_CONTROL_FASTER" },
-  { "$nx_io_mode", 70, _cffi_prim_int(sizeof(nx_io_mode), ((nx_io_mode)-1) <= 0),
+  { "$nx_io_mode", 74, _cffi_prim_int(sizeof(nx_io_mode), ((nx_io_mode)-1) <= 0),
     "NX_IO_DIRECT,NX_IO_BUFFERED" },
   { "$nx_isa", 8, _cffi_prim_int(sizeof(nx_isa), ((nx_isa)-1) <= 0),
     "NX_ISA_REF,NX_ISA_AVX2,NX_ISA_AVX512,NX_ISA_NEON,NX_ISA_COUNT" },
-  { "$nx_own_kind", 303, _cffi_prim_int(sizeof(nx_own_kind), ((nx_own_kind)-1) <= 0),
-    "NX_OWN_PACKED,NX_OWN_STORED,NX_OWN_OPENCL,NX_OWN_KINDS" },
+  { "$nx_own_kind", 327, _cffi_prim_int(sizeof(nx_own_kind), ((nx_own_kind)-1) <= 0),
+    "NX_OWN_PACKED,NX_OWN_STORED,NX_OWN_OPENCL,NX_OWN_PLUGIN,NX_OWN_KINDS" },
   { "$nx_status", 14, _cffi_prim_int(sizeof(nx_status), ((nx_status)-1) <= 0),
     "NX_OK,NX_E_NOMEM,NX_E_IO,NX_E_TRUNCATED,NX_E_CHANGED,NX_E_INVALID,NX_E_ABORTED,NX_E_UNSUPPORTED,NX_E_ABI,"
     "NX_E_CLOSED,NX_E_BUSY,NX_E_DAMAGED" },
@@ -8291,42 +8630,44 @@ static const struct _cffi_enum_s _cffi_enums[] = {
 };
 
 static const struct _cffi_typename_s _cffi_typenames[] = {
-  { "FILE", 467 },
-  { "nx_ans_layout", 487 },
+  { "FILE", 491 },
+  { "nx_ans_layout", 511 },
   { "nx_ans_path", 21 },
-  { "nx_control_state", 488 },
-  { "nx_error", 489 },
-  { "nx_event", 490 },
-  { "nx_fault", 491 },
-  { "nx_file", 492 },
-  { "nx_file_info", 493 },
-  { "nx_imatrix", 494 },
-  { "nx_io_mode", 70 },
+  { "nx_control_state", 512 },
+  { "nx_error", 513 },
+  { "nx_event", 514 },
+  { "nx_extent", 516 },
+  { "nx_fault", 517 },
+  { "nx_file", 518 },
+  { "nx_file_info", 519 },
+  { "nx_imatrix", 520 },
+  { "nx_io_mode", 74 },
   { "nx_isa", 8 },
-  { "nx_membench_options", 495 },
-  { "nx_membench_result", 496 },
-  { "nx_model", 497 },
-  { "nx_opencl_matrix", 498 },
-  { "nx_own_kind", 303 },
-  { "nx_plugin_info", 499 },
-  { "nx_prediction", 500 },
-  { "nx_probe_options", 501 },
-  { "nx_probe_result", 502 },
-  { "nx_residual_matrix", 503 },
-  { "nx_stats", 504 },
+  { "nx_membench_options", 521 },
+  { "nx_membench_result", 522 },
+  { "nx_model", 523 },
+  { "nx_opencl_matrix", 524 },
+  { "nx_own_kind", 327 },
+  { "nx_plugin_info", 525 },
+  { "nx_prediction", 526 },
+  { "nx_probe_options", 527 },
+  { "nx_probe_result", 528 },
+  { "nx_residual_matrix", 529 },
+  { "nx_stats", 530 },
   { "nx_status", 14 },
-  { "nx_ternary", 505 },
+  { "nx_ternary", 531 },
   { "nx_ternary_type", 35 },
-  { "nxp_cache_ask", 506 },
-  { "nxp_cache_layer", 507 },
-  { "nxp_cache_policy", 508 },
-  { "nxp_cache_use", 509 },
-  { "nxp_codec", 510 },
-  { "nxp_head", 511 },
-  { "nxp_layers", 512 },
-  { "nxp_predict_ask", 513 },
-  { "nxp_predictor", 514 },
-  { "nxp_routed", 515 },
+  { "nxp_cache_ask", 532 },
+  { "nxp_cache_layer", 533 },
+  { "nxp_cache_policy", 534 },
+  { "nxp_cache_use", 535 },
+  { "nxp_codec", 536 },
+  { "nxp_head", 537 },
+  { "nxp_kernel", 538 },
+  { "nxp_layers", 539 },
+  { "nxp_predict_ask", 540 },
+  { "nxp_predictor", 541 },
+  { "nxp_routed", 542 },
 };
 
 static const struct _cffi_type_context_s _cffi_type_context = {
@@ -8336,12 +8677,12 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   _cffi_enums,
   _cffi_typenames,
-  179,  /* num_globals */
-  29,  /* num_struct_unions */
+  184,  /* num_globals */
+  31,  /* num_struct_unions */
   7,  /* num_enums */
-  36,  /* num_typenames */
+  38,  /* num_typenames */
   NULL,  /* no includes */
-  528,  /* num_types */
+  555,  /* num_types */
   1,  /* flags */
 };
 

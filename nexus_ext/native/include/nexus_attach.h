@@ -13,6 +13,7 @@
 
 #include "nexus_core.h"
 #include "nexus_opencl.h"
+#include "nexus_plugin.h"
 #include "nexus_residual.h"
 #include "nexus_ternary.h"
 
@@ -25,6 +26,8 @@ typedef struct nx_attachment {
     uint32_t residual_k; /* channels for each product; 0: off, or there is no residual. Atomic */
     nx_ternary packed;   /* codes NULL: the weight is as it was stored. Goes between two turns only */
     nx_opencl_matrix *opencl; /* the same on a device, instead of `packed`; NULL: not. Once there, it stays */
+    const nxp_kernel *kernel; /* of a plugin, multiplies by `matrix`; NULL: none. Set before the first graph */
+    nxp_matrix matrix;
     int has_residual;    /* written under the model's load_lock, as the one below; atomic */
     int released;        /* the stored bytes were given back: only `packed` or `opencl` has the weight */
     int given_up;        /* an operation that is not ours needed the stored bytes: not packed again */
@@ -39,8 +42,9 @@ NX_API nx_status nx_extent_restore(nx_extent *);
 /* How our kernels multiply by this weight as it is stored (in memory, in a slab, in a record): NX_TERNARY_TYPES
  * if the manifest does not ask for it, or no kernel here is worth it. */
 NX_API nx_ternary_type nx_extent_own_type(const nx_extent *);
-/* Products that our kernels computed, in graphs, since the model was created. */
-typedef enum nx_own_kind { NX_OWN_PACKED = 0, NX_OWN_STORED = 1, NX_OWN_OPENCL = 2, NX_OWN_KINDS } nx_own_kind;
+/* Products that our kernels computed, or those of plugins, in graphs, since the model was created. */
+typedef enum nx_own_kind { NX_OWN_PACKED = 0, NX_OWN_STORED = 1, NX_OWN_OPENCL = 2, NX_OWN_PLUGIN = 3,
+               NX_OWN_KINDS } nx_own_kind;
 NX_API void nx_note_own(nx_model *, nx_own_kind);
 NX_API uint64_t nx_model_n_own(const nx_model *, nx_own_kind);
 /* How many weights are packed. */

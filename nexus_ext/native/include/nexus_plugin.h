@@ -186,8 +186,8 @@ typedef struct nxp_matrix {
     uint64_t row_bytes;
 } nxp_matrix;
 
-/* A kernel makes results. It is used only where the user asks for it (kernels="auto": if a trial finds the very bits
- * of ggml's; kernels="nexus": always). */
+/* A kernel makes results. With kernels="auto" (the default) it is used where a trial, with rows of the model itself,
+ * finds the very bits of ggml's; with kernels="nexus" wherever it can be; with kernels="ggml" never. */
 typedef struct nxp_kernel {
     nxp_head head;
     void *user;

@@ -43,6 +43,14 @@ NX_API nx_status nx_codec_register(const nxp_codec *, int gated, nx_error *error
 /* Open the gate, or shut it and wait until nobody is inside: for codecs in Python, when the interpreter ends. */
 NX_API void nx_codec_gate(int open);
 
+/* Have products with these extents (their numbers) computed by this kernel, those of them that it accepts: how many is
+ * in *n_taken. Before the model's first graph; the struct and its code stay until the model is freed. NX_E_ABI and
+ * NX_E_INVALID as above, NX_E_INVALID also for an extent that is no resident matrix of its type. */
+NX_API nx_status nx_model_use_kernel(nx_model *, const nxp_kernel *, const uint32_t *extents, size_t n,
+                                     uint32_t *n_taken, nx_error *error);
+/* Copy what the kernel has of the fields that are known here. */
+NX_API nx_status nx_kernel_check(const nxp_kernel *, nxp_kernel *out, nx_error *error);
+
 #ifdef __cplusplus
 }
 #endif
