@@ -30,7 +30,7 @@ def text_of(array: Any) -> str:
 
 def error_of(error: Any, what: str) -> NexusError:
     """Return the exception for a filled-in `nx_error`."""
-    text = text_of(error.text) or text_of(lib.nx_statustext_of(error.status))
+    text = text_of(error.text) or text_of(lib.nx_status_text(error.status))
     path, tensor, code = text_of(error.path), text_of(error.tensor), int(error.sys_errno)
     if error.status in (lib.NX_E_TRUNCATED, lib.NX_E_CHANGED):
         return ModelChanged(

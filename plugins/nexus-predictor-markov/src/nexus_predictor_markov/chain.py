@@ -74,12 +74,12 @@ class Chain:
 
     def scores(
         self, layer: int, before: Sequence[int] | None, above: Sequence[int] | None
-    ) -> npt.NDArray[np.float32]:
+    ) -> Reals:
         """Return the score of each expert of the layer of this index: (n_experts,).
 
         `before`: what the token before used there; `above`: what this token used one layer earlier.
         """
-        out = self.popularity[layer]
+        out: Reals = self.popularity[layer]
         if before is not None and self.time_weight:
             seen = self.time[layer, before].sum(axis=0, dtype=np.int32)
             out = out + np.float32(self.time_weight * STEP) * seen
@@ -249,4 +249,6 @@ def _lift(before: Integers, after: Integers, share: npt.NDArray[np.float64]) -> 
             counts += np.bincount(i[both] * e + j[both], minlength=e * e)
     pairs = counts.reshape(e, e).astype(np.float64)
     given = (pairs + SMOOTHING * share) / (pairs.sum(axis=1, keepdims=True) + SMOOTHING)
-    return np.clip(np.rint(np.log(given / share) / STEP), -127, 127).astype(np.int8)
+    steps = np.clip(np.rint(np.log(given / share) / STEP), -127, 127)
+    lifts: Bytes = steps.astype(np.int8)
+    return lifts
