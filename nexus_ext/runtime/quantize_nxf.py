@@ -7,8 +7,9 @@ disk has room for both or the conversion does not begin.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
-import tempfile
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -35,8 +36,25 @@ def place_for_gguf(target: str, *, overwrite: bool = False) -> Iterator[str]:
         raise UsageError(
             f"{target}: the directory {path.parent} does not exist", hint="Create it first."
         )
-    with tempfile.TemporaryDirectory(prefix=".nexus-quantize-", dir=path.parent) as folder:
-        yield os.path.join(folder, path.stem + ".gguf")
+    # Under a name that the next attempt finds: a kill leaves it behind.
+    folder = path.with_name(f".{path.name}.quantize")
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(
+                f"{target}: another process is writing it", hint="Wait until it is done."
+            ) from None
+        for left in folder.iterdir():
+            left.unlink()
+        try:
+            yield str(folder / (path.stem + ".gguf"))
+        finally:
+            shutil.rmtree(folder)
+    finally:
+        os.close(descriptor)
 
 
 def pack(

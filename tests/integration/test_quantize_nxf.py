@@ -17,6 +17,7 @@ from nexus_ext.formats.residuals import has_residuals, read_residual, read_resid
 from nexus_ext.formats.sections import read_section
 from nexus_ext.formats.sources import NxfSource
 from nexus_ext.runtime.imatrix import load_imatrix
+from nexus_ext.runtime.quantize_nxf import place_for_gguf
 from nexus_ext.runtime.residual import identity
 from nexus_ext.runtime.weights import Weights
 from tests.cli_support import call
@@ -154,6 +155,23 @@ def test_sections_that_cannot_be_are_refused(
     value = value.replace("text.txt", str(folder / "text.txt"))
     done = call("convert", folder / source, tmp_path / target, option, value)
     assert done.status == 2 and message in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_kill_has_left_is_taken_away(tmp_path: Path) -> None:
+    target = tmp_path / "m.nxf"
+    left = tmp_path / ".m.nxf.quantize"
+    left.mkdir()
+    for name in ("m.gguf", "m.gguf.part", "m.gguf.nxr"):
+        (left / name).write_bytes(b"half")
+    with place_for_gguf(str(target)) as path:
+        assert path == str(left / "m.gguf") and not list(left.iterdir())
+        with (
+            pytest.raises(UsageError, match="another process is writing it"),
+            place_for_gguf(str(target)),
+        ):
+            raise AssertionError("two at once")
+        assert left.exists()
     assert not list(tmp_path.iterdir())
 
 

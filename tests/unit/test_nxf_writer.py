@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from nexus_ext.formats.nxf_layout import Rules
 from nexus_ext.formats.nxf_verify import check_file
 from nexus_ext.formats.nxf_writer import NxfWriter
 from nexus_ext.formats.sources import NxfSource, open_source
-from tests.synth import MoeDims, write_moe
+from tests.synth import MoeDims, write_llama, write_moe
 
 # Converts in a process of its own, which it kills when told to.
 CHILD = """
@@ -205,6 +206,42 @@ def test_a_full_disk_says_so_and_leaves_nothing(gguf: Path, tmp_path: Path) -> N
     assert caught.value.errno == errno.EFBIG
     assert "Free some space" in caught.value.hint
     assert leftovers(tmp_path) == []
+
+
+FILL = """
+import sys
+from pathlib import Path
+from nexus_ext.errors import WriteFailed
+from nexus_ext.formats import direct_write, new_file, nxf_convert
+from nexus_ext.formats.nxf_layout import Rules
+from nexus_ext.formats.sources import open_source
+source, folder, direct = sys.argv[1:]
+new_file.DIRECT_FROM_NBYTES = 0 if direct == "direct" else 1 << 60
+try:
+    nxf_convert.to_nxf(open_source(source), folder + "/m.nxf", rules=Rules("ans"))
+except WriteFailed as error:
+    print(error.errno, error.hint, [path.name for path in Path(folder).iterdir()])
+"""
+
+
+def test_a_disk_that_fills_up_on_the_way(writing: str, tmp_path: Path) -> None:
+    """A file system with room for what `ans` usually leaves of such weights, which are random."""
+    folder, gguf = tmp_path / "small", tmp_path / "m.gguf"
+    folder.mkdir()
+    write_llama(
+        gguf, n_layers=1, n_embd=2048, n_ff=4096, n_heads=8, n_heads_kv=8, n_vocab=7000,
+        quant="Q4_K",
+    )  # fmt: skip
+    assert 38 << 20 < gguf.stat().st_size < 42 << 20
+    mount = f"mount -t tmpfs -o size=38m tmpfs '{folder}'"
+    shell = ["unshare", "-rm", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*shell, mount]).returncode:
+        pytest.skip("this user may not mount a file system")
+    command = [*shell, f'{mount} && exec "$@"', "sh", sys.executable, "-c", FILL]
+    done = subprocess.run([*command, str(gguf), str(folder), writing], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    errno_, hint = str(errno.ENOSPC), "Free some space, or write to another disk."
+    assert done.stdout.decode() == f"{errno_} {hint} []\n"
 
 
 @pytest.mark.parametrize("at", [0, 3, 40])
