@@ -7,24 +7,49 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from typing import Final, Literal
 
 from nexus_ext.errors import ModelChanged, ReadFailed
 
 Mode = Literal["buffered", "direct", "mmap"]
+Buffer = bytearray | mmap.mmap
 DIRECT_ALIGNMENT: Final = 4096
+_NOWAIT: Final = getattr(os, "RWF_NOWAIT", 0)
+_SAMPLES: Final = 64
 _O_DIRECT: Final = getattr(os, "O_DIRECT", 0)
 
 
+def is_cold(path: str) -> bool:
+    """Tell whether little of a file is in the page cache; False where the system does not say."""
+    if not _NOWAIT:
+        return False
+    page = bytearray(DIRECT_ALIGNMENT)
+    cold = 0
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        nbytes = os.fstat(descriptor).st_size
+        for number in range(_SAMPLES):
+            try:
+                os.preadv(descriptor, [page], nbytes * number // _SAMPLES, _NOWAIT)
+            except BlockingIOError:
+                cold += 1
+    except OSError:
+        return False  # a file system that does not answer
+    finally:
+        os.close(descriptor)
+    return cold > _SAMPLES * 3 // 4
+
+
 class FileReader:
-    """An open file. Safe to use from several threads, but for a direct one: one thread each."""
+    """An open file. Safe to use from several threads."""
 
     def __init__(self, path: str, mode: Mode = "buffered") -> None:
         """Open `path`; a file system that refuses direct reads is read through the page cache."""
         self.path = path
         self.mode: Mode = mode
         self._map: mmap.mmap | None = None
-        self._bounce: mmap.mmap | None = None  # page-aligned, as direct reads want it
+        self._own = threading.local()  # .bounce: page-aligned memory, as direct reads want it
         try:
             self._descriptor = self._open(mode)
         except OSError as error:
@@ -45,32 +70,35 @@ class FileReader:
     def close(self) -> None:
         """Close the file; a mapping goes with the last view of it."""
         os.close(self._descriptor)
-        self._map = self._bounce = None
+        self._map = None
 
-    def view(self, offset: int, nbytes: int, buffer: bytearray | None = None) -> memoryview:
+    def view(self, offset: int, nbytes: int, buffer: Buffer | None = None) -> memoryview:
         """Return `nbytes` from `offset` on: of the mapping, or read into `buffer` (or a new one).
 
-        A direct read returns a view that is valid until the next one.
+        A direct read returns a view of `buffer` if that is a mapping with room for two blocks of
+        DIRECT_ALIGNMENT more, else one that is valid until the next read by this thread.
         """
         if offset < 0 or offset + nbytes > self.nbytes:
             raise self._short(offset)
         if self._map is not None:
             return memoryview(self._map)[offset : offset + nbytes]
         if self.mode == "direct":
-            return self._direct(offset, nbytes)
+            return self._direct(offset, nbytes, buffer)
         if buffer is None or len(buffer) < nbytes:
             buffer = bytearray(nbytes)
         view = memoryview(buffer)[:nbytes]
         self._fill(view, offset, nbytes)
         return view
 
-    def _direct(self, offset: int, nbytes: int) -> memoryview:
+    def _direct(self, offset: int, nbytes: int, buffer: Buffer | None) -> memoryview:
         start = offset & ~(DIRECT_ALIGNMENT - 1)
         span = -(-(offset + nbytes - start) // DIRECT_ALIGNMENT) * DIRECT_ALIGNMENT
-        if self._bounce is None or len(self._bounce) < span:
-            self._bounce = mmap.mmap(-1, max(span, 1 << 20))
-        self._fill(memoryview(self._bounce)[:span], start, offset + nbytes - start)
-        return memoryview(self._bounce)[offset - start : offset - start + nbytes]
+        if not isinstance(buffer, mmap.mmap) or len(buffer) < span:
+            buffer = getattr(self._own, "bounce", None)
+            if buffer is None or len(buffer) < span:
+                buffer = self._own.bounce = mmap.mmap(-1, max(span, 1 << 20))
+        self._fill(memoryview(buffer)[:span], start, offset + nbytes - start)
+        return memoryview(buffer)[offset - start : offset - start + nbytes]
 
     def _fill(self, view: memoryview, offset: int, needed: int) -> None:
         """Read into `view` until `needed` bytes are there (a direct read may end at the end)."""

@@ -17,7 +17,7 @@ import xxhash
 
 from nexus_ext.codecs import RAW
 from nexus_ext.errors import FormatError, ReadFailed
-from nexus_ext.formats.file_read import FileReader
+from nexus_ext.formats.file_read import Buffer, FileReader
 from nexus_ext.formats.ggml_types import GgmlType, ggml_types
 from nexus_ext.formats.gguf import catalog_of
 from nexus_ext.formats.gguf_encode import TensorSpec, Value, encode_header
@@ -146,7 +146,7 @@ class ForeignSource:
         self._places = [(t.file, t.offset) for t in opened.tensors]
         self._files = [FileReader(p) for p in self._paths]
 
-    def read(self, item: int, offset: int, nbytes: int, buffer: bytearray) -> memoryview:
+    def read(self, item: int, offset: int, nbytes: int, buffer: Buffer) -> memoryview:
         file, start = self._places[item]
         return self._files[file].view(start + offset, nbytes, buffer)
 

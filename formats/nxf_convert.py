@@ -7,7 +7,9 @@ file whole; this module only moves one to the other.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import mmap
 import os
 import queue
 import re
@@ -22,17 +24,22 @@ from typing import Final
 from nexus_ext._version import __version__
 from nexus_ext.codecs import RAW, Codecs, builtin
 from nexus_ext.errors import Damaged
+from nexus_ext.formats.file_read import DIRECT_ALIGNMENT
 from nexus_ext.formats.ggml_types import ggml_types
 from nexus_ext.formats.new_file import NewFile
 from nexus_ext.formats.nxf_check import PART_ALIGNMENT
 from nexus_ext.formats.nxf_header import NO_SHA256, Nxf
 from nexus_ext.formats.nxf_layout import Order, Rules, Step, plan_layout, steps
 from nexus_ext.formats.nxf_writer import NxfWriter
+from nexus_ext.formats.sections import WithSections
+from nexus_ext.formats.source_digest import SourceDigest
 from nexus_ext.formats.sources import GgufSource, NxfSource, Source
 
 MIN_GAIN: Final = 0.03  # of a codec; below it a chunk is stored as it is
 AHEAD_NBYTES: Final = 48 << 20  # decoded, between the reading threads and the writing one
 _PIECE_NBYTES: Final = 1 << 20
+_READERS: Final = 4  # at least: a disk wants several reads at a time
+_AHEAD_PIECES: Final = 8  # of a GGUF that is written
 WRITER: Final = f"nexus_ext {__version__}"
 
 Progress = Callable[[int, int], None]
@@ -112,17 +119,26 @@ def to_nxf(
     with writer, ExitStack() as stack:
         resumed = sum(step.nbytes for step in plan[: writer.position])
         done = resumed
-        hashing: _Sha256 | None = None
-        if sha256 and NO_SHA256 in known and isinstance(source, GgufSource):
-            hashing = _Sha256([file.path for file in source.catalog.files])
+        hashing: SourceDigest | None = None
+        origin = source.source if isinstance(source, WithSections) else source
+        if sha256 and NO_SHA256 in known and isinstance(origin, GgufSource):
+            hashing = SourceDigest([file.path for file in source.catalog.files])
             stack.callback(hashing.stop)
+        # Experts are not read in the order in which they are hashed, which reads them again then.
+        if isinstance(origin, GgufSource | NxfSource) and not (hashing and nxf.groups):
+            origin.read_past_the_cache()
+        places = [(t.file, t.offset) for t in source.catalog.tensors]
+        places += [(file, offset) for file, offset, _ in source.rests]
         work = _Work(source, codecs, types)
-        for step, stored, codec, buffer in work.run(writer.remaining(), n_threads):
-            writer.add(step, stored, codec)
-            work.give_back(buffer)
+        for step, chunk in work.run(writer.remaining(), n_threads):
+            writer.add(step, chunk.stored, chunk.codec)
             done += step.nbytes
-            if hashing is not None:
-                hashing.allow(done)
+            if hashing is not None and step.item < len(places):
+                file, start = places[step.item]
+                free = functools.partial(work.give_back, chunk.buffer)
+                hashing.feed(file, start + step.offset, chunk.raw, done, free)
+            else:
+                work.give_back(chunk.buffer)
             if progress is not None:
                 progress(done, total)
         if hashing is not None:
@@ -145,6 +161,7 @@ def to_gguf(
     has another SHA-256 than the files had.
     """
     nxf = source.file.nxf
+    source.read_past_the_cache()
     total = sum(file.nbytes for file in nxf.files)
     done = 0
     digests: list[str] = []
@@ -157,7 +174,7 @@ def to_gguf(
             outputs.append(stack.enter_context(output))
             digest = hashlib.sha256()
             hashed: Future[None] | None = None
-            for piece in _ahead(_file_pieces(source, number), 8):
+            for piece in _ahead(_file_pieces(source, number), _AHEAD_PIECES):
                 if hashed is not None:
                     hashed.result()
                 hashed = hashing.submit(digest.update, piece)
@@ -201,8 +218,8 @@ def gguf_paths(target: str, nxf: Nxf) -> list[str]:
     return [f"{stem}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
 
 
-def _file_pieces(source: NxfSource, number: int) -> Iterator[bytes]:
-    """Yield one GGUF file from its first to its last byte."""
+def _file_pieces(source: NxfSource, number: int) -> Iterator[bytes | memoryview]:
+    """Yield one GGUF file from its first to its last byte; a piece is valid until the next."""
     nxf = source.file.nxf
     file = nxf.files[number]
     yield file.header
@@ -211,7 +228,7 @@ def _file_pieces(source: NxfSource, number: int) -> Iterator[bytes]:
     items = [(e.offset, i, e.nbytes) for i, e in extents if e.file == number]
     for offset, item, nbytes in sorted(items):
         yield from _zeros(offset - at)
-        yield from source.pieces(item)
+        yield from source.views(item)
         at = offset + nbytes
     yield from _zeros(file.nbytes - at)
 
@@ -222,12 +239,27 @@ def _zeros(nbytes: int) -> Iterator[bytes]:
         nbytes -= _PIECE_NBYTES
 
 
-def _ahead(pieces: Iterator[bytes], depth: int) -> Iterator[bytes]:
-    """Run `pieces` in a thread of its own, up to `depth` ahead."""
-    results: queue.Queue[bytes | BaseException | None] = queue.Queue(depth)
+def _ahead(pieces: Iterator[bytes | memoryview], depth: int) -> Iterator[memoryview]:
+    """Run `pieces` in a thread of its own, up to `depth` ahead.
+
+    What is yielded is a copy that is valid until the next but one: memory that is used again costs
+    the system less than the pages of new one.
+    """
+    results: queue.Queue[tuple[bytearray, int] | BaseException | None] = queue.Queue(depth)
+    free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
     stop = threading.Event()
 
-    def put(item: bytes | BaseException | None) -> bool:
+    def copied(piece: bytes | memoryview) -> tuple[bytearray, int]:
+        try:
+            buffer = free.get_nowait()
+        except queue.Empty:
+            buffer = bytearray()
+        if len(buffer) < len(piece):
+            buffer = bytearray(len(piece))
+        memoryview(buffer)[: len(piece)] = piece
+        return buffer, len(piece)
+
+    def put(item: tuple[bytearray, int] | BaseException | None) -> bool:
         while not stop.is_set():
             try:
                 results.put(item, timeout=0.1)
@@ -239,7 +271,7 @@ def _ahead(pieces: Iterator[bytes], depth: int) -> Iterator[bytes]:
     def run() -> None:
         try:
             for piece in pieces:
-                if not put(piece):
+                if not put(copied(piece)):
                     return
             put(None)
         except BaseException as error:  # raised again where the pieces are used
@@ -247,6 +279,7 @@ def _ahead(pieces: Iterator[bytes], depth: int) -> Iterator[bytes]:
 
     thread = threading.Thread(target=run, name="nexus-read", daemon=True)
     thread.start()
+    held: deque[bytearray] = deque()
     try:
         while True:
             item = results.get()
@@ -254,10 +287,24 @@ def _ahead(pieces: Iterator[bytes], depth: int) -> Iterator[bytes]:
                 return
             if isinstance(item, BaseException):
                 raise item
-            yield item
+            buffer, nbytes = item
+            held.append(buffer)
+            yield memoryview(buffer)[:nbytes]
+            if len(held) > 1:
+                free.put(held.popleft())
     finally:
         stop.set()
         thread.join()
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """One chunk on its way into the file."""
+
+    stored: bytes | memoryview
+    codec: str
+    raw: memoryview  # decoded, in `buffer`
+    buffer: mmap.mmap  # to be given back
 
 
 class _Work:
@@ -267,14 +314,12 @@ class _Work:
         self._source = source
         self._codecs = codecs
         self._types = types
-        self._free: deque[bytearray] = deque()
+        self._free: deque[mmap.mmap] = deque()
 
-    def run(
-        self, todo: Iterator[Step], n_threads: int | None
-    ) -> Iterator[tuple[Step, bytes | memoryview, str, bytearray]]:
-        """Yield (step, stored bytes, codec, buffer to give back) in the order of `todo`."""
-        count = n_threads or min(os.cpu_count() or 1, 16)
-        waiting: deque[tuple[Step, Future[tuple[bytes | memoryview, str, bytearray]]]] = deque()
+    def run(self, todo: Iterator[Step], n_threads: int | None) -> Iterator[tuple[Step, _Chunk]]:
+        """Yield what becomes of the steps, in the order of `todo`."""
+        count = n_threads or max(_READERS, min(os.cpu_count() or 1, 16))
+        waiting: deque[tuple[Step, Future[_Chunk]]] = deque()
         ahead = 0
         with ThreadPoolExecutor(count, thread_name_prefix="nexus-encode") as pool:
             try:
@@ -282,91 +327,34 @@ class _Work:
                     while waiting and (ahead + step.nbytes > AHEAD_NBYTES or len(waiting) > 256):
                         first, future = waiting.popleft()
                         ahead -= first.nbytes
-                        yield first, *future.result()
+                        yield first, future.result()
                     waiting.append((step, pool.submit(self._one, step)))
                     ahead += step.nbytes
                 while waiting:
                     first, future = waiting.popleft()
-                    yield first, *future.result()
+                    yield first, future.result()
             finally:
                 for _, future in waiting:
                     future.cancel()
 
-    def give_back(self, buffer: bytearray) -> None:
+    def give_back(self, buffer: mmap.mmap) -> None:
         self._free.append(buffer)
 
-    def _one(self, step: Step) -> tuple[bytes | memoryview, str, bytearray]:
+    def _one(self, step: Step) -> _Chunk:
+        room = (-(-step.nbytes // DIRECT_ALIGNMENT) + 2) * DIRECT_ALIGNMENT
         try:
             buffer = self._free.pop()
         except IndexError:
-            buffer = bytearray()
-        if len(buffer) < step.nbytes:
-            buffer = bytearray(step.nbytes)
+            buffer = mmap.mmap(-1, room)
+        if len(buffer) < room:
+            buffer = mmap.mmap(-1, room)
         raw = self._source.read(step.item, step.offset, step.nbytes, buffer)
         if step.codec == RAW:
-            return raw, RAW, buffer
+            return _Chunk(raw, RAW, raw, buffer)
         encoded = self._codecs.get(step.codec).encode(raw, self._types[step.item])
         if len(encoded) > (1 - MIN_GAIN) * len(raw):
-            return raw, RAW, buffer
-        return encoded, step.codec, buffer
-
-
-class _Sha256:
-    """Hashes files beside the conversion, not far ahead of it: what it reads is in the cache."""
-
-    _AHEAD_NBYTES: Final = 32 << 20
-
-    def __init__(self, paths: list[str]) -> None:
-        self._paths = paths
-        self._allowed = 0
-        self._stopped = False
-        self._changed = threading.Condition()
-        self._digests: list[str] = []
-        self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._run, name="nexus-sha256", daemon=True)
-        self._thread.start()
-
-    def allow(self, done: int) -> None:
-        """Say how far the conversion is."""
-        with self._changed:
-            self._allowed = done
-            self._changed.notify()
-
-    def stop(self) -> None:
-        with self._changed:
-            self._stopped = True
-            self._changed.notify()
-        self._thread.join()
-
-    def result(self) -> tuple[str, ...]:
-        """Return the digests of all files; waits for them."""
-        self.allow(1 << 62)
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return tuple(self._digests)
-
-    def _run(self) -> None:
-        at = 0
-        buffer = bytearray(_PIECE_NBYTES)
-        try:
-            for path in self._paths:
-                digest = hashlib.sha256()
-                with open(path, "rb", buffering=0) as file:
-                    while got := file.readinto(buffer):
-                        digest.update(memoryview(buffer)[:got])
-                        at += got
-                        if not self._may_go_on(at):
-                            return
-                self._digests.append(digest.hexdigest())
-        except OSError as error:
-            self._error = error
-
-    def _may_go_on(self, at: int) -> bool:
-        with self._changed:
-            while at > self._allowed + self._AHEAD_NBYTES and not self._stopped:
-                self._changed.wait()
-            return not self._stopped
+            return _Chunk(raw, RAW, raw, buffer)
+        return _Chunk(encoded, step.codec, raw, buffer)
 
 
 def _report(

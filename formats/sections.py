@@ -10,7 +10,7 @@ import os
 from collections.abc import Collection, Mapping
 
 from nexus_ext.errors import UsageError
-from nexus_ext.formats.file_read import FileReader
+from nexus_ext.formats.file_read import Buffer, FileReader
 from nexus_ext.formats.nxf_check import SECTIONS, section_is_named_well
 from nexus_ext.formats.nxf_file import is_nxf
 from nexus_ext.formats.nxf_header import MAX_SECTIONS
@@ -48,7 +48,7 @@ class WithSections:
         self.catalog = source.catalog
         self.files = source.files
         self.rests = source.rests
-        self._source = source
+        self.source = source
         self._before = len(source.catalog.tensors) + len(source.rests)
         kept = [name for name in source.sections if name not in without and name not in files]
         self.sections = {name: source.sections[name] for name in kept}
@@ -77,26 +77,26 @@ class WithSections:
             raise UsageError(f"{path}: is empty", hint="A section holds at least one byte.")
         self.sections[name] = reader.nbytes
 
-    def read(self, item: int, offset: int, nbytes: int, buffer: bytearray) -> memoryview:
+    def read(self, item: int, offset: int, nbytes: int, buffer: Buffer) -> memoryview:
         number = item - self._before
         if number < 0:
-            return self._source.read(item, offset, nbytes, buffer)
+            return self.source.read(item, offset, nbytes, buffer)
         if number < len(self._kept):
-            return self._source.read(self._kept[number], offset, nbytes, buffer)
+            return self.source.read(self._kept[number], offset, nbytes, buffer)
         return self._added[number - len(self._kept)].view(offset, nbytes, buffer)
 
     def token(self) -> bytes:
         stats = [os.stat(reader.path) for reader in self._added]
         parts = [(s.st_size, s.st_mtime_ns, s.st_ino) for s in stats]
-        return self._source.token() + repr((list(self.sections), parts)).encode()
+        return self.source.token() + repr((list(self.sections), parts)).encode()
 
     def codecs_by_tensor(self) -> Mapping[str, str]:
-        return self._source.codecs_by_tensor()
+        return self.source.codecs_by_tensor()
 
     def close(self) -> None:
         """Close the files of the sections, and the source."""
         self._close_added()
-        self._source.close()
+        self.source.close()
 
     def _close_added(self) -> None:
         for reader in self._added:

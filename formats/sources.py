@@ -14,10 +14,11 @@ from typing import Final, Protocol
 from nexus_ext.codecs import RAW, Codecs
 from nexus_ext.errors import FormatError
 from nexus_ext.formats import is_other, open_model
-from nexus_ext.formats.file_read import FileReader
+from nexus_ext.formats.file_read import Buffer, FileReader, Mode, is_cold
 from nexus_ext.formats.foreign import ForeignSource
 from nexus_ext.formats.gguf import catalog_of, read_parts
 from nexus_ext.formats.gguf_header import Header
+from nexus_ext.formats.new_file import DIRECT_FROM_NBYTES
 from nexus_ext.formats.nxf import catalog_of_nxf
 from nexus_ext.formats.nxf_check import plain_name
 from nexus_ext.formats.nxf_file import is_nxf, read_nxf
@@ -37,7 +38,7 @@ class Source(Protocol):
     rests: tuple[tuple[int, int, int], ...]  # (file, offset, bytes)
     sections: dict[str, int]  # name -> bytes
 
-    def read(self, item: int, offset: int, nbytes: int, buffer: bytearray) -> memoryview:
+    def read(self, item: int, offset: int, nbytes: int, buffer: Buffer) -> memoryview:
         """Return bytes of an item, decoded; they may lie in `buffer`, which has room for them."""
         ...
 
@@ -86,13 +87,20 @@ class GgufSource:
         if len(self.rests) > MAX_TENSORS:
             raise FormatError(f"{path}: {len(self.rests)} runs of bytes belong to no tensor")
 
-    def read(self, item: int, offset: int, nbytes: int, buffer: bytearray) -> memoryview:
+    def read(self, item: int, offset: int, nbytes: int, buffer: Buffer) -> memoryview:
         tensors = self.catalog.tensors
         if item < len(tensors):
             file, start = tensors[item].file, tensors[item].offset
         else:
             file, start, _ = self.rests[item - len(tensors)]
         return self._files[file].view(start + offset, nbytes, buffer)
+
+    def read_past_the_cache(self) -> None:
+        """Read directly what is not in the page cache anyway, from the next read on."""
+        for number, file in enumerate(self._files):
+            if file.nbytes >= DIRECT_FROM_NBYTES and is_cold(file.path):
+                self._files[number] = FileReader(file.path, "direct")
+                file.close()
 
     def token(self) -> bytes:
         return _token([file.path for file in self.catalog.files])
@@ -119,22 +127,29 @@ class NxfSource:
         self.sections = {section.name: section.nbytes for section in nxf.sections}
         self._items = nxf.items
         self._codecs = codecs
+        self._mode: Mode = "buffered"
         self._own = threading.local()
         self._lock = threading.Lock()
         self._readers: list[NxfReader] = []
 
-    def read(self, item: int, offset: int, nbytes: int, buffer: bytearray) -> memoryview:
+    def read(self, item: int, offset: int, nbytes: int, buffer: Buffer) -> memoryview:
         return memoryview(self._reader().read(self._items[item], offset, nbytes))
 
-    def pieces(self, item: int) -> Iterator[bytes]:
-        """Yield an item in pieces of its chunks, the cheapest way to read all of it."""
-        for chunk in self._reader().pieces(self._items[item]):
-            yield bytes(chunk)
+    def views(self, item: int) -> Iterator[memoryview]:
+        """Yield an item chunk by chunk, each valid until the next: the cheapest way to read it."""
+        return self._reader().pieces(self._items[item])
+
+    def read_past_the_cache(self) -> None:
+        """Read directly what is not in the page cache anyway; call it before the first read."""
+        largest = max(zip(self.file.sizes, self.file.paths, strict=True))
+        if largest[0] >= DIRECT_FROM_NBYTES and is_cold(largest[1]):
+            self._mode = "direct"
 
     def _reader(self) -> NxfReader:
         reader: NxfReader | None = getattr(self._own, "reader", None)
         if reader is None:
-            reader = self._own.reader = NxfReader(self.file, codecs=self._codecs)
+            reader = NxfReader(self.file, mode=self._mode, codecs=self._codecs)
+            self._own.reader = reader
             with self._lock:
                 self._readers.append(reader)
         return reader
