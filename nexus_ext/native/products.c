@@ -17,6 +17,9 @@ static const struct {
     [NX_PRODUCT_MXFP4] = {"mxfp4", 17, 64},   /* another way when one is left over */
 };
 
+const int8_t nx_iq4_nl_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+const int8_t nx_mxfp4_values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
 const char *nx_product_name(nx_product_type type) {
     return (unsigned)type < NX_PRODUCT_COUNT ? types[type].name : "unknown";
 }
@@ -49,13 +52,19 @@ void nx_panel_pack(const void *const *columns, size_t n_columns, uint32_t n_in, 
     }
 }
 
-int nx_products_usable(void) {
-    return nx_kernels_isa_usable(NX_ISA_AVX512) && nx_products_avx512(NX_PRODUCT_Q4_0) != NULL;
+static nx_product_kernel kernel_of(nx_product_type type) {
+    switch (nx_kernels_isa()) {
+    case NX_ISA_AVX512: return nx_products_avx512(type);
+    case NX_ISA_AVX2: return nx_products_avx2(type);
+    default: return NULL;
+    }
 }
+
+int nx_products_usable(void) { return kernel_of(NX_PRODUCT_Q4_0) != NULL; }
 
 void nx_product_rows(nx_product_type type, const void *rows, size_t stride, uint32_t n_rows, uint32_t n_in,
                      const void *panel, size_t n_columns, float *const *out) {
-    const nx_product_kernel kernel = nx_products_avx512(type);
+    const nx_product_kernel kernel = kernel_of(type);
     for (uint32_t r = 0; r < n_rows; r++) {
         float values[NX_PANEL_COLUMNS];
         kernel((const uint8_t *)rows + r * stride, n_in / NX_PANEL_BLOCK, panel, n_columns, values);

@@ -40,21 +40,14 @@ INLINE block q8_0(const uint8_t *at) {
     return (block){_mm256_loadu_si256((const __m256i *)(at + 2)), half(at)};
 }
 
-/* The values that the four bits of IQ4_NL stand for. */
 INLINE block iq4_nl(const uint8_t *at) {
-    const __m256i table = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113));
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)nx_iq4_nl_values));
     return (block){_mm256_shuffle_epi8(table, nibbles(at + 2)), half(at)};
 }
 
-/* Twice the values of four-bit floats (1 sign, 2 exponent, 1 mantissa); the scale is half of 2^(e - 127). */
 INLINE block mxfp4(const uint8_t *at) {
-    const __m256i table =
-        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
-    const uint32_t bits = at[0] < 2 ? 0x00200000u << at[0] : (uint32_t)(at[0] - 1) << 23;
-    block b = {_mm256_shuffle_epi8(table, nibbles(at + 1)), 0};
-    memcpy(&b.scale, &bits, sizeof bits);
-    return b;
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)nx_mxfp4_values));
+    return (block){_mm256_shuffle_epi8(table, nibbles(at + 1)), nx_mxfp4_scale(at[0])};
 }
 
 /* Add a block of `n_pairs` pairs of columns to `sums`, eight for each column. */

@@ -67,7 +67,7 @@ def register() -> None:
 def batch_kernels() -> tuple[str, ...]:
     """Types of experts whose products with a prompt our kernels compute, with this ggml's bits.
 
-    Empty before `register`, without AVX-512 VNNI, and with NEXUS_BATCH_KERNELS=0.
+    Empty before `register`, without AVX2, and with NEXUS_BATCH_KERNELS=0.
     """
     types = _library().nx_backend_batch_types
     types.restype = ctypes.c_char_p

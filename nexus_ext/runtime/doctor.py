@@ -299,7 +299,7 @@ def check_batch_kernels(subject: Subject) -> Check:
     types = ", ".join(backend.batch_kernels())
     if types:
         return Check(name, "ok", f"own kernels for {types}, with the bits of this llama.cpp")
-    return Check(name, "ok", "computed by llama.cpp: own kernels need AVX-512 VNNI, and its bits")
+    return Check(name, "ok", "computed by llama.cpp: own kernels need AVX2, and its bits")
 
 
 def check_flash_attention(subject: Subject) -> Check:

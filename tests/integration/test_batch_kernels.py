@@ -25,7 +25,7 @@ DIMS = MoeDims(n_ff=128, n_experts=16, n_used=3)
 def usable() -> None:
     backend.register()
     if not backend.batch_kernels():
-        pytest.skip("this CPU has no AVX-512 VNNI, or this ggml sums in another order")
+        pytest.skip("this CPU has no AVX2, or this ggml sums in another order")
 
 
 def products_of(llm: object, tokens: list[int]) -> tuple[np.ndarray, int]:

@@ -78,6 +78,8 @@ static void check(nx_product_type type, uint32_t n_in, uint32_t n_rows, size_t n
     float *out[NX_PANEL_COLUMNS];
     for (size_t c = 0; c < n_columns; c++) {
         random_row(NX_PRODUCT_Q8_0, columns + c * n_blocks * 34, n_blocks);
+        for (size_t i = 0; i < n_blocks * 34; i++) /* ggml rounds to -127..127 */
+            if (i % 34 >= 2 && columns[c * n_blocks * 34 + i] == 0x80) columns[c * n_blocks * 34 + i] = 0x81;
         at[c] = columns + c * n_blocks * 34;
         out[c] = malloc(n_rows * sizeof(float));
         NX_CHECK(out[c]);
@@ -107,14 +109,14 @@ static void test_lengths_and_names(void) {
     NX_CHECK(strcmp(nx_product_name(NX_PRODUCT_COUNT), "unknown") == 0);
 }
 
-static void test_bits(void) {
-    if (!nx_products_usable()) {
-        puts("products: not compared, this CPU has no AVX-512 with VNNI");
+static void test_bits_of(nx_isa isa) {
+    if (nx_kernels_use_isa(isa) != NX_OK || !nx_products_usable()) {
+        printf("products: %s not compared, this CPU does not have it\n", nx_kernels_isa_name(isa));
         return;
     }
     for (int type = 0; type < NX_PRODUCT_COUNT; type++)
         for (size_t n_columns = 1; n_columns <= NX_PANEL_COLUMNS; n_columns++) {
-            nx_test_about("%s, %zu columns", nx_product_name((nx_product_type)type), n_columns);
+            nx_test_about("%s, %s, %zu columns", nx_kernels_isa_name(isa), nx_product_name((nx_product_type)type), n_columns);
             check((nx_product_type)type, 64, 1, n_columns);
             check((nx_product_type)type, 192, 5, n_columns);
             check((nx_product_type)type, 2048, 3, n_columns);
@@ -123,7 +125,16 @@ static void test_bits(void) {
     check(NX_PRODUCT_Q8_0, 96, 2, 8);
 }
 
+static void test_bits_of_avx2(void) { test_bits_of(NX_ISA_AVX2); }
+static void test_bits_of_avx512(void) { test_bits_of(NX_ISA_AVX512); }
+
+static void test_the_reference_has_none(void) {
+    NX_CHECK_EQ(nx_kernels_use_isa(NX_ISA_REF), NX_OK);
+    NX_CHECK(!nx_products_usable());
+}
+
 int main(int argc, char **argv) {
-    static const nx_test tests[] = {NX_TEST(test_lengths_and_names), NX_TEST(test_bits)};
+    static const nx_test tests[] = {NX_TEST(test_lengths_and_names), NX_TEST(test_bits_of_avx2), NX_TEST(test_bits_of_avx512),
+                                    NX_TEST(test_the_reference_has_none)};
     return nx_test_main(tests, sizeof tests / sizeof *tests, argc, argv);
 }
