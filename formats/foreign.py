@@ -2,7 +2,7 @@
 
 A container qualifies when each tensor lies in a file as ggml has it in memory: quantized in one of
 ggml's types, contiguous, at a multiple of 32 bytes. Such tensors are streamed from where they are,
-exactly like those of a GGUF; `catalog` makes up the GGUF header that llama.cpp is shown.
+exactly like those of a GGUF; `foreign_catalog` makes up the GGUF header that llama.cpp is shown.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Place:
     offset: int  # bytes from the start of that file, a multiple of ALIGNMENT
 
 
-def catalog(
+def foreign_catalog(
     container: str, path: str, metadata: Mapping[str, Value], places: Sequence[Place]
 ) -> Catalog:
     """Return the catalog of a model in a foreign container.

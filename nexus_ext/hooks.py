@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nexus_ext.errors import UsageError as UsageError
     from nexus_ext.errors import WriteFailed as WriteFailed
     from nexus_ext.formats.foreign import Place as Place
+    from nexus_ext.formats.foreign import foreign_catalog as foreign_catalog
     from nexus_ext.formats.sources import Source as Source
     from nexus_ext.hardware.profile import HardwareProfile as HardwareProfile
     from nexus_ext.hookspecs import PLUGIN_API as PLUGIN_API
@@ -142,7 +143,7 @@ _HOME = {
     "WriteFailed": "nexus_ext.errors",
     "activate": "nexus_ext.multiplexer.eviction",
     "allocate": "nexus_ext.quality.allocation",
-    "foreign_catalog": "nexus_ext.formats.foreign:catalog",
+    "foreign_catalog": "nexus_ext.formats.foreign",
     "hookimpl": "nexus_ext.hookspecs",
     "make_room": "nexus_ext.multiplexer.eviction",
     "solve": "nexus_ext.placement",
@@ -155,8 +156,7 @@ def __getattr__(name: str) -> object:
     home = _HOME.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, attribute = home.partition(":")
-    value: object = getattr(importlib.import_module(module), attribute or name)
+    value: object = getattr(importlib.import_module(home), name)
     globals()[name] = value  # the next access does not come here
     return value
 

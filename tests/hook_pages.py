@@ -35,10 +35,9 @@ def source_of(value: Any) -> str:
 
 
 def shown(signature: str) -> list[str]:
-    """Return what a page shows beside its hook, by the names in `nexus_ext.hooks`."""
+    """Return the names of what a page shows beside its hook: those of `nexus_ext.hooks`."""
     nodes = ast.parse(signature).body[1:]
-    names = [n.name for n in nodes if isinstance(n, (ast.ClassDef, ast.FunctionDef))]
-    return ["foreign_catalog" if name == "catalog" else name for name in names]
+    return [n.name for n in nodes if isinstance(n, (ast.ClassDef, ast.FunctionDef))]
 
 
 def signature(hook: str) -> str:

@@ -27,7 +27,7 @@ class FormatReader(Protocol):
         ...
 
     def open(self, path: str) -> Catalog:
-        """Return the catalog of the model; `nexus_ext.formats.foreign.catalog` makes it.
+        """Return the catalog of the model; `nexus_ext.hooks.foreign_catalog` makes it.
 
         Tensors must lie in the files as ggml wants them: then they are streamed like those of a
         GGUF. Raises FormatError for a broken file.
