@@ -74,7 +74,7 @@ def own_types(weights: Iterable[TensorInfo], mode: str) -> tuple[str, ...]:
 
 def in_reach(catalog: Catalog, plan: Plan) -> Iterator[TensorInfo]:
     """Yield the weights that our kernels could compute with: those that no GPU has."""
-    return (tensor for tensor in catalog.tensors if plan.tiers[tensor.name] in _PAGED_TIERS)
+    return (t for t in catalog.tensors if plan.tiers.get(t.name) in _PAGED_TIERS)
 
 
 def takes_over(catalog: Catalog, plan: Plan) -> bool:

@@ -50,7 +50,7 @@ def claims(
         number: KernelInfo("MUL_MAT", tensor.type_name, tensor.shape[0], tensor.shape[1])
         for number, tensor in enumerate(catalog.tensors)
         if len(tensor.shape) == 2
-        and tiers[tensor.name] in ("ram", "host")
+        and tiers.get(tensor.name) in ("ram", "host")
         and tensor.type_name.lower() not in taken
         and tensor.name != "token_embd.weight"  # whose rows are fetched
     }
