@@ -155,6 +155,7 @@ NX_API uint64_t nx_backend_batch_products(void) { return __atomic_load_n(&known.
 /* NX_PRODUCT_COUNT: not one of ours. */
 static nx_product_type type_of(const gx_tensor *weight) {
     pthread_once(&known.once, find_out);
+    if (!nx_products_usable()) return NX_PRODUCT_COUNT; /* somebody has chosen other instructions since */
     int t = 0;
     while (t < NX_PRODUCT_COUNT && known.types[t] != weight->type) t++;
     return (nx_product_type)t;

@@ -40,7 +40,8 @@ NX_API int nx_products_usable(void);
 
 /* Bytes of a panel of up to NX_PANEL_COLUMNS columns of `n_in` activations. */
 NX_API size_t nx_panel_bytes(uint32_t n_in);
-/* Put columns (n_in / 32 blocks of Q8_0 each, of values from -127 to 127) side by side. `panel` is aligned to 64 bytes. */
+/* Put columns (n_in / 32 blocks of Q8_0 each, of values from -127 to 127) side by side. `panel` is aligned to
+ * 64 bytes. */
 NX_API void nx_panel_pack(const void *const *columns, size_t n_columns, uint32_t n_in, void *panel);
 
 /* out[c][r] = row r * column c. Rows lie `stride` bytes apart. Only when nx_products_usable(). */
