@@ -39,11 +39,7 @@ def manifest(
     (native/include/nexus_view.h). Tensors on a GPU are llama.cpp's business, as host tensors are.
     Raises UsageError when the plan was made for another model.
     """
-    if plan.fingerprint != catalog.fingerprint:
-        raise UsageError(
-            f"the plan is for the model {plan.fingerprint}, this is {catalog.fingerprint}",
-            hint="make a plan of this model with `nexus plan`",
-        )
+    check_plan(catalog, plan)
     tiers = {name: _CORE_TIERS[tier] for name, tier in plan.tiers.items()}
     more = []
     if own_kernels:
@@ -58,6 +54,15 @@ def _one_line(path: str) -> str:
     if "\n" in path:
         raise UsageError(f"the path {path!r} has a line break", hint="rename the file")
     return path
+
+
+def check_plan(catalog: Catalog, plan: Plan) -> None:
+    """Raise UsageError when the plan was made for another model."""
+    if plan.fingerprint != catalog.fingerprint:
+        raise UsageError(
+            f"the plan is for the model {plan.fingerprint}, this is {catalog.fingerprint}",
+            hint="make a plan of this model with `nexus plan`",
+        )
 
 
 class Geometry(Protocol):

@@ -18,6 +18,7 @@ from nexus_ext.plugins import plugins
 from nexus_ext.policies import IoInfo, IoMode
 from nexus_ext.runtime import ggml
 from nexus_ext.runtime.loadable import check_loadable
+from nexus_ext.runtime.manifest import check_plan
 from nexus_ext.types import Catalog
 
 
@@ -94,6 +95,7 @@ def plan_model(
         plan = plugins().solve(catalog, hardware, request)
     elif not isinstance(plan, Plan):
         plan = _read_plan(Path(plan))
+    check_plan(catalog, plan)
     return Planned(catalog, hardware, plan, io_mode(catalog, hardware, plan))
 
 
