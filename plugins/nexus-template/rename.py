@@ -25,7 +25,10 @@ def main(arguments: list[str]) -> int:
     for path in sorted(HERE.rglob("*")):
         if path.suffix in (".py", ".toml", ".md") and path != Path(__file__).resolve():
             text = INSTRUCTIONS.sub("", path.read_text(encoding="utf-8"))
-            text = text.replace(f"nexus_{OLD}", module).replace(OLD, name)
+            text = text.replace(f"nexus_{OLD}", module).replace(
+                f"NEXUS_{OLD.upper()}", module.upper()
+            )
+            text = text.replace(OLD, name)
             path.write_text(text, encoding="utf-8")
     (HERE / "src" / f"nexus_{OLD}").rename(HERE / "src" / module)
     (HERE / "tests" / f"test_{OLD}.py").rename(HERE / "tests" / f"test_{module}.py")

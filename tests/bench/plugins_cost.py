@@ -4,7 +4,8 @@
 
 Installs the distributions of plugins/ into a folder of their own and starts the same program twice:
 once with that folder on its path, once without, each with the model loaded. They answer the same
-prompt in turn, A B B A, greedily; what is compared is the time from the first token to the last.
+prompt in turn, A B B A, greedily; what is compared is the time from the first token to the last, by
+the clock and in seconds of processors (which other work on the machine changes less).
 The answers must be the same, and every plugin must have been loaded. What they depend on and are
 built with has to be installed: pip install numcodecs opentelemetry-sdk hatchling scikit-build-core.
 
@@ -44,14 +45,16 @@ print(json.dumps([states, said]), file=port, flush=True)
 for line in sys.stdin:
     tokens, first = [], 0.0
     for token in llm.generate(json.loads(line), temp=0.0):
-        first = first or time.perf_counter()
+        if not first:
+            first, cpu = time.perf_counter(), time.process_time()
         tokens.append(token)
         if len(tokens) == n:
             break
-    seconds = time.perf_counter() - first
+    seconds, cpu = time.perf_counter() - first, time.process_time() - cpu
     text = hashlib.sha256(repr(tokens).encode()).hexdigest()
     llm.reset()
-    print(json.dumps([seconds / (len(tokens) - 1), text]), file=port, flush=True)
+    n_timed = len(tokens) - 1
+    print(json.dumps([seconds / n_timed, cpu / n_timed, text]), file=port, flush=True)
 """
 
 
@@ -63,15 +66,17 @@ class Side:
     process: subprocess.Popen[str]
     plugins: dict[str, str] = field(default_factory=dict)
     plan: str = ""
-    seconds: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of a token
+    cpu: list[float] = field(default_factory=list)  # seconds of processors, the same
     answers: list[str] = field(default_factory=list)
 
     def ask(self, tokens: list[int]) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(tokens) + "\n")
         self.process.stdin.flush()
-        seconds, answer = self.read()
+        seconds, cpu, answer = self.read()
         self.seconds.append(seconds)
+        self.cpu.append(cpu)
         self.answers.append(answer)
 
     def read(self) -> Any:
@@ -170,6 +175,7 @@ def main() -> None:
         for side in sides:
             side.ask(prompt)  # warms up
             side.seconds.clear()
+            side.cpu.clear()
         begin = time.perf_counter()
         for _ in range(args.rounds):
             for side in (*sides, *reversed(sides)):
@@ -180,13 +186,17 @@ def main() -> None:
         for side in sides:
             if side.answers != base.answers:
                 raise SystemExit(f"{side.name}: other tokens than without plugins")
-            ratios = [b / a for a, b in zip(base.seconds, side.seconds, strict=True)]
-            quartiles = statistics.quantiles(ratios, n=4)
-            print(
-                f"{side.name:>8}: {statistics.median(side.seconds) * 1e3:8.3f} ms a token, median "
-                f"of pairs {statistics.median(ratios):.4f} x none (quartiles {quartiles[0]:.4f} to "
-                f"{quartiles[2]:.4f}); {side.plan}"
-            )
+            print(f"{side.name:>8}: {side.plan}")
+            for what, own, none in (
+                ("by the clock", side.seconds, base.seconds),
+                ("of processors", side.cpu, base.cpu),
+            ):
+                ratios = [b / a for a, b in zip(none, own, strict=True)]
+                low, middle, high = statistics.quantiles(ratios, n=4)
+                print(
+                    f"          {statistics.median(own) * 1e3:8.3f} ms a token {what:<13}, median "
+                    f"of pairs {middle:.4f} x none (quartiles {low:.4f} to {high:.4f})"
+                )
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def test_a_copy_takes_another_name(
 ) -> None:
     environment.run(bin_ / "python", "rename.py", "two-words", cwd=project)
     texts = {p: p.read_text(encoding="utf-8") for p in project.rglob("*") if p.is_file()}
-    assert not [p for p, text in texts.items() if "template" in f"{p.name} {text}"]
+    assert not [p for p, text in texts.items() if "template" in f"{p.name} {text}".lower()]
     assert not (project / "rename.py").exists()
     pip(environment, bin_, "install", "--quiet", build(environment, bin_, project))
     try:

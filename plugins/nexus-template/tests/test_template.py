@@ -26,10 +26,17 @@ def test_every_hook_is_found_and_in_use(nexus_plugins: Plugins) -> None:
     } <= set(record.decides)
 
 
-def test_the_output_matrix_stays_in_memory(nexus_engine: FakeEngine, tiny_dense: Path) -> None:
-    plan = nexus_engine.plan(tiny_dense, weights_bytes=tiny_dense.stat().st_size // 2)
-    assert plan.tiers["output.weight"] == "ram"
-    assert "nvme" in plan.tiers.values()
+def test_tensors_are_kept_in_memory_by_name_where_they_fit(
+    nexus_engine: FakeEngine, tiny_dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = tiny_dense.stat().st_size // 2
+    without = nexus_engine.plan(tiny_dense, weights_bytes=half)
+    assert without == FakeEngine().plan(tiny_dense, weights_bytes=half)  # the built-in's
+    streamed = sorted(name for name, tier in without.tiers.items() if tier == "nvme")[0]
+    monkeypatch.setenv("NEXUS_TEMPLATE_KEEP", f"^{streamed}$")
+    assert nexus_engine.plan(tiny_dense, weights_bytes=half).tiers[streamed] == "ram"
+    monkeypatch.setenv("NEXUS_TEMPLATE_KEEP", ".")  # all of it cannot be kept
+    assert nexus_engine.plan(tiny_dense, weights_bytes=half) == without
 
 
 def test_only_what_fits_twice_goes_through_the_page_cache(nexus_engine: FakeEngine) -> None:

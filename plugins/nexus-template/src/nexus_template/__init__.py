@@ -33,9 +33,9 @@ nexus_plugin_api = 1  # the version of the list of hooks that this was written f
 @hookimpl
 def nexus_placement_solver() -> PlacementSolver:
     """Which tensor lives in which memory."""
-    from nexus_template.placement import HeadInMemory
+    from nexus_template.placement import KeepByName
 
-    return HeadInMemory()
+    return KeepByName()
 
 
 @hookimpl
