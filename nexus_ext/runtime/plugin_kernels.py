@@ -15,6 +15,7 @@ from functools import partial
 
 from nexus_ext import core, native_kernels
 from nexus_ext.errors import PluginError
+from nexus_ext.plugin_registry import show
 from nexus_ext.plugins import Rubbish, plugins
 from nexus_ext.plugins.asking import of_kind
 from nexus_ext.policies import KernelInfo, KernelProvider
@@ -68,11 +69,17 @@ def claims(
 
 
 def _claimed(name: str, provider: KernelProvider, free: Mapping[int, KernelInfo]) -> list[int]:
-    tensors = [number for number, info in free.items() if provider.claims(info)]
+    tensors = []
+    for number, info in free.items():
+        claimed: object = provider.claims(info)
+        if type(claimed) is not bool:
+            raise Rubbish(f"answered {show(claimed)} instead of whether it claims {info}")
+        if claimed:
+            tensors.append(number)
     if not tensors:
         return []
     if type(provider.function) is not int:
-        raise Rubbish(f"has a function {provider.function!r}, which is no address")
+        raise Rubbish(f"has a function {show(provider.function)}, which is no address")
     try:
         kind = native_kernels.kernel_type(name, provider.function)
     except PluginError as error:
