@@ -23,7 +23,9 @@ from nexus_ext.runtime.sensitivity import (
     all_errors,
     measure_divergences,
     probe_groups,
+    sample_size,
 )
+from nexus_ext.runtime.sensitivity_cache import load, sensitivity_file, store
 from nexus_ext.runtime.tensor_codec import row_nbytes
 from nexus_ext.runtime.weights import Weights
 from nexus_ext.types import TensorInfo
@@ -94,6 +96,7 @@ def measure(
 ) -> Measured:
     """Compute the errors of all types and, unless `method` is "error", measure sensitivities.
 
+    What was measured before in the same way is taken from this user's cache.
     `text` is needed for "measured". Raises UsageError, FormatError, and what a run may raise.
     """
     if method == "measured" and text is None:
@@ -122,9 +125,11 @@ def measure(
             )
         return found
 
-    errors = all_errors(weights, tensors, menu, imatrix, n_threads=n_threads, tick=tick)
-    per_error = dict.fromkeys((t.name for t in tensors), 1.0)
-    if method == "measured" and text is not None:
+    def sensitivities() -> dict[str, Sensitivity]:
+        errors = all_errors(weights, tensors, menu, imatrix, n_threads=n_threads, tick=tick)
+        per_error = dict.fromkeys((t.name for t in tensors), 1.0)
+        if method == "error" or text is None:
+            return {name: Sensitivity(errors[name], 1.0) for name in per_error}
 
         def probe(tensor: TensorInfo) -> GgmlType:
             fitting = menu(tensor)
@@ -147,9 +152,19 @@ def measure(
             made = sum(errors[t.name][probe(group[0]).name] for t in group)
             for tensor in group:
                 per_error[tensor.name] = divergence / made if made > 0 else 0.0
+        return {name: Sensitivity(errors[name], value) for name, value in per_error.items()}
+
+    known: dict[str, Sensitivity] | None = None
+    if method == "measured" and text is not None:
+        way = (base, tuple(types), n_ctx, most, len(probe_groups(tensors)), sample_size())
+        file = sensitivity_file(weights, tensors, imatrix, text, *way)
+        known = load(file, chosen)
+        if known is None:
+            known = sensitivities()
+            store(file, known)
     return Measured(
         tensors=tensors,
-        sensitivities={t.name: Sensitivity(errors[t.name], per_error[t.name]) for t in tensors},
+        sensitivities=sensitivities() if known is None else known,
         n_weights=weights_in(catalog),
         fixed_nbytes=sum(t.nbytes for t in catalog.tensors if t.name not in chosen),
     )

@@ -50,6 +50,11 @@ class Sensitivity:
     divergence_per_error: float  # nats; 1.0 where nothing was measured
 
 
+def sample_size() -> int:
+    """Return how many weights of a tensor its error is computed from."""
+    return _SAMPLE
+
+
 def errors_of(
     weights: Weights,
     tensor: TensorInfo,

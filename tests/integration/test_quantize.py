@@ -21,7 +21,12 @@ from nexus_ext.formats import open_gguf
 from nexus_ext.placement import PlanRequest
 from nexus_ext.quality.allocation import Allocation
 from nexus_ext.quality.importance import Importance, ImportanceMatrix
-from nexus_ext.runtime import allocation, refinement, sensitivity, tensor_codec
+from nexus_ext.runtime import (
+    allocation,
+    refinement,
+    sensitivity,
+    tensor_codec,
+)
 from nexus_ext.runtime import quantize as quantize_module
 from nexus_ext.runtime.quantize import base_name, planned_types, quantize, type_named
 from nexus_ext.runtime.weights import Weights
