@@ -35,6 +35,7 @@ from nexus_ext.formats.file_read import FileReader
 from nexus_ext.formats.new_file import NewFile
 from nexus_ext.formats.nxf_file import NxfFile, is_nxf, read_nxf
 from nexus_ext.formats.nxf_reader import NxfReader
+from nexus_ext.types import Catalog
 
 SECTION = "residuals"
 
@@ -149,6 +150,11 @@ def read_residuals(path: str | os.PathLike[str]) -> ResidualTable:
     if xxhash.xxh3_64(table).intdigest() != digest:
         raise _bad(path, "has a table that is not what was written")
     return _parsed(path, table, count, at)
+
+
+def holds_residuals(catalog: Catalog) -> bool:
+    """Tell whether the file of an open model holds residuals."""
+    return catalog.chunks is not None and SECTION in catalog.chunks.summary().sections
 
 
 def has_residuals(path: str | os.PathLike[str]) -> bool:

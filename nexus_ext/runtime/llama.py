@@ -21,7 +21,7 @@ import llama_cpp.llama_cpp as bindings
 
 from nexus_ext import core
 from nexus_ext.errors import FormatError, Interrupted, ModelClosed, NexusError, UsageError
-from nexus_ext.formats.residuals import read_residuals
+from nexus_ext.formats.residuals import holds_residuals, read_residuals
 from nexus_ext.placement import Pin, Plan, PlanRequest
 from nexus_ext.plugins import plugins
 from nexus_ext.policies import ModelInfo
@@ -220,6 +220,8 @@ class Llama(llama_cpp.Llama):
         )
         table = read_residuals(path if residual is True else residual) if residual else None
         planned, table = plan_with_room(path, request, table, hardware=hardware, plan=plan)
+        if residual is None and holds_residuals(planned.catalog):
+            _log.info("%s holds residuals: residual=True adds them (other answers)", path)
         layers = planned.plan.n_gpu_layers if n_gpu_layers is None else n_gpu_layers
         paged = None
         catalog, tiers = planned.catalog, planned.plan.tiers

@@ -85,6 +85,14 @@ def test_its_own_residuals_are_used_when_asked_for(folder: Path) -> None:
         assert np.array_equal(corrected(folder / "rough.nxf", residual), sidecar), residual
 
 
+def test_a_model_that_holds_them_says_so(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "nexus_ext.runtime")
+    for residual, said in ((None, True), (False, False), (True, False)):
+        caplog.clear()
+        corrected(folder / "rough.nxf", residual)
+        assert ("rough.nxf holds residuals" in caplog.text) == said, residual
+
+
 def test_run_takes_them_from_the_file(folder: Path) -> None:
     nxf = folder / "rough.nxf"
     options = ("--ctx", "64", "-n", "4", "--json", "--residual", nxf, "--residual-share", "0.1")
