@@ -16,6 +16,7 @@ from nexus_ext.runtime.batch import BatchContext, Row, Shape
 from nexus_ext.runtime.blueprint import Options, blueprint
 from nexus_ext.runtime.elastic import ElasticModel
 from nexus_ext.runtime.own_kernels import same_bits
+from nexus_ext.runtime.residual import make_residuals
 from tests.integration.alone import Alone
 from tests.integration.streaming import SMALL, logits, paged, prompt, stock
 from tests.models_folder import find_model
@@ -194,3 +195,19 @@ def test_processors_that_are_not_there_are_named_and_the_next_token_works(mixtur
         assert np.array_equal(logits(llm, TOKENS, n_decode=1), wanted)
         with pytest.raises(UsageError, match="threads cannot be bound to the processors"):
             model.set_cores([5000])
+
+
+def test_residuals_correct_what_our_kernels_multiply(tmp_path: Path) -> None:
+    needs("tq2_0")
+    path, residual = find_model(MODELS[0]), str(tmp_path / "tq2_0.nxr")
+    make_residuals(str(find_model("bitllama-3M-f16.gguf")), str(path), residual)
+    found = {}
+    for choice in ("ggml", "auto"):
+        arguments = {"kernels": choice, "residual": residual, "residual_share": 0.2}
+        with paged(path, "3M", n_ctx=512, **arguments) as llm:
+            found[choice] = logits(llm, TOKENS, n_decode=4)
+            stats = llm.nexus.stats()
+            assert stats.bytes_read > 0 and (stats.stored_products > 0) == (choice == "auto")
+    assert np.array_equal(found["auto"], found["ggml"])
+    with paged(path, "3M", n_ctx=512) as llm:
+        assert not np.array_equal(logits(llm, TOKENS, n_decode=4), found["auto"])
