@@ -23,26 +23,40 @@ lib = _native.lib
 
 _log = logging.getLogger("nexus_ext.plugins")
 _lock = threading.Lock()
-_registered: dict[str, tuple[object, object]] = {}  # name -> (codec, what must stay for it)
 
 
-def register_codec(codec: Codec) -> None:
-    """Let the core decode chunks of `codec`, until the process ends.
+class _Holder:
+    """A codec in Python behind a struct: one for each name, whatever objects come and go."""
 
-    PluginError when its struct is not one of this version, or names another codec.
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
+        self.name, self.handle = ffi.new("char[]", codec.name.encode()), ffi.new_handle(self)
+        self.struct = ffi.new("nxp_codec *")
+        size = ffi.sizeof("nxp_codec")
+        self.struct.head = (size, lib.NXP_API_VERSION, lib.NXP_CODEC, 0, self.name)
+        self.struct.user = self.handle
+        self.struct.decode = lib.nx_python_decode
+
+
+_kept: dict[int, object] = {}  # address of a struct -> what must stay for it
+_python: dict[str, _Holder] = {}
+
+
+def register_codec(codec: Codec, *, in_python: bool = False) -> None:
+    """Let the core decode chunks of `codec` in the models that are opened from now on.
+
+    By its struct in C, if it has one, unless `in_python`. PluginError when the struct is not one of
+    this version, or names another codec.
     """
+    native = None if in_python else native_of(codec)
     with _lock:
-        known = _registered.get(codec.name)
-        if known is not None and known[0] is codec:
-            return
-        native = getattr(codec, "native", None)
-        keep: object
-        if isinstance(native, NativePolicy):
-            struct, keep = ffi.cast("const nxp_codec *", native.address), native.keepalive
+        if native is not None:
+            struct = ffi.cast("const nxp_codec *", native.address)
         else:
-            struct, keep = _python_codec(codec)
+            holder = _python.setdefault(codec.name, _Holder(codec))
+            holder.codec, struct = codec, holder.struct
         error = ffi.new("nx_error *")
-        status = lib.nx_codec_register(struct, not isinstance(native, NativePolicy), error)
+        status = lib.nx_codec_register(struct, native is None, error)
         text = text_of(error.text)
         if status in (lib.NX_E_ABI, lib.NX_E_INVALID):
             raise PluginError(
@@ -50,13 +64,20 @@ def register_codec(codec: Codec) -> None:
             )
         if status != lib.NX_OK:
             raise OutOfMemory(f"codec {codec.name!r}: {text}")
+        if native is not None:
+            _kept[native.address] = native.keepalive  # until the process ends
         name = text_of(struct.head.name)
         if name != codec.name:
             raise PluginError(
                 f"codec {codec.name!r}: its struct in C has the name {name!r}",
                 hint="give both the name that files have",
             )
-        _registered[codec.name] = (codec, keep)
+
+
+def native_of(codec: Codec) -> NativePolicy | None:
+    """Return the struct in C that a codec has, if it has one."""
+    native = getattr(codec, "native", None)
+    return native if isinstance(native, NativePolicy) else None
 
 
 def decode_natively(codec: Codec, stored: bytes, raw_nbytes: int) -> bytes | None:
@@ -64,8 +85,8 @@ def decode_natively(codec: Codec, stored: bytes, raw_nbytes: int) -> bytes | Non
 
     FormatError when it finds no encoding of so many bytes.
     """
-    native = getattr(codec, "native", None)
-    if not isinstance(native, NativePolicy):
+    native = native_of(codec)
+    if native is None:
         return None
     struct = ffi.cast("const nxp_codec *", native.address)
     out = ffi.new("uint8_t[]", raw_nbytes)
@@ -74,18 +95,10 @@ def decode_natively(codec: Codec, stored: bytes, raw_nbytes: int) -> bytes | Non
     return bytes(ffi.buffer(out, raw_nbytes))
 
 
-def _python_codec(codec: Codec) -> tuple[Any, object]:
-    name, handle = ffi.new("char[]", codec.name.encode()), ffi.new_handle(codec)
-    struct = ffi.new("nxp_codec *")
-    struct.head = (ffi.sizeof("nxp_codec"), lib.NXP_API_VERSION, lib.NXP_CODEC, 0, name)
-    struct.user = handle
-    struct.decode = lib.nx_python_decode
-    return struct, (struct, name, handle)
-
-
 @ffi.def_extern(error=-1, onerror=lambda *_: None)  # type: ignore[untyped-decorator]
 def nx_python_decode(user: Any, stored: Any, stored_nbytes: int, raw: Any, raw_nbytes: int) -> int:
-    codec: Codec = ffi.from_handle(user)
+    holder: _Holder = ffi.from_handle(user)
+    codec = holder.codec
     try:
         codec.decode(
             memoryview(ffi.buffer(stored, stored_nbytes)).toreadonly(),

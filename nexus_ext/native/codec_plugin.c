@@ -13,11 +13,12 @@ typedef struct codec {
     const nxp_codec *from;
     char name[64];
     bool gated;
+    atomic_uint registered; /* a number that grows: of one name the highest is meant */
 } codec;
 
-/* Written before `n_codecs` says so, and never changed after: readers need no lock. */
+/* Written before `n_codecs` says so, and but for `registered` never changed after: readers need no lock. */
 static codec codecs[MAX_CODECS];
-static atomic_uint n_codecs;
+static atomic_uint n_codecs, n_registered;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 /* How many are inside a gated one, and whether anybody may still go in. */
 static pthread_cond_t gate_free = PTHREAD_COND_INITIALIZER;
@@ -37,9 +38,12 @@ nx_status nx_codec_register(const nxp_codec *from, int gated, nx_error *error) {
     if (status != NX_OK) return status;
     pthread_mutex_lock(&lock);
     const unsigned n = atomic_load(&n_codecs);
+    const unsigned number = atomic_fetch_add(&n_registered, 1) + 1;
     bool known = false;
-    for (unsigned i = 0; i < n && !known; i++)
+    for (unsigned i = 0; i < n && !known; i++) {
         known = codecs[i].from == from && strcmp(codecs[i].name, plugin.info.name) == 0;
+        if (known) atomic_store(&codecs[i].registered, number);
+    }
     if (!known && n == MAX_CODECS) {
         nx_error_set(error, NX_E_NOMEM, 0, "%u codecs of plugins are in use, there is no room for %s", n, plugin.info.name);
         status = NX_E_NOMEM;
@@ -49,6 +53,7 @@ nx_status nx_codec_register(const nxp_codec *from, int gated, nx_error *error) {
         c->from = from;
         c->gated = gated != 0;
         memcpy(c->name, plugin.info.name, sizeof c->name);
+        atomic_store(&c->registered, number);
         atomic_store(&n_codecs, n + 1);
     }
     pthread_mutex_unlock(&lock);
@@ -62,12 +67,15 @@ int nx_codec_find(const char *name, nx_codec *out) {
             *out = (nx_codec)i;
             return 1;
         }
-    for (unsigned i = atomic_load(&n_codecs); i-- > 0;) /* the latest of this name */
-        if (strcmp(codecs[i].name, name) == 0) {
-            *out = (nx_codec)(NX_CODEC_PLUGIN + i);
-            return 1;
-        }
-    return 0;
+    const unsigned n = atomic_load(&n_codecs);
+    unsigned latest = 0;
+    for (unsigned i = 0; i < n; i++) {
+        const unsigned registered = atomic_load(&codecs[i].registered);
+        if (strcmp(codecs[i].name, name) != 0 || registered < latest) continue;
+        latest = registered;
+        *out = (nx_codec)(NX_CODEC_PLUGIN + i);
+    }
+    return latest != 0;
 }
 
 const char *nx_codec_plugin_name(nx_codec number) {

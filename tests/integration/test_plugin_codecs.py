@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nexus_ext import native_codecs
 from nexus_ext.codecs import Codecs
-from nexus_ext.errors import FormatError, ModelChanged, PluginError, UsageError
+from nexus_ext.errors import FormatError, ModelChanged, UsageError
 from nexus_ext.formats import open_model
 from nexus_ext.formats.nxf_convert import to_nxf
 from nexus_ext.formats.nxf_layout import Rules
 from nexus_ext.formats.sources import open_source
 from nexus_ext.policies import NativePolicy
+from nexus_ext.runtime.streamed_codecs import know_codec
 from tests.integration.streaming import Bits, logits, paged, prompt, stock
 from tests.native_plugin import compiled, native
 from tests.synth import write_llama
@@ -124,7 +124,6 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Installed:
     def install(*codecs: Any) -> None:
         found = SimpleNamespace(codecs=lambda: Codecs(codecs))
         monkeypatch.setattr("nexus_ext.runtime.streamed_codecs.plugins", lambda: found)
-        monkeypatch.setattr(native_codecs, "_registered", {})
 
     return install
 
@@ -169,21 +168,27 @@ def test_a_codec_that_nothing_has_is_refused_by_name(
         ("codec", 4, "other bytes than its function in Python"),
     ],
 )
-def test_a_codec_in_c_that_is_not_the_one_in_python_is_refused(
+def test_a_codec_in_c_that_is_not_the_one_in_python_is_decoded_in_python(
     symbol: str,
     wrong: int,
     words: str,
     model: tuple[Path, Bits],
     library: ctypes.CDLL,
     installed: Installed,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    installed(ModeCodec(native(library, symbol)))
+    nxf, bits = model
+    codec = ModeCodec(native(library, symbol))
+    installed(codec)
     ctypes.c_int.in_dll(library, "wrong").value = wrong
     try:
-        with pytest.raises(PluginError, match=words):
-            streaming(model[0]).__enter__()
+        with streaming(nxf) as llm:
+            before = codec.decoded
+            assert np.array_equal(logits(llm, prompt(20, llm.n_vocab())), bits)
+            assert codec.decoded > before
     finally:
         ctypes.c_int.in_dll(library, "wrong").value = 0
+    assert words in caplog.text and "in Python decodes" in caplog.text
 
 
 def test_a_codec_in_python_that_raises_fails_the_read_and_names_the_codec(
@@ -228,3 +233,16 @@ builtins.kept = llm  # not collected before the interpreter ends
 """
     done = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_models_may_be_opened_as_often_as_one_likes(
+    model: tuple[Path, Bits], library: ctypes.CDLL, installed: Installed
+) -> None:
+    """Each time with new objects: the core has room for 32 codecs."""
+    chunks = open_model(model[0]).chunks
+    assert chunks is not None
+    chunk = chunks.chunks_of("blk.1.ffn_up.weight").chunks[0]
+    for _ in range(40):
+        for codec in (ModeCodec(), ModeCodec(native(library, "codec"))):
+            installed(codec)
+            know_codec(open_model(model[0]), "blk.1.ffn_up.weight", chunk)

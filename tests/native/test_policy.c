@@ -3,6 +3,7 @@
  * its states live, and that a predictor's answer is checked.
  */
 #include "nexus_attach.h"
+#include "nexus_codec.h"
 #include "nx_consumer.h"
 #include "nx_policies.h"
 #include "predict.h"
@@ -414,6 +415,49 @@ static void kernels(bool direct) {
 
 static void a_kernel_gets_resident_matrices_of_its_type(void) { world_for_each(kernels); }
 
+/* ------------------------------------------------------------ codecs */
+
+static int decode_by(void *user, const void *stored, size_t stored_bytes, void *raw, size_t raw_bytes) {
+    (void)stored, (void)stored_bytes;
+    if (!user) return 9;
+    memset(raw, *(const int *)user, raw_bytes);
+    return 0;
+}
+
+static void a_codec_is_known_by_name_and_the_gate_keeps_it_out(void) {
+    static int one = 1, two = 2;
+    static nxp_codec a = {.head = NXP_HEAD(nxp_codec, NXP_CODEC, "x"), .user = &one, .decode = decode_by};
+    static nxp_codec b = {.head = NXP_HEAD(nxp_codec, NXP_CODEC, "x"), .user = &two, .decode = decode_by};
+    static nxp_codec bad = {.head = NXP_HEAD(nxp_codec, NXP_CODEC, "bad"), .decode = decode_by};
+    uint8_t stored[] = {1, 2, 3}, raw[5];
+    nx_codec codec;
+    nx_error error;
+    NX_CHECK(!nx_codec_find("x", &codec));
+    for (int round = 0; round < 40; round++) { /* of two with one name the last one is meant, and they take no room */
+        NX_CHECK_EQ(nx_codec_register(round % 2 ? &b : &a, round % 2, &error), NX_OK);
+        NX_CHECK(nx_codec_find("x", &codec) && codec >= NX_CODEC_PLUGIN && nx_codec_available(codec));
+        NX_CHECK_EQ(nx_codec_plugin_decode(codec, stored, 3, raw, 5), NX_OK);
+        NX_CHECK(raw[0] == 1 + round % 2 && raw[4] == raw[0]);
+    }
+    nx_codec_gate(0); /* `b` is gated */
+    NX_CHECK_EQ(nx_codec_plugin_decode(codec, stored, 3, raw, 5), NX_E_CLOSED);
+    nx_codec_gate(1);
+    NX_CHECK_EQ(nx_codec_plugin_decode(codec, stored, 3, raw, 5), NX_OK);
+    NX_CHECK_EQ(nx_codec_register(&bad, 0, &error), NX_OK);
+    NX_CHECK(nx_codec_find("bad", &codec) && strcmp(nx_codec_plugin_name(codec), "bad") == 0);
+    NX_CHECK_EQ(nx_codec_plugin_decode(codec, stored, 3, raw, 5), NX_E_DAMAGED);
+    nx_chunk chunk = {.hash = nx_xxh3_64(stored, 3), .stored = 3, .raw = 5, .codec = codec};
+    NX_CHECK_EQ(nx_chunk_decode(&chunk, stored, raw), NX_E_DAMAGED);
+    NX_CHECK(!nx_codec_available((nx_codec)(codec + 1)));
+    NX_CHECK_EQ(nx_codec_plugin_decode((nx_codec)(codec + 1), stored, 3, raw, 5), NX_E_UNSUPPORTED);
+    nxp_codec none = a;
+    none.decode = NULL;
+    NX_CHECK_EQ(nx_codec_register(&none, 0, &error), NX_E_INVALID);
+    NX_CHECK(strstr(error.text, "`decode`") != NULL);
+    none.head.api_version = 2;
+    NX_CHECK_EQ(nx_codec_register(&none, 0, &error), NX_E_ABI);
+}
+
 int main(int argc, char **argv) {
     static const nx_test tests[] = {
         NX_TEST(a_struct_of_another_version_is_refused_in_words),
@@ -421,6 +465,7 @@ int main(int argc, char **argv) {
         NX_TEST(a_replay_is_what_the_cache_would_do),
         NX_TEST(what_a_predictor_answers_is_checked),
         NX_TEST(a_kernel_gets_resident_matrices_of_its_type),
+        NX_TEST(a_codec_is_known_by_name_and_the_gate_keeps_it_out),
     };
     return nx_test_main(tests, sizeof tests / sizeof *tests, argc, argv);
 }

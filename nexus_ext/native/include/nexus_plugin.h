@@ -199,7 +199,7 @@ typedef struct nxp_kernel {
     uint64_t (*column_bytes)(void *user, uint64_t n_in);
     void (*activate)(void *user, const float *x, uint64_t n_in, void *out);
     /* Required. y[c * y_stride + o] = row o times column c, for rows [begin, end). Columns are what `activate` wrote, one
-     * after the other; without it floats, `column_stride` bytes apart. Rows are shared out to threads, which call this
+     * after the other; without it floats; `column_stride` bytes apart. `begin` is a multiple of 8. Rows are shared out to threads, which call this
      * at the same time for different ranges. A column must come out the same bits alone and among others. */
     void (*multiply)(void *user, const nxp_matrix *, const void *columns, uint64_t column_stride, uint32_t n_columns,
                      uint64_t begin, uint64_t end, float *y, uint64_t y_stride);

@@ -37,7 +37,7 @@ NX_API nx_status nx_cache_replay(const nxp_cache_policy *, uint32_t layer, uint3
                                  nx_plugin_info *info, nx_error *error);
 
 /* Let chunks of NXF files be decoded by this codec, in the models that are opened from now on; of two with one name the
- * later one. It stays where it is until the process ends. `gated`: nobody goes in while the gate is shut. NX_E_ABI,
+ * one that was registered last, which may be the first one again. It stays where it is until the process ends. `gated`: nobody goes in while the gate is shut. NX_E_ABI,
  * NX_E_INVALID as above; NX_E_NOMEM: there are too many. */
 NX_API nx_status nx_codec_register(const nxp_codec *, int gated, nx_error *error);
 /* Open the gate, or shut it and wait until nobody is inside: for codecs in Python, when the interpreter ends. */
