@@ -200,6 +200,7 @@ class Runner:
         size = self.context.state_bytes(slot.index) if slot.tokens else 0
         if not size or not self._sessions.wants(len(slot.tokens), size, slot.session):
             return 0
+        self._sessions.reserve(size)
         try:
             data = self.context.save(slot.index)
         except NexusError as error:  # it costs a prefill, no request need fail

@@ -7,7 +7,6 @@ prompt. Knows nothing of llama.cpp: a state is bytes.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -70,6 +69,14 @@ class SessionStore:
         """
         return (n_tokens >= _SHORTEST or session is not None) and nbytes <= self.ram_bytes
 
+    def reserve(self, nbytes: int) -> None:
+        """Make room in memory for a state of this size, before it is copied.
+
+        Others go to disk or are forgotten, so that memory holds at most `ram_bytes` of states also
+        while one is on its way.
+        """
+        self._shrink(nbytes)
+
     def put(self, saved: Saved) -> None:
         """Keep a state. One of the same session, or of its beginning, is forgotten."""
         for old in list(self._saved):
@@ -96,15 +103,21 @@ class SessionStore:
         return [saved for saved in self._saved if saved.key == key][-n:] if n else []
 
     def take(self, saved: Saved) -> bytearray | None:
-        """Return the bytes of a state, and forget it. None: its file cannot be read any more."""
-        data = saved.data
-        if data is None and saved.file is not None:
-            with contextlib.suppress(OSError):
-                data = bytearray(saved.file.read_bytes())
-            if data is not None and len(data) != saved.nbytes:
-                data = None
-        self._drop(saved)
-        return data
+        """Return the bytes of a state, and forget it.
+
+        None: its file cannot be read any more, or it was forgotten to make room for another.
+        """
+        others = [each for each in self._saved if each is not saved]
+        if len(others) == len(self._saved):
+            return None
+        self._saved = others
+        if saved.file is None:
+            return saved.data
+        self.reserve(saved.nbytes)
+        try:
+            return _read(saved.file, saved.nbytes)
+        finally:
+            saved.file.unlink(missing_ok=True)
 
     def forget(self, key: str) -> None:
         """Forget all states of `key`."""
@@ -123,10 +136,10 @@ class SessionStore:
         if saved.file is not None:
             saved.file.unlink(missing_ok=True)
 
-    def _shrink(self) -> None:
+    def _shrink(self, coming_bytes: int = 0) -> None:
         """Oldest first from memory to disk, and from disk to nothing."""
         for saved in list(self._saved):
-            if self.used_ram_bytes <= self.ram_bytes:
+            if self.used_ram_bytes + coming_bytes <= self.ram_bytes:
                 break
             if saved.data is not None and not self._to_disk(saved):
                 self._drop(saved)
@@ -149,3 +162,16 @@ class SessionStore:
             return False
         saved.file, saved.data = Path(name), None
         return True
+
+
+def _read(file: Path, nbytes: int) -> bytearray | None:
+    """Return the bytes of a file without a second copy of them; None: it is not as it was."""
+    data = bytearray(nbytes)
+    try:
+        with open(file, "rb", buffering=0) as stream:
+            view, at = memoryview(data), 0
+            while at < nbytes and (n := stream.readinto(view[at:])):
+                at += n
+            return data if at == nbytes and not stream.read(1) else None
+    except OSError:
+        return None

@@ -62,6 +62,7 @@ def _multiplexer(config: dict[str, Any], **settings: Any) -> Any:
         "n_ubatch": N_UBATCH,
         "n_parallel": N_PARALLEL,
         "n_threads": config["threads"],
+        "kernels": config["kernels"],
         "session_disk_bytes": 1 << 30,
         "session_directory": config["directory"],
     }
@@ -360,6 +361,7 @@ def main() -> int:
     parser.add_argument("--most-tokens", type=int, default=6)
     parser.add_argument("--cycles", type=int, default=20)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--kernels", choices=("ggml", "auto", "nexus"), default="auto")
     parser.add_argument("--part", choices=PARTS, action="append")
     parser.add_argument("--dir", default=None, help="where the models go; a disk, not a tmpfs")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -386,6 +388,7 @@ def main() -> int:
             "limit_bytes": limit,
             "stream_bytes": limit // 2,
             "threads": args.threads or os.cpu_count() or 1,
+            "kernels": args.kernels,
             "cycles": args.cycles,
             "requests": _requests(
                 list(paths), args.requests, args.longest_prompt, args.most_tokens

@@ -229,6 +229,26 @@ def test_a_state_whose_file_is_gone_is_no_state(tmp_path: Path) -> None:
     assert store.take(saved) is None and len(store) == 0
 
 
+def test_memory_holds_no_more_while_a_state_is_on_its_way(tmp_path: Path) -> None:
+    store = SessionStore(250, 1000, tmp_path)
+    states = [_saved(range(30 * i, 30 * i + 20)) for i in range(3)]
+    for saved in states:
+        store.reserve(saved.nbytes)
+        assert store.used_ram_bytes + saved.nbytes <= 250
+        store.put(saved)
+    assert store.used_ram_bytes == 200 and store.used_disk_bytes == 100
+    first = store.take(states[0])  # it comes from the disk: another one goes there for it
+    assert first == bytearray(100) and store.used_ram_bytes + 100 <= 250
+    assert store.take(states[0]) is None, "it was taken"
+    small = SessionStore(100)
+    small.put(states[1])
+    small.reserve(100)
+    assert small.take(states[1]) is None, "it was forgotten to make room"
+    small.close()
+    store.close()
+    assert not list(tmp_path.iterdir())
+
+
 def test_common_prefix() -> None:
     assert common_prefix([1, 2, 3], [1, 2, 4]) == 2
     assert common_prefix([], [1]) == 0
