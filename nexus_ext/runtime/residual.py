@@ -33,7 +33,7 @@ from nexus_ext.runtime.residual_tuning import (
     Effect,
     Floats,
     Observed,
-    distribute,
+    hedged,
     observe,
 )
 from nexus_ext.runtime.weights import Weights
@@ -315,7 +315,7 @@ class Residuals:
         """Correct what repairs most while a token takes (1 + slowdown) times as long, measured."""
         seen = self.observe(llm)
         room_ns = int(1e9 * slowdown * seen.token_s)
-        self.set_shares(distribute(seen.effects, room_ns, lambda e, share: 1e9 * e.cost(share)))
+        self.set_shares(hedged(seen.effects, room_ns, lambda e, share: 1e9 * e.cost(share)))
         chosen = ", ".join(f"{kind} {100 * share:g} %" for kind, share in self.shares.items())
         _log.info("residuals: of the channels of %s", chosen)
         return seen
@@ -329,4 +329,4 @@ class Residuals:
         def cost(effect: Effect, at: float) -> float:
             return at * nbytes[effect.kind]
 
-        self.set_shares(distribute(seen.effects, int(share * sum(nbytes.values())), cost))
+        self.set_shares(hedged(seen.effects, int(share * sum(nbytes.values())), cost))

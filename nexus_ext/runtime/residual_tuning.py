@@ -94,6 +94,21 @@ def distribute(
     return {kind: shares[name] for kind, name in found.items()}
 
 
+def hedged(
+    effects: Sequence[Effect], budget: int, cost: Callable[[Effect, float], float]
+) -> dict[str, float]:
+    """Return shares half of which are dealt out, and half the same for all kinds, within `budget`.
+
+    A few tokens tell little of what a kind is worth: of what they say, half is believed.
+    """
+    dealt = distribute(effects, budget, cost)
+    same = 0.0
+    for share in SHARES:
+        if sum(math.ceil(cost(effect, share)) for effect in effects) <= budget:
+            same = share
+    return {kind: (share + same) / 2 for kind, share in dealt.items()}
+
+
 def divergence(exact: Floats, seen: Floats) -> float:
     """Return KL(exact || seen) in nats, of two rows of logits (n_vocab,)."""
 

@@ -116,7 +116,7 @@ def test_a_share_is_found_when_none_is_given(rough: str) -> None:
         assert llm.nexus.residuals is not None
         shares = llm.nexus.residuals.shares
         assert set(shares) == {"token_embd", "attn_qkv", "attn_output", "ffn_gate_up"}
-        assert all(share in SHARES for share in shares.values())
+        assert all(0 <= share <= max(SHARES) for share in shares.values())
         assert llm("Once", max_tokens=4)["choices"][0]["text"]
     finally:
         llm.close()

@@ -19,6 +19,7 @@ from nexus_ext.runtime.residual_tuning import (
     Floats,
     distribute,
     divergence,
+    hedged,
     observe,
 )
 
@@ -76,6 +77,14 @@ def test_channels_are_dealt_out_as_well_as_by_trying_all(
             best = max(best, sum(e.worth(s) for e, s in pairs))
     worth = sum(e.worth(found[e.kind]) for e in effects)
     assert worth >= 0.999 * best
+
+
+def test_half_is_the_same_for_all_kinds() -> None:
+    effects = [Effect("a", (1.0, 4.0), (0.0, 0.0)), Effect("b", (1.0, 4.0), (0.1, 0.2))]
+    cost = nanoseconds
+    assert distribute(effects, 2_000_000_000, cost) == {"a": 0.0, "b": 0.08}
+    assert hedged(effects, 2_000_000_000, cost) == {"a": 0.03, "b": 0.07}
+    assert hedged(effects, 0, cost) == {"a": 0.0, "b": 0.0}
 
 
 def test_what_repairs_nothing_gets_nothing() -> None:
