@@ -102,10 +102,13 @@ def hedged(
     A few tokens tell little of what a kind is worth: of what they say, half is believed.
     """
     dealt = distribute(effects, budget, cost)
-    same = 0.0
-    for share in SHARES:
-        if sum(math.ceil(cost(effect, share)) for effect in effects) <= budget:
+    same, more = 0.0, max(SHARES)
+    for _ in range(20):  # halving
+        share = (same + more) / 2
+        if sum(cost(effect, share) for effect in effects) <= budget:
             same = share
+        else:
+            more = share
     return {kind: (share + same) / 2 for kind, share in dealt.items()}
 
 
