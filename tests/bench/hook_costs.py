@@ -1,6 +1,6 @@
 """What plugins cost: an observer of routers for each token, a decision, an event.
 
-    python -m tests.bench.plugin_costs
+    python -m tests.bench.hook_costs
 
 An observer is compared with none on a mixture with as many decisions a token as a large one, and
 tiny matrices, all in memory: the worst case, since a token takes next to no time. Runs alternate.
