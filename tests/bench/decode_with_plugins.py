@@ -1,6 +1,6 @@
 """What does it cost to have every first-party plugin installed? Decoding with and without, in turn.
 
-    python -m tests.bench.decode_with_plugins [--model FILE] [--weights SIZE] [--rounds N] [--tokens N]
+    python -m tests.bench.decode_with_plugins [--weights SIZE] [--rounds N] [--tokens N]
 
 Installs the distributions of plugins/ into a folder of their own and starts the same program twice:
 once with that folder on its path, once without, each with the model loaded. They answer the same
