@@ -18,6 +18,7 @@ from nexus_ext.runtime.own_kernels import same_bits
 from tests.models_folder import find_model
 
 ABSENT = "/nowhere/libOpenCL.so.1"
+ROOT = Path(__file__).resolve().parents[2]
 SETUP = """
 import numpy as np
 from nexus_ext import kernels
@@ -70,7 +71,8 @@ def fake(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def python(code: str, library: str | Path, **environment: str) -> str:
     """Run `code` in a process of its own, since a device is looked for once; return its output."""
     done = subprocess.run(
-        [sys.executable, "-c", SETUP + code],
+        # Appended: the checkout's nexus_ext must not hide the installed one.
+        [sys.executable, "-c", f"import sys\nsys.path.append({str(ROOT)!r})\n{SETUP}{code}"],
         env={**os.environ, "NEXUS_OPENCL_LIBRARY": str(library), **environment},
         capture_output=True,
         text=True,
