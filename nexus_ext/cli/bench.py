@@ -59,8 +59,8 @@ def bench(
 ) -> None:
     """Measure prefill and decode of MODEL, and what part of the physical bound is reached.
 
-    The bound is the bytes read per token divided by the disk's cold bandwidth, measured between the
-    runs. With --limit and no budget, --ram is the limit.
+    The bound is the bytes read per token divided by the disk's cold bandwidth, measured right after
+    each paged run. With --limit and no budget, --ram is the limit.
 
     \b
     Examples:

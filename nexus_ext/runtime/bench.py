@@ -96,7 +96,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class DiskSample:
-    """One cold measurement of the disk, between two runs."""
+    """One cold measurement of the disk: before the first run, then after each paged one."""
 
     bytes_s: float
     direct: bool
@@ -232,7 +232,8 @@ def bench_model(
                 run = _run(replace(job, side=side), files, group)
                 how = group.how if group is not None else ""
             runs.append(run)
-        disk.append(disk_sample(files, planned.hardware))
+            if side == "paged":  # at once: some disks slow down after some GB, and rest meanwhile
+                disk.append(disk_sample(files, planned.hardware))
     return _result(planned, job, tuple(runs), tuple(disk), drops=drops, limit=how)
 
 
@@ -321,8 +322,8 @@ def _result(
         runs=runs,
         paged=paged,
         stock=stock,
-        bound=bound_of(paged, disk) if active else None,
-        shares=shares_of(runs, disk) if active else (),
+        bound=bound_of(paged, disk[1:]) if active else None,
+        shares=shares_of(runs, disk[1:]) if active else (),
         loading=loading_of(runs, disk) if active else None,
         decode_ratio=_ratio(paged.decode_tok_s, stock.decode_tok_s if stock else None),
         prefill_ratio=_ratio(paged.prefill_tok_s, stock.prefill_tok_s if stock else None),

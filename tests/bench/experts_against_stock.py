@@ -5,7 +5,8 @@
 Writes a model of 8.7 GiB (26 layers of 128 experts, 8 a token, 4 bits) to `--dir` (removed again)
 and prints how much of a token's routing repeats in the next one, which `--skew` decides. Then runs
 `nexus bench` with `--baseline` and `--limit`: both sides in memory cgroups of that size, A B A B,
-the disk measured in between. Needs the right to create a memory cgroup, and room for the model.
+the disk measured after each run of ours. Needs the right to create a memory cgroup, and room for
+the model.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python -m tests.bench.paged_against_stock --size 2G --limit 1300M
 
 Writes a model of `--size` to `--dir` (removed again), then runs `nexus bench` with `--baseline` and
-`--limit`: both sides in memory cgroups of that size, A B A B, the disk measured in between. Needs
-the right to create a memory cgroup, and room for the model.
+`--limit`: both sides in memory cgroups of that size, A B A B, the disk measured
+after each run of ours. Needs the right to create a memory cgroup, and room for the model.
 """
 
 from __future__ import annotations
