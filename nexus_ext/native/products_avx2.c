@@ -9,47 +9,10 @@
 #include "kernels_internal.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
 #include <stdbool.h>
-#include <string.h>
 
 #define INLINE NX_TARGET_AVX2 static inline __attribute__((always_inline))
-
-/* The weights of a block, as signed bytes, and its scale. */
-typedef struct block {
-    __m256i weights;
-    float scale;
-} block;
-
-INLINE float half(const uint8_t *at) {
-    uint16_t bits;
-    memcpy(&bits, at, sizeof bits);
-    return _cvtsh_ss(bits);
-}
-
-INLINE __m256i nibbles(const uint8_t *at) {
-    const __m128i packed = _mm_loadu_si128((const __m128i *)at);
-    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(packed), _mm_srli_epi16(packed, 4), 1);
-    return _mm256_and_si256(both, _mm256_set1_epi8(15));
-}
-
-INLINE block q4_0(const uint8_t *at) {
-    return (block){_mm256_sub_epi8(nibbles(at + 2), _mm256_set1_epi8(8)), half(at)};
-}
-
-INLINE block q8_0(const uint8_t *at) {
-    return (block){_mm256_loadu_si256((const __m256i *)(at + 2)), half(at)};
-}
-
-INLINE block iq4_nl(const uint8_t *at) {
-    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)nx_iq4_nl_values));
-    return (block){_mm256_shuffle_epi8(table, nibbles(at + 2)), half(at)};
-}
-
-INLINE block mxfp4(const uint8_t *at) {
-    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)nx_mxfp4_values));
-    return (block){_mm256_shuffle_epi8(table, nibbles(at + 1)), nx_mxfp4_scale(at[0])};
-}
+#include "products_blocks.h"
 
 /* Add a block of `n` columns to `sums`, eight for each column. */
 INLINE void add(block b, bool small, const nx_panel_block *columns, int n, __m256 *sums) {
@@ -67,15 +30,6 @@ INLINE void add(block b, bool small, const nx_panel_block *columns, int n, __m25
         sums[c] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(sum), sums[c]);
     }
 }
-
-/* ggml's tree. */
-INLINE float total(__m256 sums) {
-    __m128 s = _mm_add_ps(_mm256_extractf128_ps(sums, 1), _mm256_castps256_ps128(sums));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
-
-typedef block unpack(const uint8_t *);
 
 /* Blocks one after the other. */
 INLINE void one_by_one(unpack *block_at, size_t bytes, bool small, const uint8_t *row, size_t n_blocks,
