@@ -106,7 +106,7 @@ def make(name: str, folder: Path, dtype: str = "float32") -> Any:
 
 
 def reference_logits(model: Any, tokens: list[int]) -> npt.NDArray[np.float64]:
-    import torch
+    torch = pytest.importorskip("torch", reason="the extra test-hf is not installed")
 
     with torch.no_grad():
         logits = model(torch.tensor([tokens])).logits[0]
@@ -183,7 +183,7 @@ def test_ternary_weights_that_transformers_has_packed(
     round activations to 8 bits before each product, which llama.cpp does in its own way and only
     for its ternary types.
     """
-    import torch
+    torch = pytest.importorskip("torch", reason="the extra test-hf is not installed")
     from safetensors.torch import load_file, save_file
     from transformers.integrations.bitnet import pack_weights
 
@@ -219,7 +219,7 @@ def test_ternary_weights_that_transformers_has_packed(
 
 def test_ternary_weights_against_transformers_with_its_rounding(tmp_path: Path) -> None:
     """What transformers' own BitNet says, activations of 8 bits and all: close, not the same."""
-    import torch
+    torch = pytest.importorskip("torch", reason="the extra test-hf is not installed")
     from transformers.integrations.bitnet import ActQuant, WeightQuant
 
     folder = tmp_path / "m"
