@@ -9,6 +9,12 @@
 
 #define NXB_NAME "NEXUS"
 
+/* What an operation of our own says that could not be done, while the delegate computed its graph. */
+typedef struct nxb_failure {
+    bool failed;
+    nx_error error;
+} nxb_failure;
+
 /* A backend (what llama.cpp calls a stream): one for each context. */
 typedef struct nxb_backend {
     gx_backend base;
@@ -24,6 +30,7 @@ typedef struct nxb_backend {
     struct nxb_use *uses;
     size_t uses_capacity;
     struct nxb_ours *ours; /* operations of our own, see ours.c */
+    nxb_failure failure;
     struct nxb_products *products; /* the same, see products.c; NULL until there is one */
     struct nxb_predictor *predictor; /* see predict.c; NULL until something is predicted */
 } nxb_backend;

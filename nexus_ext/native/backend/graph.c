@@ -118,8 +118,10 @@ static int compute(run *r, gx_graph *graph, int first_node) {
     const int status = gx.backend_graph_compute_async(r->own->cpu, graph);
     if (r->n_models) nx_note_compute(r->models[0], (uint32_t)first_node, nx_now_ns() - begin);
     if (idle) nx_note_idle(r->models[0], nx_now_ns() - begin);
-    const int ours = nxb_ours_outcome(r);
-    return status == GX_SUCCESS ? ours : status;
+    if (!r->own->failure.failed) return status;
+    r->own->failure.failed = false;
+    if (r->n_models) nx_model_fail(r->models[0], &r->own->failure.error);
+    return status == GX_SUCCESS ? GX_FAILED : status;
 }
 
 static size_t model_index(const run *r, const nx_model *m) {

@@ -35,6 +35,7 @@ static bool grow(void **memory, size_t *capacity, size_t wanted, size_t item_byt
 
 static nxb_ours *ours_of(nxb_backend *own) {
     if (!own->ours) own->ours = calloc(1, sizeof *own->ours);
+    if (own->ours) own->ours->failure = &own->failure;
     return own->ours;
 }
 
@@ -267,14 +268,6 @@ int nxb_ours_product_as(nxb_run *r, int node, gx_tensor *as, size_t n, bool agai
         count += added;
     }
     return nxb_compute_as(r, node, ours->tensors, (size_t)count);
-}
-
-int nxb_ours_outcome(nxb_run *r) {
-    nxb_ours *ours = r->own->ours;
-    if (!ours || !ours->failed) return GX_SUCCESS;
-    ours->failed = false;
-    if (r->n_models) nx_model_fail(r->models[0], &ours->error);
-    return GX_FAILED;
 }
 
 int nxb_ours_after(nxb_run *r, int node) {

@@ -3,6 +3,7 @@
 #ifndef NEXUS_OURS_H
 #define NEXUS_OURS_H
 
+#include "groups.h"
 #include "walk.h"
 
 /* A node that we have a part in. */
@@ -53,12 +54,8 @@ typedef struct nxb_ours {
     size_t sums_capacity;
     void *columns; /* of activations */
     size_t columns_capacity;
-    /* rows of a batch by their experts: those of the i-th expert that has any are
-     * rows[starts[i]] .. rows[starts[i + 1] - 1], each token * (experts of a token) + k */
-    uint32_t *rows, *starts, *experts;
-    size_t rows_capacity, experts_capacity, n_experts;
-    bool failed; /* a job: `error` says why */
-    nx_error error;
+    nxb_groups groups;
+    nxb_failure *failure; /* of the backend */
 } nxb_ours;
 
 #define NXB_MOST_JOBS 4 /* for one node */

@@ -18,9 +18,7 @@ nx_ternary_type nxb_rounded_as(nx_ternary_type t) { return t == NX_TQ1_0 ? NX_TQ
 
 void nxb_ternary_free(nxb_ours *ours) {
     free(ours->columns);
-    free(ours->rows);
-    free(ours->starts);
-    free(ours->experts);
+    nxb_groups_free(&ours->groups);
 }
 
 static bool floats(const gx_tensor *t) { return t->type == gx.type_f32 && t->nb[0] == sizeof(float); }
@@ -111,9 +109,9 @@ static void multiply_opencl(gx_tensor *node, int ith, int nth, void *argument) {
     const nx_status status = nx_opencl_multiply(j->opencl, ours->columns, (uint32_t)node->src[1]->ne[1], node->data,
                                                 node->nb[1] / sizeof(float));
     if (status == NX_OK) return;
-    nx_error_set(&ours->error, status, 0, "the product with %s: %s", node->src[0]->name,
+    nx_error_set(&ours->failure->error, status, 0, "the product with %s: %s", node->src[0]->name,
                  status == NX_E_IO ? nx_opencl_error() : nx_status_text(status));
-    ours->failed = true;
+    ours->failure->failed = true;
 }
 
 int nxb_packed_nodes(nxb_ours *ours, const gx_tensor *node, const nx_attachment *a, progress *p, gx_tensor **out) {
@@ -129,43 +127,11 @@ int nxb_packed_nodes(nxb_ours *ours, const gx_tensor *node, const nx_attachment 
 
 /* -- weights as they are stored ------------------------------------------------------------------ */
 
-/* The rows of a batch by expert: a counting sort. */
 static void group(gx_tensor *node, int ith, int nth, void *argument) {
     (void)nth;
     if (ith != 0) return;
     nxb_ours *ours = ((const job *)argument)->ours;
-    const gx_tensor *ids = node->src[2];
-    const int64_t n_experts = node->src[0]->ne[2], wide = ids->ne[0], n = wide * ids->ne[1];
-    uint32_t *counts = ours->starts; /* shifted by one: later where the next row of expert e goes */
-    memset(counts, 0, ((size_t)n_experts + 2) * sizeof *counts);
-    ours->n_experts = 0;
-    for (int pass = 0; pass < 2; pass++) {
-        for (int64_t i = 0; i < n; i++) {
-            const char *at = (const char *)ids->data + i / wide * (int64_t)ids->nb[1] + i % wide * (int64_t)ids->nb[0];
-            int32_t e;
-            memcpy(&e, at, sizeof e);
-            if (e < 0 || e >= n_experts) {
-                if (!ours->failed)
-                    nx_error_set(&ours->error, NX_E_INVALID, 0, "the router asks for expert %d of %s, which has %lld", e,
-                                 node->src[0]->name, (long long)n_experts);
-                ours->failed = true;
-                return;
-            }
-            if (pass == 0) counts[e + 2]++;
-            else ours->rows[counts[e + 1]++] = (uint32_t)i;
-        }
-        for (int64_t e = 0; e < n_experts && pass == 0; e++) counts[e + 2] += counts[e + 1];
-    }
-    /* now counts[e] is where expert e begins and counts[e + 1] where it ends */
-    size_t used = 0;
-    for (int64_t e = 0; e < n_experts; e++) {
-        const uint32_t begin = counts[e], end = counts[e + 1];
-        if (begin == end) continue;
-        counts[used] = begin; /* used <= e: nothing that is still needed */
-        ours->experts[used++] = (uint32_t)e;
-    }
-    counts[used] = (uint32_t)n;
-    ours->n_experts = used;
+    nxb_groups_sort(&ours->groups, node, node->src[2]->ne[0] * node->src[2]->ne[1], ours->failure);
 }
 
 /* Rows [begin, end) of the weight of one expert (or of the only matrix) times columns [first, last). */
@@ -194,7 +160,7 @@ static void multiply_stored(gx_tensor *node, int ith, int nth, void *argument) {
     const gx_tensor *w = node->src[0];
     const nxb_ours *ours = j->ours;
     const bool experts = node->src[2] != NULL;
-    const uint64_t n_matrices = experts ? ours->n_experts : 1, n_out = (uint64_t)w->ne[1];
+    const uint64_t n_matrices = experts ? ours->groups.n_experts : 1, n_out = (uint64_t)w->ne[1];
     uint64_t step = n_out * n_matrices / ((uint64_t)nth * PARTS) + 1, least = PART_BYTES / w->nb[1] + 1;
     if (step < least) step = least;
     const uint64_t share = (n_out * n_matrices + (unsigned)nth - 1) / (unsigned)nth;
@@ -208,27 +174,11 @@ static void multiply_stored(gx_tensor *node, int ith, int nth, void *argument) {
         const uint64_t matrix = part / steps, begin = part % steps * step;
         const uint64_t end = begin + step < n_out ? begin + step : n_out;
         const char *weight = w->data;
-        if (experts) weight += ours->experts[matrix] * w->nb[2];
+        if (experts) weight += ours->groups.experts[matrix] * w->nb[2];
         multiply_part(node, j, weight, (uint32_t)begin, (uint32_t)end,
-                      experts ? ours->rows + ours->starts[matrix] : NULL,
-                      experts ? ours->starts[matrix + 1] - ours->starts[matrix] : (uint32_t)node->src[1]->ne[1]);
+                      experts ? ours->groups.rows + ours->groups.starts[matrix] : NULL,
+                      experts ? ours->groups.starts[matrix + 1] - ours->groups.starts[matrix] : (uint32_t)node->src[1]->ne[1]);
     }
-}
-
-static bool reserve_groups(nxb_ours *ours, size_t n_rows, size_t n_experts) {
-    if (n_rows > ours->rows_capacity) {
-        free(ours->rows);
-        ours->rows = malloc(n_rows * sizeof *ours->rows);
-        ours->rows_capacity = ours->rows ? n_rows : 0;
-    }
-    if (n_experts > ours->experts_capacity) {
-        free(ours->starts);
-        free(ours->experts);
-        ours->starts = malloc((n_experts + 2) * sizeof *ours->starts);
-        ours->experts = malloc(n_experts * sizeof *ours->experts);
-        ours->experts_capacity = ours->starts && ours->experts ? n_experts : 0;
-    }
-    return n_rows <= ours->rows_capacity && n_experts <= ours->experts_capacity;
 }
 
 int nxb_stored_nodes(nxb_ours *ours, const gx_tensor *node, nx_ternary_type type, progress *p, gx_tensor **out) {
@@ -237,7 +187,7 @@ int nxb_stored_nodes(nxb_ours *ours, const gx_tensor *node, nx_ternary_type type
     int n = activate_nodes(ours, node, &with, p, out);
     if (n < 0) return n;
     if (ids && (p->grouped != ids || p->grouped_of != w->ne[2])) {
-        if (!reserve_groups(ours, (size_t)(ids->ne[0] * ids->ne[1]), (size_t)w->ne[2])) return GX_ALLOC_FAILED;
+        if (!nxb_groups_reserve(&ours->groups, (size_t)(ids->ne[0] * ids->ne[1]), (size_t)w->ne[2])) return GX_ALLOC_FAILED;
         out[n++] = nxb_ours_custom(ours, node, group, with);
         p->grouped = ids;
         p->grouped_of = w->ne[2];

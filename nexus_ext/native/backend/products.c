@@ -22,6 +22,7 @@
 #include <string.h>
 
 #include "nexus_products.h"
+#include "groups.h"
 #include "walk.h"
 
 #define LEAST_SHARE 2 /* columns for each expert on average; with more there is something to share */
@@ -164,11 +165,6 @@ static nx_product_type type_of(const gx_tensor *weight) {
 
 /* -- one product --------------------------------------------------------------------------------- */
 
-/* A token in the list of its expert. */
-typedef struct member {
-    int32_t k, token;
-} member;
-
 /* Custom nodes are computed one after the other; what they need beside their tensors is shared. */
 struct nxb_products {
     gx_tensor **nodes; /* of one segment */
@@ -181,11 +177,10 @@ struct nxb_products {
     size_t rounded_capacity;
     char *panels;
     size_t panels_capacity;
-    member *members; /* by expert */
-    size_t members_capacity;
-    int32_t *experts; /* those with tokens; then, for each of them, where its members and its panels begin */
-    size_t experts_capacity;
-    size_t n_experts;
+    nxb_groups groups;
+    uint32_t *first_panels; /* of each group, and where the last one's end */
+    size_t first_panels_capacity;
+    nxb_failure *failure; /* of the backend */
 };
 
 typedef struct job {
@@ -224,38 +219,14 @@ static bool is_ours(const gx_tensor *node) {
     return type != NX_PRODUCT_COUNT && nx_product_row_bytes(type, (uint32_t)w->ne[0]) != 0;
 }
 
-static int32_t picked(const gx_tensor *ids, int64_t token, int64_t k) {
-    if (!ids) return 0;
-    return *(const int32_t *)((const char *)ids->data + (size_t)token * ids->nb[1] + (size_t)k * ids->nb[0]);
-}
-
-/* Sort what was picked by expert. `experts` becomes three lists of n: numbers, first members, first panels;
- * the last two have an end as well. */
-static void list_members(struct nxb_products *s, const gx_tensor *node) {
-    const gx_tensor *ids = node->src[2];
-    const int64_t all = node->src[0]->ne[2], n_k = ids ? ids->ne[0] : 1, n_tokens = n_picked(node) / n_k;
-    int32_t *counts = s->experts + 3 * (all + 1); /* then: where the next member of an expert goes */
-    memset(counts, 0, (size_t)all * sizeof *counts);
-    for (int64_t t = 0; t < n_tokens; t++)
-        for (int64_t k = 0; k < n_k; k++) counts[picked(ids, t, k)]++;
-    int32_t *numbers = s->experts, *first = numbers + all + 1, *panel = first + all + 1;
-    int32_t n = 0, at = 0, panels = 0;
-    for (int32_t e = 0; e < all; e++) {
-        const int32_t count = counts[e];
-        counts[e] = at;
-        if (!count) continue;
-        numbers[n] = e;
-        first[n] = at;
-        panel[n++] = panels;
-        at += count;
-        panels += (count + NX_PANEL_COLUMNS - 1) / NX_PANEL_COLUMNS;
+static void count_panels(struct nxb_products *s) {
+    const nxb_groups *g = &s->groups;
+    uint32_t n = 0;
+    for (size_t i = 0; i < g->n_experts; i++) {
+        s->first_panels[i] = n;
+        n += (g->starts[i + 1] - g->starts[i] + NX_PANEL_COLUMNS - 1) / NX_PANEL_COLUMNS;
     }
-    first[n] = at;
-    panel[n] = panels;
-    s->n_experts = (size_t)n;
-    for (int64_t t = 0; t < n_tokens; t++)
-        for (int64_t k = 0; k < n_k; k++)
-            s->members[counts[picked(ids, t, k)]++] = (member){(int32_t)k, (int32_t)t};
+    s->first_panels[g->n_experts] = n;
 }
 
 static void round_tokens(gx_tensor *node, int ith, int nth, void *argument) {
@@ -266,44 +237,56 @@ static void round_tokens(gx_tensor *node, int ith, int nth, void *argument) {
         const char *from = (const char *)x->data + (size_t)(i % x->ne[1]) * x->nb[1] + (size_t)(i / x->ne[1]) * x->nb[2];
         known.round((const float *)from, s->rounded + (size_t)i * rounded_bytes(node), x->ne[0]);
     }
-    if (ith == nth - 1) list_members(s, node);
+    if (ith != nth - 1) return;
+    nxb_groups_sort(&s->groups, node, n_picked(node), s->failure);
+    count_panels(s);
+}
+
+/* How many picks a token has, as rows of groups count them. */
+static uint32_t picks(const gx_tensor *node) { return node->src[2] ? (uint32_t)node->src[2]->ne[0] : 1; }
+
+/* The rows of panel `p` of group `e`: where they begin; how many, in `n`. */
+static const uint32_t *rows_of(const struct nxb_products *s, size_t e, uint32_t p, size_t *n) {
+    const uint32_t begin = s->groups.starts[e] + (p - s->first_panels[e]) * NX_PANEL_COLUMNS;
+    const uint32_t left = s->groups.starts[e + 1] - begin;
+    *n = left < NX_PANEL_COLUMNS ? left : NX_PANEL_COLUMNS;
+    return s->groups.rows + begin;
 }
 
 static void pack(gx_tensor *node, int ith, int nth, void *argument) {
     struct nxb_products *s = ((job *)argument)->shared;
-    const gx_tensor *x = node->src[1];
-    const int32_t *first = s->experts + node->src[0]->ne[2] + 1, *panel = first + node->src[0]->ne[2] + 1;
-    const size_t panel_bytes = nx_panel_bytes(n_in(node));
+    const size_t wide = (size_t)node->src[1]->ne[1], panel_bytes = nx_panel_bytes(n_in(node));
+    const uint32_t n_picks = picks(node);
     size_t e = 0;
-    for (int32_t p = ith; p < panel[s->n_experts]; p += nth) {
-        while (panel[e + 1] <= p) e++;
-        const int32_t begin = first[e] + (p - panel[e]) * NX_PANEL_COLUMNS;
-        const int32_t end = first[e + 1] < begin + NX_PANEL_COLUMNS ? first[e + 1] : begin + NX_PANEL_COLUMNS;
+    for (uint32_t p = (uint32_t)ith; p < s->first_panels[s->groups.n_experts]; p += (uint32_t)nth) {
+        while (s->first_panels[e + 1] <= p) e++;
+        size_t n;
+        const uint32_t *rows = rows_of(s, e, p, &n);
         const void *columns[NX_PANEL_COLUMNS];
-        for (int32_t i = begin; i < end; i++) {
-            const member *m = &s->members[i];
-            const int64_t row = m->k % x->ne[1] + m->token * x->ne[1]; /* x has one row for all k, or one for each */
-            columns[i - begin] = s->rounded + (size_t)row * rounded_bytes(node);
+        for (size_t i = 0; i < n; i++) { /* x has one row for all picks, or one for each */
+            const size_t row = rows[i] / n_picks * wide + rows[i] % n_picks % wide;
+            columns[i] = s->rounded + row * rounded_bytes(node);
         }
-        nx_panel_pack(columns, (size_t)(end - begin), n_in(node), s->panels + (size_t)p * panel_bytes);
+        nx_panel_pack(columns, n, n_in(node), s->panels + p * panel_bytes);
     }
 }
 
-/* Rows [begin, end) of expert number `e` of those with tokens, times all its panels. */
+/* Rows [begin, end) of the weight of group `e`, times all its panels. */
 static void multiply_rows(const gx_tensor *node, const job *j, size_t e, int64_t begin, int64_t end) {
     const struct nxb_products *s = j->shared;
     const gx_tensor *w = node->src[0];
-    const int32_t *first = s->experts + w->ne[2] + 1, *panel = first + w->ne[2] + 1;
-    const char *rows = (const char *)w->data + (size_t)s->experts[e] * w->nb[2] + (size_t)begin * w->nb[1];
-    for (int32_t p = panel[e]; p < panel[e + 1]; p++) {
-        const member *m = &s->members[first[e] + (p - panel[e]) * NX_PANEL_COLUMNS];
-        const int32_t left = first[e + 1] - first[e] - (p - panel[e]) * NX_PANEL_COLUMNS;
-        const size_t n = left < NX_PANEL_COLUMNS ? (size_t)left : NX_PANEL_COLUMNS;
+    const uint32_t n_picks = picks(node);
+    const char *weight = (const char *)w->data + s->groups.experts[e] * w->nb[2] + (size_t)begin * w->nb[1];
+    for (uint32_t p = s->first_panels[e]; p < s->first_panels[e + 1]; p++) {
+        size_t n;
+        const uint32_t *rows = rows_of(s, e, p, &n);
         float *out[NX_PANEL_COLUMNS];
-        for (size_t c = 0; c < n; c++)
-            out[c] = (float *)((char *)node->data + (size_t)m[c].k * node->nb[1] + (size_t)m[c].token * node->nb[2]) + begin;
-        nx_product_rows(j->type, rows, w->nb[1], (uint32_t)(end - begin), n_in(node),
-                        s->panels + (size_t)p * nx_panel_bytes(n_in(node)), n, out);
+        for (size_t i = 0; i < n; i++) {
+            char *column = (char *)node->data + rows[i] % n_picks * node->nb[1] + rows[i] / n_picks * node->nb[2];
+            out[i] = (float *)(void *)column + begin;
+        }
+        nx_product_rows(j->type, weight, w->nb[1], (uint32_t)(end - begin), n_in(node),
+                        s->panels + p * nx_panel_bytes(n_in(node)), n, out);
     }
 }
 
@@ -315,7 +298,7 @@ static void multiply(gx_tensor *node, int ith, int nth, void *argument) {
     const uint32_t ranges = (uint32_t)((n_rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE);
     for (;;) {
         const uint32_t at = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED);
-        if (at / ranges >= j->shared->n_experts) return;
+        if (at / ranges >= j->shared->groups.n_experts) return;
         const int64_t begin = (int64_t)(at % ranges) * ROWS_AT_ONCE, end = begin + ROWS_AT_ONCE;
         multiply_rows(node, j, at / ranges, begin, end < n_rows ? end : n_rows);
     }
@@ -338,8 +321,8 @@ static bool reserve(struct nxb_products *s, const gx_tensor *node) {
     const size_t n_experts = (size_t)node->src[0]->ne[2];
     return grow(&s->rounded, &s->rounded_capacity, (size_t)(x->ne[1] * x->ne[2]) * rounded_bytes(node)) &&
            grow(&s->panels, &s->panels_capacity, most_panels(node) * nx_panel_bytes(n_in(node))) &&
-           grow(&s->members, &s->members_capacity, (size_t)n_picked(node) * sizeof *s->members) &&
-           grow(&s->experts, &s->experts_capacity, (4 * n_experts + 3) * sizeof *s->experts);
+           grow(&s->first_panels, &s->first_panels_capacity, (n_experts + 1) * sizeof *s->first_panels) &&
+           nxb_groups_reserve(&s->groups, (size_t)n_picked(node), n_experts);
 }
 
 static gx_tensor *custom(struct nxb_products *s, const gx_tensor *node, nxb_custom_function function) {
@@ -387,6 +370,7 @@ int nxb_products_replace(nxb_backend *own, gx_tensor ***nodes, int *n) {
     if (!own->products) own->products = calloc(1, sizeof *own->products);
     struct nxb_products *s = own->products;
     if (!s) return GX_ALLOC_FAILED;
+    s->failure = &own->failure;
     for (int i = 0; i < *n; i++)
         if (is_ours((*nodes)[i]) && !reserve(s, (*nodes)[i])) return GX_ALLOC_FAILED;
     const size_t most_jobs = 3 * (size_t)n_ours;
@@ -409,8 +393,8 @@ void nxb_products_free(nxb_backend *own) {
     free(s->jobs);
     free(s->rounded);
     free(s->panels);
-    free(s->members);
-    free(s->experts);
+    free(s->first_panels);
+    nxb_groups_free(&s->groups);
     free(s);
     own->products = NULL;
 }

@@ -62,8 +62,6 @@ int nxb_ours_insert(nxb_run *, gx_graph_value *view, int begin, int end);
 int nxb_ours_product_as(nxb_run *, int node, gx_tensor *as, size_t n, bool again);
 /* `node` was computed apart from the graph: compute what comes after it. */
 int nxb_ours_after(nxb_run *, int node);
-/* Whether operations of ours have failed since the last call; the model has the error. */
-int nxb_ours_outcome(nxb_run *);
 
 /* Make `node`, a copy of a node, a custom one that calls `function` on every thread of the delegate. */
 typedef void (*nxb_custom_function)(gx_tensor *node, int ith, int nth, void *argument);
