@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nexus_ext.formats import open_gguf
-from tests.synth import Tensor, write_gguf
+from nexus_ext.testing.synthetic import Tensor, write_gguf
 from tests.synth.nxf import CHUNK, Draft, draft_of
 
 Change = Callable[[Draft], None]

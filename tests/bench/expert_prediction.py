@@ -28,9 +28,9 @@ from nexus_ext.placement import PlanRequest
 from nexus_ext.runtime.bench import drop_files
 from nexus_ext.runtime.planning import plan_model
 from nexus_ext.runtime.worker import device_read_bytes
+from nexus_ext.testing.synthetic import MoeDims, write_moe
 from nexus_ext.units import format_bytes
 from tests.integration.test_experts import cached, core_model
-from tests.synth import MoeDims, write_moe
 
 SIDES = ("none", "gate", "previous", "popular")
 WARMUP = 40  # tokens that fill the cache

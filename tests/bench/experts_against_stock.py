@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.synth import MoeDims, write_moe
+from nexus_ext.testing.synthetic import MoeDims, write_moe
 
 DIMS = MoeDims(
     n_layers=26,

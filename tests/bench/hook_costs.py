@@ -24,9 +24,9 @@ from nexus_ext.multiplexer.eviction import Holder, Memory
 from nexus_ext.plugin_registry import GROUP
 from nexus_ext.plugins import Plugins
 from nexus_ext.policies import IoInfo, Routing
+from nexus_ext.testing.synthetic import MoeDims, write_moe
 from tests.integration.streaming import prompt
 from tests.integration.test_experts import cached
-from tests.synth import MoeDims, write_moe
 
 # As many decisions as a token of a large mixture (Qwen3-30B-A3B: 48 layers, 8 of 128 experts).
 DIMS = MoeDims(n_layers=48, n_embd=64, n_ff=32, n_heads=2, n_heads_kv=1, n_experts=128, n_used=8)

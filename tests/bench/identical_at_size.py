@@ -25,8 +25,8 @@ import numpy as np
 
 from nexus_ext import Llama
 from nexus_ext.runtime.stock import stock_llama
+from nexus_ext.testing.synthetic import llama_dims_for_size, write_llama
 from nexus_ext.units import parse_bytes
-from tests.synth import llama_dims_for_size, write_llama
 
 PROMPTS = (1, 7, 64, 600)
 BUDGETS = (30, 60, 90)  # percent of the file

@@ -371,7 +371,7 @@ def main() -> int:
         return _child(args.child)
     if args.alone:
         return _alone(args.alone)
-    from tests.synth import llama_dims_for_size, write_llama
+    from nexus_ext.testing.synthetic import llama_dims_for_size, write_llama
 
     with tempfile.TemporaryDirectory(prefix="nexus-bench-", dir=args.dir) as directory:
         paths = {}

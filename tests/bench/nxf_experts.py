@@ -24,7 +24,7 @@ from nexus_ext.formats import open_model
 from nexus_ext.formats.nxf_convert import to_nxf
 from nexus_ext.formats.nxf_layout import Rules
 from nexus_ext.formats.sources import open_source
-from tests.synth import MoeDims, write_moe
+from nexus_ext.testing.synthetic import MoeDims, write_moe
 
 DIMS = MoeDims(
     n_layers=4,

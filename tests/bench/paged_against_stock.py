@@ -16,8 +16,8 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+from nexus_ext.testing.synthetic import llama_dims_for_size, write_llama
 from nexus_ext.units import parse_bytes
-from tests.synth import llama_dims_for_size, write_llama
 
 
 def main() -> int:

@@ -27,8 +27,8 @@ from nexus_ext.formats.nxf_convert import to_nxf
 from nexus_ext.formats.nxf_layout import Rules
 from nexus_ext.formats.nxf_verify import check_file
 from nexus_ext.formats.sources import open_source
+from nexus_ext.testing.synthetic import MoeDims, write_moe
 from tests.attacks.nxf import ATTACKS, valid
-from tests.synth import MoeDims, write_moe
 
 # What a reader may say of a file; anything else is a defect. A codec that is not known is a
 # UsageError of the reader of its chunks, and check_file does not raise it.

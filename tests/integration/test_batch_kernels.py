@@ -12,11 +12,11 @@ import pytest
 
 from nexus_ext.runtime import backend
 from nexus_ext.runtime.batch import Row
+from nexus_ext.testing.synthetic import MoeDims, write_llama, write_moe
 from tests.integration.alone import Alone
 from tests.integration.streaming import logits, prompt, stock
 from tests.integration.test_batch import Opened, prefill
 from tests.integration.test_experts import cached
-from tests.synth import MoeDims, write_llama, write_moe
 
 DIMS = MoeDims(n_ff=128, n_experts=16, n_used=3)
 

@@ -25,10 +25,10 @@ from nexus_ext.runtime.elastic import ElasticModel
 from nexus_ext.runtime.own_kernels import same_bits
 from nexus_ext.runtime.quantize import quantize
 from nexus_ext.runtime.residual import make_residuals
+from nexus_ext.testing.synthetic import MoeDims, write_moe
 from nexus_ext.units import MIB
 from tests.integration.alone import Alone
 from tests.integration.mux import a_prompt, answer, multiplexer, run
-from tests.synth import MoeDims, write_moe
 
 SHAPE = Shape(n_seq=2, n_ctx=256, n_ubatch=64, n_threads=2)
 MODELS = Path(__file__).resolve().parents[1] / "models"

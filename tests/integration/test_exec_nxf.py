@@ -17,8 +17,8 @@ from nexus_ext.formats.nxf_layout import Rules
 from nexus_ext.formats.sources import open_source
 from nexus_ext.hardware.mounts import Mount
 from nexus_ext.runtime import view
+from nexus_ext.testing.synthetic import MoeDims, write_moe
 from tests.models_folder import find_model
-from tests.synth import MoeDims, write_moe
 
 PROGRAM = [sys.executable, str(Path(__file__).with_name("foreign_program.py"))]
 NEXUS = [sys.executable, "-m", "nexus_ext.cli", "exec", "-c", "128"]

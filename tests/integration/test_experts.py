@@ -22,10 +22,10 @@ from nexus_ext.errors import ReadFailed
 from nexus_ext.placement import Plan, PlanRequest
 from nexus_ext.runtime.planning import plan_model
 from nexus_ext.testing import expert_plan
+from nexus_ext.testing.synthetic import MoeDims, write_moe
 from nexus_ext.types import Role
 from tests.integration.streaming import Bits, logits, prompt, stock
 from tests.models_folder import find_model
-from tests.synth import MoeDims, write_moe
 
 TINY: dict[str, Any] = {
     "n_ctx": 128,

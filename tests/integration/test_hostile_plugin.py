@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from nexus_ext.plugins import Plugins
+from nexus_ext.testing.synthetic import write_moe
 from tests.cli_support import call
 from tests.hook_plugins import installer
 from tests.hostile import MODES, hostile_plugins
@@ -20,7 +21,6 @@ from tests.integration.mux import a_prompt, answer, multiplexer, run, takes
 from tests.integration.streaming import Bits, logits, paged, prompt
 from tests.integration.test_experts import cached
 from tests.models_folder import find_model
-from tests.synth import write_moe
 
 DENSE = find_model("stories260K-q4_0.gguf")
 

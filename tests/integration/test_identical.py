@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nexus_ext.testing.synthetic import write_llama, write_moe
 from tests.integration.streaming import Bits, logits, paged, prompt, stock
 from tests.models_folder import find_model
-from tests.synth import write_llama, write_moe
 
 MODELS = [
     "stories260K-f32.gguf",

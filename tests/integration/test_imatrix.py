@@ -17,9 +17,9 @@ from nexus_ext.quality.importance import Importance, ImportanceMatrix
 from nexus_ext.runtime.imatrix import collect_imatrix, load_imatrix, save_imatrix
 from nexus_ext.runtime.planning import plan_model
 from nexus_ext.runtime.predictions import opened, text_windows
+from nexus_ext.testing.synthetic import MoeDims, write_moe
 from tests.models_folder import find_model
 from tests.stories import STORIES
-from tests.synth import MoeDims, write_moe
 
 N_CTX = 64
 

@@ -14,10 +14,10 @@ import pytest
 from nexus_ext import hookimpl
 from nexus_ext.policies import EvictionAsk, LayerCachePolicy, LayerPredictor, NativePolicy
 from nexus_ext.testing import load_plugins
+from nexus_ext.testing.synthetic import MoeDims, write_moe
 from tests.integration.streaming import Bits
 from tests.integration.test_experts import assert_equal, cached, core_model, reference
 from tests.native_plugin import LRU, compiled, native
-from tests.synth import MoeDims, write_moe
 
 DIMS = MoeDims(n_experts=12, n_used=3)
 SLOTS = 5

@@ -23,6 +23,7 @@ from nexus_ext.placement import PlanRequest, memory
 from nexus_ext.runtime.batch import Row
 from nexus_ext.runtime.manifest import VERIFY_VARIABLE
 from nexus_ext.runtime.planning import plan_model
+from nexus_ext.testing.synthetic import MoeDims, write_llama, write_moe
 from nexus_ext.types import Chunk
 from tests.cli_support import call
 from tests.integration.alone import Alone
@@ -30,7 +31,6 @@ from tests.integration.streaming import Bits, logits, paged, prompt, stock
 from tests.integration.test_batch import Opened, prefill
 from tests.integration.test_experts import cached
 from tests.models_folder import find_model
-from tests.synth import MoeDims, write_llama, write_moe
 
 SMALL: dict[str, Any] = {"n_ctx": 256, "n_batch": 256, "n_ubatch": 64}
 TINY_LENGTHS = (1, 40)

@@ -17,10 +17,10 @@ from nexus_ext.runtime.blueprint import Options, blueprint
 from nexus_ext.runtime.elastic import ElasticModel
 from nexus_ext.runtime.own_kernels import same_bits
 from nexus_ext.runtime.residual import make_residuals
+from nexus_ext.testing.synthetic import MoeDims, write_llama, write_moe
 from tests.integration.alone import Alone
 from tests.integration.streaming import SMALL, logits, paged, prompt, stock
 from tests.models_folder import find_model
-from tests.synth import MoeDims, write_llama, write_moe
 
 TOKENS = prompt(40, 300)
 MODELS = ["bitllama-3M-tq2_0.gguf", "bitllama-3M-tq1_0.gguf"]

@@ -21,9 +21,9 @@ from nexus_ext.formats.nxf_layout import Rules
 from nexus_ext.formats.sources import open_source
 from nexus_ext.policies import NativePolicy
 from nexus_ext.runtime.streamed_codecs import know_codec
+from nexus_ext.testing.synthetic import write_llama
 from tests.integration.streaming import Bits, logits, paged, prompt, stock
 from tests.native_plugin import compiled, native
-from tests.synth import write_llama
 
 SMALL: dict[str, Any] = {"n_ctx": 128, "n_batch": 128, "n_ubatch": 64}
 STREAMED = r"blk\.1\.ffn_up\.weight"

@@ -18,9 +18,9 @@ from nexus_ext.plugin_registry import PluginRecord
 from nexus_ext.plugins import Plugins
 from nexus_ext.policies import KernelInfo
 from nexus_ext.testing import load_plugins, use_plugins
+from nexus_ext.testing.synthetic import write_llama
 from tests.integration.streaming import SMALL, Bits, logits, prompt, stock
 from tests.native_plugin import compiled, native
-from tests.synth import write_llama
 
 TOKENS = prompt(40, 400)
 ARGUMENTS: dict[str, Any] = {**SMALL, "n_ctx": 128, "n_batch": 128, "logits_all": True}

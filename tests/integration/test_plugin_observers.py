@@ -14,11 +14,11 @@ from nexus_ext.multiplexer.settings import ModelSpec
 from nexus_ext.plugins import Plugins
 from nexus_ext.policies import ModelInfo, RequestInfo, RequestStart, Routing
 from nexus_ext.testing import load_plugins
+from nexus_ext.testing.synthetic import MoeDims, write_moe
 from tests.integration.mux import a_prompt, answer, multiplexer, run, takes
 from tests.integration.streaming import paged, prompt
 from tests.integration.test_experts import cached, core_model
 from tests.models_folder import find_model
-from tests.synth import MoeDims, write_moe
 
 STORIES = find_model("stories260K-q4_0.gguf")
 SMALL: dict[str, Any] = {"n_ctx": 64, "n_batch": 64, "n_ubatch": 32, "logits_all": False}

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from nexus_ext.testing.synthetic import write_llama
 from tests.clean_environment import CleanEnvironment
-from tests.synth import write_llama
 
 
 @pytest.fixture(scope="module")

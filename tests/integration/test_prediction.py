@@ -10,6 +10,7 @@ import pytest
 
 from nexus_ext import core
 from nexus_ext.errors import FormatError, ReadFailed
+from nexus_ext.testing.synthetic import MoeDims, write_moe
 from tests.integration.streaming import logits, prompt, stock
 from tests.integration.test_experts import (
     LENGTHS,
@@ -23,7 +24,6 @@ from tests.integration.test_experts import (
     tensors_of,
 )
 from tests.models_folder import find_model
-from tests.synth import MoeDims, write_moe
 
 CASES: dict[str, dict[str, Any]] = {
     "mixtral": {"arch": "llama"},

@@ -13,9 +13,9 @@ from nexus_ext.formats import open_model
 from nexus_ext.placement.experts import groups, slot_bytes
 from nexus_ext.routing import RoutingTrace, TracedLayer
 from nexus_ext.testing import load_plugins, use_plugins
+from nexus_ext.testing.synthetic import MoeDims, write_moe
 from tests.bench.plugins_path import add_plugins
 from tests.integration.test_experts import assert_equal, cached, core_model, reference
-from tests.synth import MoeDims, write_moe
 
 add_plugins()
 

@@ -17,11 +17,11 @@ from nexus_ext.errors import FormatError, ModelNotFound, NexusError, UsageError
 from nexus_ext.store.hub import DownloadFailed, Hub, RemoteFile, known_token
 from nexus_ext.store.own import OwnStore
 from nexus_ext.store.pull import Progress, choose, parse_reference, pull
+from nexus_ext.testing.synthetic import write_llama
 from tests.cli_support import call
 from tests.fake_engine import FakeEngine
 from tests.models_folder import find_model
 from tests.server_support import client_of, library_with, lines
-from tests.synth import write_llama
 
 COMMIT = "c0ffee" * 6 + "abcd"
 REPO = "user/tiny-GGUF"

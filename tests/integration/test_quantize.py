@@ -30,10 +30,10 @@ from nexus_ext.runtime import (
 from nexus_ext.runtime import quantize as quantize_module
 from nexus_ext.runtime.quantize import base_name, planned_types, quantize, type_named
 from nexus_ext.runtime.weights import Weights
+from nexus_ext.testing.synthetic import write_llama
 from tests.cli_support import call
 from tests.models_folder import find_model
 from tests.stories import STORIES
-from tests.synth import write_llama
 
 MATRIX = "blk.1.ffn_down.weight"
 

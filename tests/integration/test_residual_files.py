@@ -29,10 +29,10 @@ from nexus_ext.runtime.residual import (
 )
 from nexus_ext.runtime.residual_tuning import SHARES
 from nexus_ext.runtime.weights import Weights
+from nexus_ext.testing.synthetic import MoeDims, write_moe
 from tests.cli_support import call
 from tests.models_folder import find_model
 from tests.stories import STORIES
-from tests.synth import MoeDims, write_moe
 
 REQUEST = PlanRequest(n_ctx=64, n_batch=64, n_ubatch=64, n_threads=2, gpu_bytes=0, logits_all=True)
 SMALL: dict[str, Any] = {"n_ctx": 64, "n_threads": 2, "n_gpu_layers": 0, "verbose": False}

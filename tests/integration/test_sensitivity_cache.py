@@ -11,8 +11,8 @@ import pytest
 from nexus_ext.errors import FormatError
 from nexus_ext.quality.importance import ImportanceMatrix
 from nexus_ext.runtime import allocation, sensitivity, sensitivity_cache
+from nexus_ext.testing.synthetic import write_llama
 from tests.stories import STORIES
-from tests.synth import write_llama
 
 MATRIX = "blk.1.ffn_down.weight"
 

@@ -17,10 +17,10 @@ from nexus_ext.placement.experts import groups, slot_bytes
 from nexus_ext.placement.plan import ExpertCache
 from nexus_ext.routing import RoutingTrace, TracedLayer, replay
 from nexus_ext.runtime.planning import plan_model
+from nexus_ext.testing.synthetic import MoeDims, write_moe
 from tests.cli_support import call, hardware_file
 from tests.integration.streaming import prompt
 from tests.models_folder import model_folders
-from tests.synth import MoeDims, write_moe
 
 TRAINED = "tinymoe-41M-Q4_K_M.gguf"
 N_TOKENS = 200

@@ -18,8 +18,8 @@ from nexus_ext.placement import PlanRequest
 from nexus_ext.runtime import verify
 from nexus_ext.runtime.verify import Verification, plan_to_verify, verify_model
 from nexus_ext.runtime.worker import Job, run_worker
+from nexus_ext.testing.synthetic import MoeDims, write_moe
 from tests.models_folder import find_model
-from tests.synth import MoeDims, write_moe
 
 REQUEST = PlanRequest(n_ctx=128, n_batch=32, n_ubatch=16, n_threads=2, gpu_bytes=0)
 

@@ -16,11 +16,11 @@ from nexus_ext import Llama
 from nexus_ext.errors import FormatError
 from nexus_ext.runtime import popularity
 from nexus_ext.runtime.popularity import MOST, Popularity, load, popularity_file, store
+from nexus_ext.testing.synthetic import MoeDims, write_moe
 from nexus_ext.types import Role
 from tests.cli_support import call
 from tests.integration.streaming import logits, prompt
 from tests.integration.test_experts import assert_equal, cached, core_model, reference
-from tests.synth import MoeDims, write_moe
 
 KEY = "f" * 32
 

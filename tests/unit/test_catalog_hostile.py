@@ -16,8 +16,8 @@ from nexus_ext.errors import FormatError
 from nexus_ext.formats import open_gguf
 from nexus_ext.formats.bounded import HEADER_LIMIT_BYTES
 from nexus_ext.formats.ggml_types import ggml_types
+from nexus_ext.testing.synthetic import Tensor, Value, write_gguf
 from nexus_ext.testing.synthetic.container import encode_header
-from tests.synth import Tensor, Value, write_gguf
 
 ALLOCATION_LIMIT_BYTES = 4 << 20
 F32, Q4_0 = 0, 2

@@ -12,8 +12,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 from nexus_ext.formats import open_gguf
 from nexus_ext.formats.ggml_types import ggml_types
 from nexus_ext.formats.gguf_header import ArraySize
+from nexus_ext.testing.synthetic import Tensor, Value, write_gguf, write_llama, write_moe
 from nexus_ext.types import Catalog, Role
-from tests.synth import Tensor, Value, write_gguf, write_llama, write_moe
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 MODELS = Path(os.environ.get("NEXUS_TEST_MODELS", _REPOSITORY.parent / "shared" / "models"))

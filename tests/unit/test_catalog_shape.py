@@ -8,8 +8,8 @@ import pytest
 
 from nexus_ext.errors import FormatError
 from nexus_ext.formats import open_gguf
+from nexus_ext.testing.synthetic import Tensor, Typed, Value, write_gguf, write_moe
 from nexus_ext.types import ModelShape
-from tests.synth import Tensor, Typed, Value, write_gguf, write_moe
 
 
 def shape_of(path: Path, pairs: dict[str, Value], names: tuple[str, ...] = ()) -> ModelShape:

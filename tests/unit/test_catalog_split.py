@@ -10,8 +10,8 @@ from gguf import GGUFReader
 
 from nexus_ext.errors import FormatError, ReadFailed
 from nexus_ext.formats import open_gguf
+from nexus_ext.testing.synthetic import Tensor, Typed, Value, write_gguf, write_llama, write_moe
 from nexus_ext.types import Catalog
-from tests.synth import Tensor, Typed, Value, write_gguf, write_llama, write_moe
 
 
 def write_split(directory: Path, *, parts: int = 3, alignment: int = 32) -> list[Path]:

@@ -13,10 +13,10 @@ from nexus_ext.cli.options import DEFAULT_CTX
 from nexus_ext.formats import open_gguf
 from nexus_ext.hardware import HardwareProfile
 from nexus_ext.placement import Plan
+from nexus_ext.testing.synthetic import write_llama, write_moe, write_preset
 from nexus_ext.units import parse_bytes
 from tests.cli_support import COMMAND, Done, call, hardware_file, run
 from tests.models_folder import find_model
-from tests.synth import write_llama, write_moe, write_preset
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from safetensors.numpy import load_file
 from nexus_ext.errors import FormatError, UsageError
 from nexus_ext.formats import export
 from nexus_ext.formats.export import export_tensors
+from nexus_ext.testing.synthetic import Tensor, write_gguf, write_llama, write_moe
 from tests.cli_support import call
 from tests.models_folder import find_model
-from tests.synth import Tensor, write_gguf, write_llama, write_moe
 
 MODELS = (
     "stories260K-f32.gguf",

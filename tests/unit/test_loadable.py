@@ -12,8 +12,8 @@ import pytest
 from nexus_ext.errors import FormatError
 from nexus_ext.formats import open_model
 from nexus_ext.runtime.loadable import check_loadable
+from nexus_ext.testing.synthetic import write_llama, write_moe
 from nexus_ext.types import Catalog
-from tests.synth import write_llama, write_moe
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from nexus_ext.formats.nxf_layout import Rules
 from nexus_ext.formats.nxf_reader import NxfReader
 from nexus_ext.formats.nxf_verify import check_file
 from nexus_ext.formats.sources import NxfSource, open_source
+from nexus_ext.testing.synthetic import MoeDims, write_moe
 from tests.attacks.nxf import ATTACKS, valid
-from tests.synth import MoeDims, write_moe
 from tests.synth.nxf import Draft
 
 ALLOCATION_LIMIT_BYTES = 8 << 20

@@ -8,8 +8,8 @@ from pathlib import Path
 import xxhash
 
 from nexus_ext.formats import open_gguf, open_model
+from nexus_ext.testing.synthetic import MoeDims, write_llama, write_moe
 from nexus_ext.types import Role
-from tests.synth import MoeDims, write_llama, write_moe
 from tests.synth.nxf import draft_of
 
 

@@ -16,9 +16,9 @@ from nexus_ext.formats.nxf_convert import Report, to_gguf, to_nxf
 from nexus_ext.formats.nxf_layout import Order, Rules
 from nexus_ext.formats.nxf_reader import NxfReader
 from nexus_ext.formats.sources import NxfSource, open_source
+from nexus_ext.testing.synthetic import MoeDims, Tensor, write_gguf, write_llama, write_moe
 from nexus_ext.testing.synthetic.blocks import WEIGHT_TYPES, block_elements
 from tests.models_folder import model_folders
-from tests.synth import MoeDims, Tensor, write_gguf, write_llama, write_moe
 
 MODELS = sorted({p.name: p for f in model_folders() for p in f.glob("*.gguf")}.values())
 

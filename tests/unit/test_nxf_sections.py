@@ -14,7 +14,7 @@ from nexus_ext.formats.nxf_reader import NxfReader
 from nexus_ext.formats.nxf_verify import check_file
 from nexus_ext.formats.sections import WithSections
 from nexus_ext.formats.sources import NxfSource, open_source
-from tests.synth import MoeDims, write_moe
+from nexus_ext.testing.synthetic import MoeDims, write_moe
 
 
 def write(model: Path, target: Path, files: dict[str, bytes], *without: str) -> None:

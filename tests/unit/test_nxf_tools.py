@@ -12,8 +12,8 @@ from nexus_ext.formats import open_gguf, open_model
 from nexus_ext.formats.nxf_reader import NxfReader
 from nexus_ext.routing import RoutingTrace, TracedLayer
 from nexus_ext.routing.order import co_activation, record_order, runs_per_token
+from nexus_ext.testing.synthetic import MoeDims, write_moe
 from tests.cli_support import call
-from tests.synth import MoeDims, write_moe
 
 DIMS = MoeDims(n_layers=2, n_experts=8, n_used=2)
 

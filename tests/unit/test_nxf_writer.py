@@ -24,7 +24,7 @@ from nexus_ext.formats.nxf_layout import Rules
 from nexus_ext.formats.nxf_verify import check_file
 from nexus_ext.formats.nxf_writer import NxfWriter
 from nexus_ext.formats.sources import NxfSource, open_source
-from tests.synth import MoeDims, write_llama, write_moe
+from nexus_ext.testing.synthetic import MoeDims, write_llama, write_moe
 
 # Converts in a process of its own, which it kills when told to.
 CHILD = """

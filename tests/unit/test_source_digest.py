@@ -16,7 +16,7 @@ from nexus_ext.formats.nxf_convert import to_gguf, to_nxf
 from nexus_ext.formats.sections import WithSections
 from nexus_ext.formats.source_digest import SourceDigest
 from nexus_ext.formats.sources import GgufSource, NxfSource
-from tests.synth import MoeDims, write_moe
+from nexus_ext.testing.synthetic import MoeDims, write_moe
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,8 @@ from nexus_ext.store.library import default_root
 from nexus_ext.store.lm_studio import LmStudioStore
 from nexus_ext.store.ollama import OllamaStore
 from nexus_ext.store.own import OwnStore
+from nexus_ext.testing.synthetic import write_llama
 from tests.models_folder import find_model
-from tests.synth import write_llama
 
 DIMS = {"n_layers": 2, "n_embd": 64, "n_ff": 128, "n_heads": 4, "n_heads_kv": 2, "n_vocab": 300}
 

@@ -13,10 +13,16 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 
 from nexus_ext.formats import open_gguf
+from nexus_ext.testing.synthetic import (
+    LLAMA_PRESETS,
+    llama_dims_for_size,
+    write_llama,
+    write_moe,
+    write_preset,
+)
 from nexus_ext.testing.synthetic.blocks import WEIGHT_STD, WEIGHT_TYPES
 from nexus_ext.testing.synthetic.models import FUSED_ARCHITECTURES, MOE_ARCHITECTURES
 from nexus_ext.types import Role
-from tests.synth import LLAMA_PRESETS, llama_dims_for_size, write_llama, write_moe, write_preset
 from tests.synth.__main__ import main
 
 llama_cpp = pytest.importorskip("llama_cpp")
