@@ -15,7 +15,7 @@
 #include "nexus_predict.h"
 #include "walk.h"
 
-#define AHEAD 2   /* records that are read ahead for one token: those that are likeliest missed */
+#define AHEAD 3   /* records that are read ahead for one token: those that are likeliest missed */
 #define BESIDE 32 /* requests of other reads that spare reads for a batch are issued beside: any number */
 #define MOST_NODES 32 /* of a router, norm included */
 #define MOST_STEPS 24 /* on the way from the numbers of experts to the product with the router's matrix */
