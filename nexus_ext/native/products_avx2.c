@@ -1,84 +1,77 @@
-/* products_avx2.c: a row times up to eight columns, a register for each column. See nexus_products.h.
+/* products_avx2.c: sixteen rows, eight at a time, times a column. See nexus_products.h.
  *
  * Without an instruction that adds four products of bytes, two steps do it: pairs into 16 bits, then pairs of
- * those. Weights of up to 12 are multiplied by y + 128, as products_avx512.c does. Larger ones would not fit
- * into 16 bits like that: they give their sign to y first, as ggml does.
+ * those. Weights that would not fit into 16 bits with an offset have none: they give their sign to the column
+ * first, as in ggml.
  */
 #include "products_internal.h"
 
 #include "kernels_internal.h"
 
 #if defined(__x86_64__)
-#include <stdbool.h>
+#include <immintrin.h>
 
 #define INLINE NX_TARGET_AVX2 static inline __attribute__((always_inline))
-#include "products_blocks.h"
+#define ROWS 8
 
-/* Add a block of `n` columns to `sums`, eight for each column. */
-INLINE void add(block b, bool small, const nx_panel_block *columns, int n, __m256 *sums) {
-    const __m256i ones = _mm256_set1_epi16(1), high = _mm256_set1_epi8(-128);
-    const __m256i sizes = _mm256_sign_epi8(b.weights, b.weights);
-    const __m256i more = small ? _mm256_madd_epi16(_mm256_maddubs_epi16(high, b.weights), ones) : ones;
-    for (int c = 0; c < n; c++) {
-        const __m256i y = _mm256_load_si256((const __m256i *)columns->values[c]);
-        const __m256i pairs =
-            small ? _mm256_maddubs_epi16(y, b.weights)
-                  : _mm256_maddubs_epi16(sizes, _mm256_sign_epi8(_mm256_xor_si256(y, high), b.weights));
-        __m256i sum = _mm256_madd_epi16(pairs, ones);
-        if (small) sum = _mm256_sub_epi32(sum, more);
-        const __m256 scale = _mm256_mul_ps(_mm256_set1_ps(b.scale), _mm256_broadcast_ss(&columns->scales[c]));
-        sums[c] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(sum), sums[c]);
+/* The blocks from `first` on, each `step`th, of rows from `row` on. */
+INLINE void sum(const nx_rows_block *rows, int row, size_t n_blocks, size_t first, size_t step, bool has_offset,
+                const nx_column_block *column, __m256 *out) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int g = 0; g < NX_PRODUCT_GROUPS; g++) out[g] = _mm256_setzero_ps();
+    for (size_t b = first; b < n_blocks; b += step) {
+        const nx_column_block *y = &column[b];
+        const __m256 scales = _mm256_mul_ps(_mm256_load_ps(rows[b].scales + row), _mm256_set1_ps(y->scale));
+#pragma GCC unroll 8
+        for (int g = 0; g < NX_PRODUCT_GROUPS; g++) {
+            const __m256i weights = _mm256_load_si256((const __m256i *)rows[b].weights[g][row]);
+            const __m256i values = _mm256_set1_epi32(y->values[g]);
+            __m256i products;
+            if (has_offset) {
+                products = _mm256_madd_epi16(_mm256_maddubs_epi16(weights, values), ones);
+                products = _mm256_add_epi32(products, _mm256_set1_epi32(y->less[g]));
+            } else {
+                const __m256i signed_values = _mm256_sign_epi8(values, weights);
+                products = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(weights), signed_values), ones);
+            }
+            out[g] = _mm256_fmadd_ps(scales, _mm256_cvtepi32_ps(products), out[g]);
+        }
     }
 }
 
-/* Blocks one after the other. */
-INLINE void one_by_one(unpack *block_at, size_t bytes, bool small, const uint8_t *row, size_t n_blocks,
-                       const nx_panel_block *panel, int n, float *out) {
-    __m256 sums[NX_PANEL_COLUMNS];
-    for (int c = 0; c < n; c++) sums[c] = _mm256_setzero_ps();
-    for (size_t b = 0; b < n_blocks; b++) add(block_at(row + b * bytes), small, &panel[b], n, sums);
-    for (int c = 0; c < n; c++) out[c] = total(sums[c]);
+/* ggml's tree. */
+INLINE __m256 total(const __m256 *s) {
+    __m256 four[4];
+    for (int g = 0; g < 4; g++) four[g] = _mm256_add_ps(s[g + 4], s[g]);
+    return _mm256_add_ps(_mm256_add_ps(four[0], four[2]), _mm256_add_ps(four[1], four[3]));
 }
 
-/* Even and odd blocks apart. */
-INLINE void two_by_two(unpack *block_at, size_t bytes, bool small, const uint8_t *row, size_t n_blocks,
-                       const nx_panel_block *panel, int n, float *out) {
-    __m256 even[NX_PANEL_COLUMNS], odd[NX_PANEL_COLUMNS];
-    for (int c = 0; c < n; c++) even[c] = odd[c] = _mm256_setzero_ps();
-    for (size_t b = 0; b + 1 < n_blocks; b += 2) {
-        add(block_at(row + b * bytes), small, &panel[b], n, even);
-        add(block_at(row + (b + 1) * bytes), small, &panel[b + 1], n, odd);
-    }
-    for (int c = 0; c < n; c++) out[c] = total(_mm256_add_ps(even[c], odd[c]));
-}
-
-/* The number of columns is a constant in each of the three, so that sums stay in registers. */
-#define KERNEL(type, bytes, small, order)                                                                    \
-    NX_TARGET_AVX2 static void row_##type(const uint8_t *row, size_t n, const nx_panel_block *panel,         \
-                                          size_t n_columns, float *out) {                                    \
-        if (n_columns <= 2) order(type, bytes, small, row, n, panel, 2, out);                                \
-        else if (n_columns <= 4) order(type, bytes, small, row, n, panel, 4, out);                           \
-        else order(type, bytes, small, row, n, panel, 8, out);                                               \
-    }
-
-KERNEL(q4_0, 18, true, one_by_one)
-KERNEL(q8_0, 34, false, one_by_one)
-KERNEL(iq4_nl, 18, false, two_by_two)
-KERNEL(mxfp4, 17, true, two_by_two)
-
-nx_product_kernel nx_products_avx2(nx_product_type type) {
-    switch (type) {
-    case NX_PRODUCT_Q4_0: return row_q4_0;
-    case NX_PRODUCT_Q8_0: return row_q8_0;
-    case NX_PRODUCT_IQ4_NL: return row_iq4_nl;
-    case NX_PRODUCT_MXFP4: return row_mxfp4;
-    default: return NULL;
+INLINE void multiply(const nx_rows_block *rows, size_t n_blocks, bool two_sums, bool has_offset,
+                     const nx_column_block *column, float *out) {
+    for (int row = 0; row < NX_PRODUCT_ROWS; row += ROWS) {
+        __m256 even[NX_PRODUCT_GROUPS];
+        sum(rows, row, n_blocks, 0, two_sums ? 2 : 1, has_offset, column, even);
+        if (two_sums) {
+            __m256 odd[NX_PRODUCT_GROUPS];
+            sum(rows, row, n_blocks, 1, 2, has_offset, column, odd);
+            for (int g = 0; g < NX_PRODUCT_GROUPS; g++) even[g] = _mm256_add_ps(even[g], odd[g]);
+        }
+        _mm256_storeu_ps(out + row, total(even));
     }
 }
+
+NX_TARGET_AVX2 static void kernel(const nx_rows_block *rows, size_t n_blocks, nx_product_form form,
+                                  const nx_column_block *const *columns, size_t n_columns, float *const *out) {
+    for (size_t c = 0; c < n_columns; c++) {
+        if (form.two_sums && form.offset) multiply(rows, n_blocks, true, true, columns[c], out[c]);
+        else if (form.two_sums) multiply(rows, n_blocks, true, false, columns[c], out[c]);
+        else if (form.offset) multiply(rows, n_blocks, false, true, columns[c], out[c]);
+        else multiply(rows, n_blocks, false, false, columns[c], out[c]);
+    }
+}
+
+nx_product_kernel nx_products_avx2(void) { return kernel; }
 
 #else
-nx_product_kernel nx_products_avx2(nx_product_type type) {
-    (void)type;
-    return NULL;
-}
+nx_product_kernel nx_products_avx2(void) { return NULL; }
 #endif

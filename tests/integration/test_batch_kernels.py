@@ -52,6 +52,24 @@ def test_prompts_take_them_and_tokens_do_not(kind: str, slots: int, tmp_path: Pa
                     assert (n_products > 0) == (n == 50)
 
 
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_waves_of_every_size_leave_the_rows_of_others_alone(n_threads: int, tmp_path: Path) -> None:
+    """Each computes some rows of a batch in place."""
+    path = tmp_path / "model.gguf"
+    write_moe(path, dims=DIMS, arch="gpt-oss", expert_quant="Q4_0")
+    options = {"n_threads": n_threads, "n_threads_batch": n_threads, "n_ubatch": 64}
+    tokens = prompt(60, DIMS.n_vocab)
+    with stock(path, **options) as llm:
+        expected = logits(llm, tokens, 2)
+    for wave in (1, 2, 5):
+        for slots in (0, 3, 9):
+            with cached(path, slots, wave=wave, **options) as llm:
+                for _ in range(2):
+                    seen, n_products = products_of(llm, tokens)
+                    assert np.array_equal(seen, expected), f"{slots} slots, waves of {wave}"
+                    assert n_products > 3 * DIMS.n_layers, "several waves a product"
+
+
 def test_what_is_pinned_is_computed_by_them_within_its_segment(tmp_path: Path) -> None:
     """Gate and up share what was rounded and packed; nothing of the experts is streamed."""
     from nexus_ext import Llama

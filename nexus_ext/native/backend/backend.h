@@ -30,6 +30,9 @@ typedef struct nxb_backend {
     struct nxb_use *uses;
     size_t uses_capacity;
     struct nxb_ours *ours; /* operations of our own, see ours.c */
+    struct nxb_run *computing; /* while the delegate does */
+    void *wave_memory;         /* see experts.c */
+    size_t wave_bytes;
     nxb_failure failure;
     struct nxb_products *products; /* the same, see products.c; NULL until there is one */
     struct nxb_predictor *predictor; /* see predict.c; NULL until something is predicted */

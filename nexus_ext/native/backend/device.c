@@ -285,6 +285,7 @@ static void backend_free(gx_backend *b) {
     gx.backend_free(own->cpu);
     gx.free(own->ctx);
     free(own->uses);
+    free(own->wave_memory);
     nxb_ours_free(own);
     nxb_products_free(own);
     nxb_predictor_free(own->predictor);
@@ -300,8 +301,10 @@ static const gx_backend_i backend_iface = {
 
 static uint8_t guid[16] = "nexus-ext-paged";
 
+/* Asked between two nodes, by the thread that waits for the computation. */
 static bool should_abort(void *ctx) {
     nxb_backend *own = ctx;
+    nxb_reads_go_on(own);
     return nx_interrupted() || (own->abort && own->abort(own->abort_ctx));
 }
 

@@ -88,8 +88,8 @@ static int no_scratch(nx_extent *e, uint64_t record_bytes) {
     return GX_ALLOC_FAILED;
 }
 
-/* One product in waves. Rows of the batch that go to the experts of a wave are gathered into a batch of
- * one expert a row. */
+/* One product in waves. The delegate gets the rows of the batch that go to the experts of a wave as a batch
+ * of its own, of one expert a row. */
 typedef struct waves {
     nxb_run *run;
     int node_index;
@@ -111,73 +111,126 @@ static void place_experts(waves *w, size_t first, size_t end) {
     }
 }
 
+static size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+/* Kept from product to product: fresh memory costs as much as a tenth of the computing. */
+static char *wave_memory(nxb_backend *own, size_t bytes) {
+    if (bytes <= own->wave_bytes) return own->wave_memory;
+    free(own->wave_memory);
+    own->wave_bytes = 0;
+    if (posix_memalign(&own->wave_memory, 64, bytes) != 0) own->wave_memory = NULL;
+    if (own->wave_memory) own->wave_bytes = bytes;
+    return own->wave_memory;
+}
+
 static int waves_init(waves *w, nxb_run *r, const nxb_use *use, const int32_t *experts, size_t n) {
     nx_extent *e = use->extent;
     const gx_tensor *node = r->nodes[use->node];
     *w = (waves){.run = r, .node_index = use->node, .node = node, .x = node->src[1], .ids = node->src[2], .extent = e,
                  .record_bytes = e->nbytes / (uint64_t)node->src[0]->ne[2], .experts = experts};
     const size_t n_picked = (size_t)(w->ids->ne[0] * w->ids->ne[1]);
-    w->place = malloc((size_t)w->node->src[0]->ne[2] * sizeof *w->place);
-    w->offsets = malloc(n * sizeof *w->offsets);
-    w->numbers = malloc(n_picked * sizeof *w->numbers);
-    w->rows = malloc(n_picked * sizeof *w->rows);
-    w->in = malloc(n_picked * (size_t)w->x->ne[0] * w->x->nb[0]);
-    w->out = malloc(n_picked * (size_t)w->node->ne[0] * w->node->nb[0]);
-    if (!w->place || !w->offsets || !w->numbers || !w->rows || !w->in || !w->out) return GX_ALLOC_FAILED;
+    const struct {
+        void *to; /* a pointer */
+        size_t bytes;
+    } parts[] = {{&w->place, (size_t)node->src[0]->ne[2] * sizeof *w->place},
+                 {&w->offsets, n * sizeof *w->offsets},
+                 {&w->numbers, n_picked * sizeof *w->numbers},
+                 {&w->rows, n_picked * sizeof *w->rows},
+                 {&w->in, n_picked * (size_t)w->x->ne[0] * w->x->nb[0]},
+                 {&w->out, n_picked * (size_t)node->ne[0] * node->nb[0]}};
+    const size_t n_parts = sizeof parts / sizeof *parts;
+    size_t bytes = 0;
+    for (size_t i = 0; i < n_parts; i++) bytes += aligned(parts[i].bytes);
+    char *at = wave_memory(r->own, bytes);
+    if (!at) return GX_ALLOC_FAILED;
+    for (size_t i = 0; i < n_parts; at += aligned(parts[i++].bytes)) memcpy(parts[i].to, &at, sizeof at);
     place_experts(w, 0, n);
     return GX_SUCCESS;
 }
 
-static void waves_free(waves *w) {
-    free(w->place);
-    free(w->offsets);
-    free(w->numbers);
-    free(w->rows);
-    free(w->in);
-    free(w->out);
+/* Experts [first, first + count) of the list, which are at `base`: by their order, or by their slots. */
+typedef struct wave {
+    size_t first, count;
+    const nx_group *slots; /* NULL: by their order */
+    void *base;
+    uint64_t stride;
+} wave;
+
+/* Where the expert is that takes pick k of the token; -1: not in this wave. */
+static int32_t number_in(const wave *v, const waves *w, int64_t token, int64_t k) {
+    const int32_t expert = picked(w->ids, token, k);
+    const size_t at = (size_t)w->place[expert];
+    if (at < v->first || at >= v->first + v->count) return -1;
+    return v->slots ? nx_expert_slot(v->slots, expert) : (int32_t)(at - v->first);
 }
 
-/* Compute with experts [first, first + count), which are at `base`: by their order, or by their slots. */
-static int compute_wave(waves *w, size_t first, size_t count, const nx_group *slots, void *base, uint64_t stride) {
+/* The batch as it is, with numbers for some picks only, where kernels of ours compute that. */
+static bool in_place(const waves *w, const gx_tensor *weight, const wave *v, gx_tensor *numbers, gx_tensor *result) {
+    const gx_tensor *ids = w->ids;
+    *numbers = *ids;
+    numbers->data = w->numbers;
+    numbers->nb[0] = sizeof *w->numbers;
+    numbers->nb[1] = (size_t)ids->ne[0] * sizeof *w->numbers;
+    numbers->nb[2] = numbers->nb[3] = (size_t)ids->ne[1] * numbers->nb[1];
+    *result = *w->node;
+    result->src[0] = (gx_tensor *)(uintptr_t)weight;
+    result->src[2] = numbers;
+    int64_t n_rows = 0;
+    for (int64_t t = 0; t < ids->ne[1]; t++)
+        for (int64_t k = 0; k < ids->ne[0]; k++) {
+            const int32_t number = number_in(v, w, t, k);
+            w->numbers[t * ids->ne[0] + k] = number;
+            n_rows += number >= 0;
+        }
+    return nxb_products_some(result, n_rows, (int64_t)v->count);
+}
+
+/* The rows of the wave, gathered. */
+static int64_t gather(waves *w, const wave *v, gx_tensor *input, gx_tensor *numbers, gx_tensor *result) {
     const gx_tensor *node = w->node, *x = w->x, *ids = w->ids;
     const size_t in_bytes = (size_t)x->ne[0] * x->nb[0], out_bytes = (size_t)node->ne[0] * node->nb[0];
     int64_t n_rows = 0;
     for (int64_t t = 0; t < ids->ne[1]; t++)
         for (int64_t k = 0; k < ids->ne[0]; k++) {
-            const int32_t expert = picked(ids, t, k);
-            const size_t at = (size_t)w->place[expert];
-            if (at < first || at >= first + count) continue;
+            const int32_t number = number_in(v, w, t, k);
+            if (number < 0) continue;
             /* x has one row for all k, or one for each. */
             memcpy(w->in + (size_t)n_rows * in_bytes,
                    (const char *)x->data + (size_t)(k % x->ne[1]) * x->nb[1] + (size_t)t * x->nb[2], in_bytes);
-            w->numbers[n_rows] = slots ? nx_expert_slot(slots, expert) : (int32_t)(at - first);
+            w->numbers[n_rows] = number;
             w->rows[n_rows][0] = t;
             w->rows[n_rows++][1] = k;
         }
-    gx_tensor weight = *node->src[0], input = *x, numbers = *ids, result = *node;
-    weight.data = base;
-    weight.ne[2] = (int64_t)(slots ? nx_group_slots(slots) : count);
-    weight.nb[2] = stride;
-    weight.nb[3] = stride * (uint64_t)weight.ne[2];
-    input.data = w->in;
-    input.ne[1] = 1;
-    input.ne[2] = n_rows;
-    input.nb[1] = input.nb[2] = in_bytes;
-    input.nb[3] = in_bytes * (size_t)n_rows;
-    numbers.data = w->numbers;
-    numbers.ne[0] = 1;
-    numbers.ne[1] = n_rows;
-    numbers.nb[0] = numbers.nb[1] = sizeof *w->numbers;
-    numbers.nb[2] = numbers.nb[3] = sizeof *w->numbers * (size_t)n_rows;
-    result.src[0] = &weight;
-    result.src[1] = &input;
-    result.src[2] = &numbers;
-    result.data = w->out;
-    result.ne[1] = 1;
-    result.ne[2] = n_rows;
-    result.nb[1] = result.nb[2] = out_bytes;
-    result.nb[3] = out_bytes * (size_t)n_rows;
+    *input = *x;
+    input->data = w->in;
+    input->ne[1] = 1;
+    input->ne[2] = n_rows;
+    input->nb[1] = input->nb[2] = in_bytes;
+    input->nb[3] = in_bytes * (size_t)n_rows;
+    numbers->ne[0] = 1;
+    numbers->ne[1] = n_rows;
+    numbers->nb[0] = numbers->nb[1] = sizeof *w->numbers;
+    numbers->nb[2] = numbers->nb[3] = sizeof *w->numbers * (size_t)n_rows;
+    result->src[1] = input;
+    result->data = w->out;
+    result->ne[1] = 1;
+    result->ne[2] = n_rows;
+    result->nb[1] = result->nb[2] = out_bytes;
+    result->nb[3] = out_bytes * (size_t)n_rows;
+    return n_rows;
+}
+
+static int compute_wave(waves *w, wave v) {
+    const gx_tensor *node = w->node;
+    gx_tensor weight = *node->src[0], input, numbers, result;
+    weight.data = v.base;
+    weight.ne[2] = (int64_t)(v.slots ? nx_group_slots(v.slots) : v.count);
+    weight.nb[2] = v.stride;
+    weight.nb[3] = v.stride * (uint64_t)weight.ne[2];
+    if (in_place(w, &weight, &v, &numbers, &result)) return nxb_ours_product_as(w->run, w->node_index, &result, 1, false);
+    const int64_t n_rows = gather(w, &v, &input, &numbers, &result);
     const int status = nxb_ours_product_as(w->run, w->node_index, &result, 1, false);
+    const size_t out_bytes = result.nb[1];
     for (int64_t i = 0; i < n_rows && status == GX_SUCCESS; i++)
         memcpy((char *)node->data + (size_t)w->rows[i][0] * node->nb[2] + (size_t)w->rows[i][1] * node->nb[1],
                w->out + (size_t)i * out_bytes, out_bytes);
@@ -187,19 +240,18 @@ static int compute_wave(waves *w, size_t first, size_t count, const nx_group *sl
 /* With experts of the decision that the cache holds. */
 static int records_wave(waves *w, uint32_t part, size_t first, size_t count) {
     const nxb_decision *d = &w->run->decision;
-    uint64_t stride;
-    void *base = nx_group_part(d->group, part, &stride);
-    return compute_wave(w, first, count, d->group, base, stride);
+    wave v = {.first = first, .count = count, .slots = d->group};
+    v.base = nx_group_part(d->group, part, &v.stride);
+    return compute_wave(w, v);
 }
 
 /* A scratch area that has room for one expert only. */
 static int one_by_one(waves *w, size_t begin, size_t end) {
     int status = GX_SUCCESS;
     for (size_t i = begin; i < end && status == GX_SUCCESS; i++) {
-        void *base;
-        uint64_t stride;
-        status = nxb_status(nx_fetch(w->extent->model, w->extent, &w->offsets[i], 1, w->record_bytes, &base, &stride));
-        if (status == GX_SUCCESS) status = compute_wave(w, i, 1, NULL, base, stride);
+        wave v = {.first = i, .count = 1};
+        status = nxb_status(nx_fetch(w->extent->model, w->extent, &w->offsets[i], 1, w->record_bytes, &v.base, &v.stride));
+        if (status == GX_SUCCESS) status = compute_wave(w, v);
     }
     return status;
 }
@@ -222,12 +274,10 @@ static int in_halves(waves *w, size_t begin, size_t end, size_t most, uint32_t p
     if (status == GX_SUCCESS && begin > 0) status = records_wave(w, part, 0, begin);
     unsigned half = 0;
     for (size_t first = begin; first < end && status == GX_SUCCESS; half = 1 - half) {
-        const size_t count = wave_size(first, end, most);
-        void *base;
-        uint64_t stride;
-        status = nxb_status(nx_fetch_wait(m, half, &base, &stride));
-        if (status == GX_SUCCESS) status = compute_wave(w, first, count, NULL, base, stride);
-        first += count;
+        wave v = {.first = first, .count = wave_size(first, end, most)};
+        status = nxb_status(nx_fetch_wait(m, half, &v.base, &v.stride));
+        if (status == GX_SUCCESS) status = compute_wave(w, v);
+        first += v.count;
         if (status != GX_SUCCESS || next >= end) continue;
         const size_t more = wave_size(next, end, most);
         status = nxb_status(nx_fetch_start(m, w->extent, half, w->offsets + next, more, w->record_bytes));
@@ -253,7 +303,6 @@ static int run_waves(nxb_run *r, const nxb_use *use, uint32_t part, const int32_
         if (n_held) status = records_wave(&w, part, 0, n_held);
         if (status == GX_SUCCESS) status = one_by_one(&w, n_held, n);
     }
-    waves_free(&w);
     return status;
 }
 
@@ -281,6 +330,7 @@ static int all_records(nxb_run *r, int node_index, uint32_t part, const gx_tenso
     numbers.nb[2] = numbers.nb[3] = (size_t)n_picked * sizeof *slots;
     result.src[0] = &weight;
     result.src[2] = &numbers;
+    (void)nxb_products_some(&result, n_picked, (int64_t)d->n);
     const int status = nxb_ours_product_as(r, node_index, &result, 1, false);
     free(slots);
     return status;
@@ -302,7 +352,6 @@ static int with_records(nxb_run *r, const nxb_use *use, uint32_t part, const gx_
         }
         if (status == GX_SUCCESS) status = records_wave(&w, part, first, done - first);
     }
-    waves_free(&w);
     return status;
 }
 

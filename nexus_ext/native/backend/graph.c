@@ -98,6 +98,11 @@ static int find_uses(run *r, size_t *n_uses) {
 
 /* -- computing ---------------------------------------------------------------------------------- */
 
+void nxb_reads_go_on(nxb_backend *own) {
+    for (size_t i = 0; own->computing && i < own->computing->n_models; i++)
+        (void)nx_reads_go_on(own->computing->models[i]);
+}
+
 static int stop_asked(void *ctx) {
     nxb_backend *own = ctx;
     return nx_interrupted() || (own->abort && own->abort(own->abort_ctx));
@@ -115,7 +120,9 @@ int nxb_status(nx_status status) {
 static int compute(run *r, gx_graph *graph, int first_node) {
     const int idle = r->n_models ? nx_reads_go_on(r->models[0]) : 0;
     const uint64_t begin = nx_now_ns();
+    r->own->computing = r;
     const int status = gx.backend_graph_compute_async(r->own->cpu, graph);
+    r->own->computing = NULL;
     if (r->n_models) nx_note_compute(r->models[0], (uint32_t)first_node, nx_now_ns() - begin);
     if (idle) nx_note_idle(r->models[0], nx_now_ns() - begin);
     if (!r->own->failure.failed) return status;

@@ -34,7 +34,7 @@ static int32_t expert_of(const gx_tensor *ids, int64_t row) {
     return e;
 }
 
-void nxb_groups_sort(nxb_groups *g, const gx_tensor *node, int64_t n_rows, nxb_failure *failure) {
+void nxb_groups_sort(nxb_groups *g, const gx_tensor *node, int64_t n_rows, bool some, nxb_failure *failure) {
     const gx_tensor *ids = node->src[2];
     const int64_t n_experts = node->src[0]->ne[2];
     uint32_t *counts = g->starts; /* shifted by one: later where the next row of expert e goes */
@@ -43,6 +43,7 @@ void nxb_groups_sort(nxb_groups *g, const gx_tensor *node, int64_t n_rows, nxb_f
     for (int pass = 0; pass < 2; pass++) {
         for (int64_t i = 0; i < n_rows; i++) {
             const int32_t e = expert_of(ids, i);
+            if (some && e < 0) continue;
             if (e < 0 || e >= n_experts) {
                 if (!failure->failed)
                     nx_error_set(&failure->error, NX_E_INVALID, 0, "the router asks for expert %d of %s, which has %lld",
@@ -56,6 +57,7 @@ void nxb_groups_sort(nxb_groups *g, const gx_tensor *node, int64_t n_rows, nxb_f
         for (int64_t e = 0; e < n_experts && pass == 0; e++) counts[e + 2] += counts[e + 1];
     }
     /* now counts[e] is where expert e begins and counts[e + 1] where it ends */
+    const uint32_t n_sorted = counts[n_experts];
     size_t used = 0;
     for (int64_t e = 0; e < n_experts; e++) {
         const uint32_t begin = counts[e], end = counts[e + 1];
@@ -63,6 +65,6 @@ void nxb_groups_sort(nxb_groups *g, const gx_tensor *node, int64_t n_rows, nxb_f
         counts[used] = begin; /* used <= e: nothing that is still needed */
         g->experts[used++] = (uint32_t)e;
     }
-    counts[used] = (uint32_t)n_rows;
+    counts[used] = n_sorted;
     g->n_experts = used;
 }

@@ -13,8 +13,9 @@ typedef struct nxb_groups {
 
 bool nxb_groups_reserve(nxb_groups *, size_t n_rows, size_t n_experts);
 /* Sort the numbers in src[2] of the node, or, without them, `n_rows` rows of the only matrix. A number that
- * is no expert's is noted as a failure; then there are no groups, and nothing is computed with them. */
-void nxb_groups_sort(nxb_groups *, const gx_tensor *node, int64_t n_rows, nxb_failure *);
+ * is no expert's is noted as a failure; then there are no groups, and nothing is computed with them. `some`:
+ * rows with negative numbers are left out. */
+void nxb_groups_sort(nxb_groups *, const gx_tensor *node, int64_t n_rows, bool some, nxb_failure *);
 void nxb_groups_free(nxb_groups *);
 
 #endif

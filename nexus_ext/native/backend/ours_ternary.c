@@ -131,7 +131,7 @@ static void group(gx_tensor *node, int ith, int nth, void *argument) {
     (void)nth;
     if (ith != 0) return;
     nxb_ours *ours = ((const job *)argument)->ours;
-    nxb_groups_sort(&ours->groups, node, node->src[2]->ne[0] * node->src[2]->ne[1], ours->failure);
+    nxb_groups_sort(&ours->groups, node, node->src[2]->ne[0] * node->src[2]->ne[1], false, ours->failure);
 }
 
 /* Rows [begin, end) of the weight of one expert (or of the only matrix) times columns [first, last). */

@@ -1,12 +1,12 @@
 /* products.c: products with many columns, computed by kernels of ours (nexus_products.h).
  *
  * For the quantizations that our kernels know, the delegate multiplies the tokens of an expert one at a time,
- * and so it does with sequences that are decoded together (columns.c). Such a node is replaced by three
+ * and so it does with sequences that are decoded together (columns.c). Such a node is replaced by two
  * custom ones, when there are enough columns; a plain matrix counts as the only expert:
  *
- *   round     the tokens, to 8 bits, by ggml's own function; and list which tokens go to which expert
- *   pack      the tokens of an expert side by side, in panels
- *   multiply  rows of an expert with its panels; ranges of rows are taken by whichever thread is free
+ *   pack      the tokens, rounded to 8 bits by ggml's own function; list which of them go to which expert
+ *   multiply  rows of an expert, unpacked once, with all its tokens; ranges of rows are taken by whichever
+ *             thread is free
  *
  * The result is bit by bit the delegate's. Whether that is so is found out before the first use, by comparing
  * our kernels with this ggml's dot products; a type that differs stays with the delegate, and so do all with
@@ -26,7 +26,8 @@
 #include "walk.h"
 
 #define LEAST_SHARE 2 /* columns for each expert on average; with more there is something to share */
-#define ROWS_AT_ONCE 32
+#define COLUMNS_AT_ONCE 32
+#define DEFAULT_THREADS 4 /* ggml's, where nobody has said how many */
 
 /* What ggml_get_type_traits_cpu returns. */
 typedef struct gx_cpu_traits {
@@ -48,7 +49,7 @@ static struct {
 /* -- does this ggml sum as we do? ---------------------------------------------------------------- */
 
 #define TEST_IN 512
-#define TEST_COLUMNS 11 /* more than a panel has */
+#define TEST_COLUMNS 5
 
 static uint32_t next_bits(uint64_t *state) {
     *state = *state * 6364136223846793005u + 1442695040888963407u;
@@ -67,35 +68,36 @@ static void any_row(nx_product_type type, uint8_t *row, uint64_t *state) {
 
 static bool same_bits(nx_product_type type, const gx_cpu_traits *traits) {
     uint64_t state = 42;
-    uint8_t row[TEST_IN / 32 * 34], rounded[TEST_COLUMNS][TEST_IN / 32 * 34];
-    void *panel = NULL;
-    if (posix_memalign(&panel, 64, nx_panel_bytes(TEST_IN)) != 0) return false;
-    bool same = true;
-    for (int repeat = 0; repeat < 8 && same; repeat++) {
-        any_row(type, row, &state);
-        for (int c = 0; c < TEST_COLUMNS; c++) {
-            float x[TEST_IN];
-            for (int i = 0; i < TEST_IN; i++) x[i] = ldexpf((float)(next_bits(&state) % 65536) - 32768.0f, -12 - c);
-            known.round(x, rounded[c], TEST_IN);
+    uint8_t any[NX_PRODUCT_ROWS][TEST_IN / 32 * 34], rounded[TEST_COLUMNS][TEST_IN / 32 * 34];
+    char *packed = malloc(TEST_COLUMNS * nx_column_bytes(TEST_IN));
+    void *unpacked = NULL;
+    bool same = packed && posix_memalign(&unpacked, 64, nx_unpacked_bytes(TEST_IN)) == 0;
+    const void *rows[NX_PRODUCT_ROWS], *columns[TEST_COLUMNS];
+    float values[TEST_COLUMNS][NX_PRODUCT_ROWS], *out[TEST_COLUMNS];
+    for (int repeat = 0; repeat < 4 && same; repeat++) {
+        for (size_t r = 0; r < NX_PRODUCT_ROWS; r++) {
+            any_row(type, any[r], &state);
+            rows[r] = any[r];
         }
-        for (int first = 0; first < TEST_COLUMNS && same; first += NX_PANEL_COLUMNS) {
-            const size_t n = first + NX_PANEL_COLUMNS <= TEST_COLUMNS ? NX_PANEL_COLUMNS : (size_t)(TEST_COLUMNS - first);
-            const void *columns[NX_PANEL_COLUMNS];
-            float values[NX_PANEL_COLUMNS], *out[NX_PANEL_COLUMNS];
-            for (size_t c = 0; c < n; c++) {
-                columns[c] = rounded[first + (int)c];
-                out[c] = &values[c];
-            }
-            nx_panel_pack(columns, n, TEST_IN, panel);
-            nx_product_rows(type, row, 0, 1, TEST_IN, panel, n, out);
-            for (size_t c = 0; c < n && same; c++) {
-                float theirs;
-                traits->vec_dot(TEST_IN, &theirs, 0, row, 0, columns[c], 0, 1);
-                same = memcmp(&theirs, &values[c], sizeof theirs) == 0;
-            }
+        for (size_t c = 0; c < TEST_COLUMNS; c++) {
+            float x[TEST_IN];
+            for (int i = 0; i < TEST_IN; i++) x[i] = ldexpf((float)(next_bits(&state) % 65536) - 32768.0f, -12 - (int)c);
+            known.round(x, rounded[c], TEST_IN);
+            columns[c] = packed + c * nx_column_bytes(TEST_IN);
+            nx_column_pack(type, rounded[c], TEST_IN, packed + c * nx_column_bytes(TEST_IN));
+            out[c] = values[c];
+        }
+        nx_product_unpack(type, rows, TEST_IN, unpacked);
+        nx_product_multiply(type, unpacked, NX_PRODUCT_ROWS, TEST_IN, columns, TEST_COLUMNS, out);
+        for (size_t i = 0; i < TEST_COLUMNS * NX_PRODUCT_ROWS && same; i++) {
+            const size_t c = i / NX_PRODUCT_ROWS, r = i % NX_PRODUCT_ROWS;
+            float theirs;
+            traits->vec_dot(TEST_IN, &theirs, 0, rows[r], 0, rounded[c], 0, 1);
+            same = memcmp(&theirs, &values[c][r], sizeof theirs) == 0;
         }
     }
-    free(panel);
+    free(packed);
+    free(unpacked);
     return same;
 }
 
@@ -162,7 +164,6 @@ static nx_product_type type_of(const gx_tensor *weight) {
     return (nx_product_type)t;
 }
 
-
 /* -- one product --------------------------------------------------------------------------------- */
 
 /* Custom nodes are computed one after the other; what they need beside their tensors is shared. */
@@ -173,14 +174,13 @@ struct nxb_products {
     size_t tensors_capacity;
     struct job *jobs;
     size_t n_jobs, jobs_capacity;
-    char *rounded; /* tokens */
-    size_t rounded_capacity;
-    char *panels;
-    size_t panels_capacity;
+    char *packed; /* tokens */
+    size_t packed_capacity;
+    char *scratch; /* of each thread: rows that are unpacked, a token that is rounded */
+    size_t scratch_capacity;
+    int n_threads; /* that have scratch; more do not help */
     nxb_groups groups;
-    uint32_t *first_panels; /* of each group, and where the last one's end */
-    size_t first_panels_capacity;
-    nxb_failure *failure; /* of the backend */
+    nxb_backend *own;
 };
 
 typedef struct job {
@@ -188,123 +188,6 @@ typedef struct job {
     nx_product_type type;
     uint32_t next; /* range of rows that no thread has taken; atomic */
 } job;
-
-static int64_t n_picked(const gx_tensor *node) {
-    return node->src[2] ? node->src[2]->ne[0] * node->src[2]->ne[1] : node->src[1]->ne[2];
-}
-static uint32_t n_in(const gx_tensor *node) { return (uint32_t)node->src[0]->ne[0]; }
-static size_t rounded_bytes(const gx_tensor *node) { return nx_product_row_bytes(NX_PRODUCT_Q8_0, n_in(node)); }
-
-/* As many experts as there are can have a panel that is not full. */
-static size_t most_panels(const gx_tensor *node) {
-    const int64_t picked = n_picked(node), experts = node->src[0]->ne[2];
-    return (size_t)(picked / NX_PANEL_COLUMNS + (experts < picked ? experts : picked));
-}
-
-/* Does the delegate compute it column by column? */
-static bool is_by_column(const gx_tensor *node) {
-    const gx_tensor *w = node->src[0], *x = node->src[1], *ids = node->src[2];
-    if (node->op == gx.op_mul_mat_id) return ids->type == gx.type_i32 && ids->ne[2] == 1 && ids->ne[3] == 1;
-    return node->op == gx.op_mul_mat && !ids && w->ne[2] == 1 && x->ne[1] == 1 && node->op_params[1] == 0;
-}
-
-static bool is_ours(const gx_tensor *node) {
-    if (node->op != gx.op_mul_mat_id && node->op != gx.op_mul_mat) return false;
-    const gx_tensor *w = node->src[0], *x = node->src[1];
-    if (!is_by_column(node) || w->extra || w->ne[3] != 1 || w->ne[0] > INT32_MAX ||
-        n_picked(node) <= LEAST_SHARE * w->ne[2] || n_picked(node) > INT32_MAX || x->type != gx.type_f32 ||
-        x->nb[0] != sizeof(float) || x->ne[3] != 1 || node->type != gx.type_f32 || node->nb[0] != sizeof(float))
-        return false;
-    const nx_product_type type = type_of(w);
-    return type != NX_PRODUCT_COUNT && nx_product_row_bytes(type, (uint32_t)w->ne[0]) != 0;
-}
-
-static void count_panels(struct nxb_products *s) {
-    const nxb_groups *g = &s->groups;
-    uint32_t n = 0;
-    for (size_t i = 0; i < g->n_experts; i++) {
-        s->first_panels[i] = n;
-        n += (g->starts[i + 1] - g->starts[i] + NX_PANEL_COLUMNS - 1) / NX_PANEL_COLUMNS;
-    }
-    s->first_panels[g->n_experts] = n;
-}
-
-static void round_tokens(gx_tensor *node, int ith, int nth, void *argument) {
-    struct nxb_products *s = ((job *)argument)->shared;
-    const gx_tensor *x = node->src[1];
-    const int64_t n = x->ne[1] * x->ne[2];
-    for (int64_t i = ith; i < n; i += nth) {
-        const char *from = (const char *)x->data + (size_t)(i % x->ne[1]) * x->nb[1] + (size_t)(i / x->ne[1]) * x->nb[2];
-        known.round((const float *)from, s->rounded + (size_t)i * rounded_bytes(node), x->ne[0]);
-    }
-    if (ith != nth - 1) return;
-    nxb_groups_sort(&s->groups, node, n_picked(node), s->failure);
-    count_panels(s);
-}
-
-/* How many picks a token has, as rows of groups count them. */
-static uint32_t picks(const gx_tensor *node) { return node->src[2] ? (uint32_t)node->src[2]->ne[0] : 1; }
-
-/* The rows of panel `p` of group `e`: where they begin; how many, in `n`. */
-static const uint32_t *rows_of(const struct nxb_products *s, size_t e, uint32_t p, size_t *n) {
-    const uint32_t begin = s->groups.starts[e] + (p - s->first_panels[e]) * NX_PANEL_COLUMNS;
-    const uint32_t left = s->groups.starts[e + 1] - begin;
-    *n = left < NX_PANEL_COLUMNS ? left : NX_PANEL_COLUMNS;
-    return s->groups.rows + begin;
-}
-
-static void pack(gx_tensor *node, int ith, int nth, void *argument) {
-    struct nxb_products *s = ((job *)argument)->shared;
-    const size_t wide = (size_t)node->src[1]->ne[1], panel_bytes = nx_panel_bytes(n_in(node));
-    const uint32_t n_picks = picks(node);
-    size_t e = 0;
-    for (uint32_t p = (uint32_t)ith; p < s->first_panels[s->groups.n_experts]; p += (uint32_t)nth) {
-        while (s->first_panels[e + 1] <= p) e++;
-        size_t n;
-        const uint32_t *rows = rows_of(s, e, p, &n);
-        const void *columns[NX_PANEL_COLUMNS];
-        for (size_t i = 0; i < n; i++) { /* x has one row for all picks, or one for each */
-            const size_t row = rows[i] / n_picks * wide + rows[i] % n_picks % wide;
-            columns[i] = s->rounded + row * rounded_bytes(node);
-        }
-        nx_panel_pack(columns, n, n_in(node), s->panels + p * panel_bytes);
-    }
-}
-
-/* Rows [begin, end) of the weight of group `e`, times all its panels. */
-static void multiply_rows(const gx_tensor *node, const job *j, size_t e, int64_t begin, int64_t end) {
-    const struct nxb_products *s = j->shared;
-    const gx_tensor *w = node->src[0];
-    const uint32_t n_picks = picks(node);
-    const char *weight = (const char *)w->data + s->groups.experts[e] * w->nb[2] + (size_t)begin * w->nb[1];
-    for (uint32_t p = s->first_panels[e]; p < s->first_panels[e + 1]; p++) {
-        size_t n;
-        const uint32_t *rows = rows_of(s, e, p, &n);
-        float *out[NX_PANEL_COLUMNS];
-        for (size_t i = 0; i < n; i++) {
-            char *column = (char *)node->data + rows[i] % n_picks * node->nb[1] + rows[i] / n_picks * node->nb[2];
-            out[i] = (float *)(void *)column + begin;
-        }
-        nx_product_rows(j->type, weight, w->nb[1], (uint32_t)(end - begin), n_in(node),
-                        s->panels + p * nx_panel_bytes(n_in(node)), n, out);
-    }
-}
-
-static void multiply(gx_tensor *node, int ith, int nth, void *argument) {
-    (void)ith;
-    (void)nth;
-    job *j = argument;
-    const int64_t n_rows = node->src[0]->ne[1];
-    const uint32_t ranges = (uint32_t)((n_rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE);
-    for (;;) {
-        const uint32_t at = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED);
-        if (at / ranges >= j->shared->groups.n_experts) return;
-        const int64_t begin = (int64_t)(at % ranges) * ROWS_AT_ONCE, end = begin + ROWS_AT_ONCE;
-        multiply_rows(node, j, at / ranges, begin, end < n_rows ? end : n_rows);
-    }
-}
-
-/* -- putting nodes in ---------------------------------------------------------------------------- */
 
 static bool grow(void *memory, size_t *capacity, size_t wanted) {
     void **at = memory;
@@ -316,12 +199,126 @@ static bool grow(void *memory, size_t *capacity, size_t wanted) {
     return *at != NULL;
 }
 
+static int64_t n_picked(const gx_tensor *node) {
+    return node->src[2] ? node->src[2]->ne[0] * node->src[2]->ne[1] : node->src[1]->ne[2];
+}
+static uint32_t n_in(const gx_tensor *node) { return (uint32_t)node->src[0]->ne[0]; }
+/* Of one thread. */
+static size_t scratch_bytes(const gx_tensor *node) { return nx_unpacked_bytes(n_in(node)); }
+
+/* What nxb_products_some noted, in parameters that ggml has no use for here; 0 rows: nothing. */
+typedef struct some {
+    int32_t n_rows, n_experts;
+} some;
+#define SOME_AT 14
+static some some_of(const gx_tensor *node) { return (some){node->op_params[SOME_AT], node->op_params[SOME_AT + 1]}; }
+
+/* Does the delegate compute it column by column? */
+static bool is_by_column(const gx_tensor *node) {
+    const gx_tensor *w = node->src[0], *x = node->src[1], *ids = node->src[2];
+    if (node->op == gx.op_mul_mat_id) return ids->type == gx.type_i32 && ids->ne[2] == 1 && ids->ne[3] == 1;
+    return node->op == gx.op_mul_mat && !ids && w->ne[2] == 1 && x->ne[1] == 1 && node->op_params[1] == 0;
+}
+
+static bool is_ours(const gx_tensor *node) {
+    if (node->op != gx.op_mul_mat_id && node->op != gx.op_mul_mat) return false;
+    const gx_tensor *w = node->src[0], *x = node->src[1];
+    const some s = some_of(node);
+    const int64_t n_rows = s.n_rows ? s.n_rows : n_picked(node), n_experts = s.n_rows ? s.n_experts : w->ne[2];
+    if (!is_by_column(node) || n_rows <= LEAST_SHARE * n_experts || n_picked(node) > INT32_MAX || w->extra ||
+        w->ne[3] != 1 || w->ne[0] > INT32_MAX || x->type != gx.type_f32 || x->nb[0] != sizeof(float) || x->ne[3] != 1 ||
+        node->type != gx.type_f32 || node->nb[0] != sizeof(float))
+        return false;
+    const nx_product_type type = type_of(w);
+    return type != NX_PRODUCT_COUNT && nx_product_row_bytes(type, (uint32_t)w->ne[0]) != 0;
+}
+
+bool nxb_products_some(gx_tensor *node, int64_t n_rows, int64_t n_experts) {
+    if (n_rows > INT32_MAX || n_experts > INT32_MAX) return false;
+    node->op_params[SOME_AT] = (int32_t)n_rows;
+    node->op_params[SOME_AT + 1] = (int32_t)n_experts;
+    if (n_rows && is_ours(node)) return true;
+    node->op_params[SOME_AT] = node->op_params[SOME_AT + 1] = 0;
+    return false;
+}
+
+/* Is row `i` of x of a product of some rows only one of those? A row for all picks of a token always is. */
+static bool is_wanted(const gx_tensor *node, int64_t i) {
+    const gx_tensor *x = node->src[1], *ids = node->src[2];
+    if (!some_of(node).n_rows || x->ne[1] != ids->ne[0] || x->ne[1] == 1) return true;
+    return *(const int32_t *)((const char *)ids->data + (size_t)i * sizeof(int32_t)) >= 0; /* see experts.c */
+}
+
+static void pack(gx_tensor *node, int ith, int nth, void *argument) {
+    const job *j = argument;
+    struct nxb_products *s = j->shared;
+    if (nth > s->n_threads) nth = s->n_threads;
+    if (ith >= nth) return;
+    const gx_tensor *x = node->src[1];
+    const size_t column_bytes = nx_column_bytes(n_in(node));
+    char *rounded = s->scratch + (size_t)ith * scratch_bytes(node);
+    for (int64_t i = ith; i < x->ne[1] * x->ne[2]; i += nth) {
+        if (!is_wanted(node, i)) continue;
+        const char *from = (const char *)x->data + (size_t)(i % x->ne[1]) * x->nb[1] + (size_t)(i / x->ne[1]) * x->nb[2];
+        known.round((const float *)from, rounded, x->ne[0]);
+        nx_column_pack(j->type, rounded, n_in(node), s->packed + (size_t)i * column_bytes);
+    }
+    if (ith == nth - 1)
+        nxb_groups_sort(&s->groups, node, n_picked(node), some_of(node).n_rows != 0, &s->own->failure);
+}
+
+/* The tokens of a group, some at a time: what they are multiplied as, and where row `row` of the result goes. */
+static void find_columns(const gx_tensor *node, const struct nxb_products *s, const uint32_t *group, size_t n, int64_t row,
+                         const void **columns, float **out) {
+    const uint32_t n_picks = node->src[2] ? (uint32_t)node->src[2]->ne[0] : 1; /* of a token, as groups count them */
+    const size_t wide = (size_t)node->src[1]->ne[1];
+    for (size_t i = 0; i < n; i++) { /* x has one row for all picks, or one for each */
+        const uint32_t token = group[i] / n_picks, k = group[i] % n_picks;
+        columns[i] = s->packed + (token * wide + k % wide) * nx_column_bytes(n_in(node));
+        out[i] = (float *)(void *)((char *)node->data + k * node->nb[1] + token * node->nb[2]) + row;
+    }
+}
+
+/* `n_rows` rows of the weight of group `e`, times all its tokens. */
+static void multiply_rows(const gx_tensor *node, const job *j, char *unpacked, size_t e, int64_t first, int64_t n_rows) {
+    const struct nxb_products *s = j->shared;
+    const gx_tensor *w = node->src[0];
+    const char *weight = (const char *)w->data + s->groups.experts[e] * w->nb[2];
+    const void *rows[NX_PRODUCT_ROWS];
+    for (int64_t i = 0; i < NX_PRODUCT_ROWS; i++) rows[i] = weight + (size_t)(first + (i < n_rows ? i : 0)) * w->nb[1];
+    nx_product_unpack(j->type, rows, n_in(node), unpacked);
+    for (uint32_t at = s->groups.starts[e], end = s->groups.starts[e + 1]; at < end; at += COLUMNS_AT_ONCE) {
+        const void *columns[COLUMNS_AT_ONCE];
+        float *out[COLUMNS_AT_ONCE];
+        const size_t n = end - at < COLUMNS_AT_ONCE ? end - at : COLUMNS_AT_ONCE;
+        find_columns(node, s, s->groups.rows + at, n, first, columns, out);
+        nx_product_multiply(j->type, unpacked, (uint32_t)n_rows, n_in(node), columns, n, out);
+    }
+}
+
+static void multiply(gx_tensor *node, int ith, int nth, void *argument) {
+    (void)nth;
+    job *j = argument;
+    if (ith >= j->shared->n_threads) return;
+    char *unpacked = j->shared->scratch + (size_t)ith * scratch_bytes(node);
+    const int64_t n_rows = node->src[0]->ne[1];
+    const uint32_t ranges = (uint32_t)((n_rows + NX_PRODUCT_ROWS - 1) / NX_PRODUCT_ROWS);
+    for (;;) {
+        const uint32_t at = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED);
+        if (at / ranges >= j->shared->groups.n_experts) return;
+        if (ith == 0) nxb_reads_go_on(j->shared->own);
+        const int64_t first = (int64_t)(at % ranges) * NX_PRODUCT_ROWS, left = n_rows - first;
+        multiply_rows(node, j, unpacked, at / ranges, first, left < NX_PRODUCT_ROWS ? left : NX_PRODUCT_ROWS);
+    }
+}
+
+/* -- putting nodes in ---------------------------------------------------------------------------- */
+
 static bool reserve(struct nxb_products *s, const gx_tensor *node) {
     const gx_tensor *x = node->src[1];
     const size_t n_experts = (size_t)node->src[0]->ne[2];
-    return grow(&s->rounded, &s->rounded_capacity, (size_t)(x->ne[1] * x->ne[2]) * rounded_bytes(node)) &&
-           grow(&s->panels, &s->panels_capacity, most_panels(node) * nx_panel_bytes(n_in(node))) &&
-           grow(&s->first_panels, &s->first_panels_capacity, (n_experts + 1) * sizeof *s->first_panels) &&
+    return grow(&s->packed, &s->packed_capacity, (size_t)(x->ne[1] * x->ne[2]) * nx_column_bytes(n_in(node))) &&
+           grow(&s->scratch, &s->scratch_capacity, (size_t)s->n_threads * scratch_bytes(node)) &&
            nxb_groups_reserve(&s->groups, (size_t)n_picked(node), n_experts);
 }
 
@@ -352,11 +349,9 @@ static int expand(struct nxb_products *s, gx_tensor **nodes, int n, gx_tensor **
             continue;
         }
         const bool again = packed && is_same(packed->src[1], nodes[i]->src[1]) &&
-                           is_same(packed->src[2], nodes[i]->src[2]) && packed->src[0]->ne[2] == nodes[i]->src[0]->ne[2];
-        if (!again) {
-            out[n_out++] = custom(s, nodes[i], round_tokens);
-            out[n_out++] = custom(s, nodes[i], pack);
-        }
+                           is_same(packed->src[2], nodes[i]->src[2]) && packed->src[0]->type == nodes[i]->src[0]->type &&
+                           packed->src[0]->ne[2] == nodes[i]->src[0]->ne[2];
+        if (!again) out[n_out++] = custom(s, nodes[i], pack);
         out[n_out++] = custom(s, nodes[i], multiply);
         packed = nodes[i];
     }
@@ -370,10 +365,11 @@ int nxb_products_replace(nxb_backend *own, gx_tensor ***nodes, int *n) {
     if (!own->products) own->products = calloc(1, sizeof *own->products);
     struct nxb_products *s = own->products;
     if (!s) return GX_ALLOC_FAILED;
-    s->failure = &own->failure;
+    s->own = own;
+    s->n_threads = own->n_threads_asked > 0 ? own->n_threads_asked : DEFAULT_THREADS;
     for (int i = 0; i < *n; i++)
         if (is_ours((*nodes)[i]) && !reserve(s, (*nodes)[i])) return GX_ALLOC_FAILED;
-    const size_t most_jobs = 3 * (size_t)n_ours;
+    const size_t most_jobs = 2 * (size_t)n_ours;
     if (!grow(&s->nodes, &s->nodes_capacity, ((size_t)*n + most_jobs) * sizeof *s->nodes) ||
         !grow(&s->tensors, &s->tensors_capacity, most_jobs * sizeof *s->tensors) ||
         !grow(&s->jobs, &s->jobs_capacity, most_jobs * sizeof *s->jobs))
@@ -391,9 +387,8 @@ void nxb_products_free(nxb_backend *own) {
     free(s->nodes);
     free(s->tensors);
     free(s->jobs);
-    free(s->rounded);
-    free(s->panels);
-    free(s->first_panels);
+    free(s->packed);
+    free(s->scratch);
     nxb_groups_free(&s->groups);
     free(s);
     own->products = NULL;

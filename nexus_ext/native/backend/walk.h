@@ -70,7 +70,14 @@ void nxb_make_custom(gx_tensor *node, nxb_custom_function function, void *argume
 /* Replace products of experts that kernels of ours compute, see products.c. `nodes` may become a list that
  * lasts until the next call. */
 int nxb_products_replace(nxb_backend *, gx_tensor ***nodes, int *n);
+/* Whether kernels of ours compute this product (a copy of a node) for `n_rows` of its rows only, which go to
+ * `n_experts` different experts. It is marked as such then: rows whose numbers, one after the other in
+ * memory, are negative are not computed. */
+bool nxb_products_some(gx_tensor *, int64_t n_rows, int64_t n_experts);
 void nxb_products_free(nxb_backend *);
+
+/* Start reads that others have made room for: while something long is computed, by thread 0. */
+void nxb_reads_go_on(nxb_backend *);
 
 int nxb_status(nx_status);
 /* Compute the nodes up to, not including, `end`, and release the slabs that they used. */
