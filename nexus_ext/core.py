@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,7 @@ class Model:
             raise error_of(error, "the model cannot be opened")
         self._model = out[0]
         self._kept: dict[str, object] = {}  # what plugins point to
+        self._chosen_by = {"cache": "", "predictor": ""}  # names of plugins
 
     @property
     def is_open(self) -> bool:
@@ -167,31 +168,37 @@ class Model:
         n = lib.nx_model_events(self.pointer, out, most)
         return [Event(e.t_ns, _EVENTS.get(e.kind, "?"), e.a, e.b) for e in out[0:n]]
 
-    def set_cache_policy(self, policy: native_plugins.CachePolicyLike) -> None:
-        """Choose which expert is evicted: a built-in by name, or a plugin.
+    def set_cache_policy(self, policy: native_plugins.CachePolicyLike, plugin: str = "") -> None:
+        """Choose which expert is evicted: a built-in by name, or a plugin's.
 
-        Raises UsageError for an unknown name, PluginError for a struct of another version.
+        plugin: the one that chose it. Raises UsageError for an unknown name, PluginError for a
+        struct of another version.
         """
         self._kept["cache"] = native_plugins.use_cache_policy(self.pointer, policy)
+        self._chosen_by["cache"] = plugin
 
     def cache_policy(self) -> PluginUse:
         """Return what evicts experts, and whether it was disabled."""
-        return native_plugins.cache_policy(self.pointer)
+        use = native_plugins.cache_policy(self.pointer)
+        return replace(use, plugin=self._chosen_by["cache"])
 
-    def set_predictor(self, predictor: native_plugins.PredictorLike) -> None:
+    def set_predictor(self, predictor: native_plugins.PredictorLike, plugin: str = "") -> None:
         """Choose what predicts experts: "none", "gate", "previous", "popular", "auto", or a plugin.
 
-        Raises UsageError for an unknown name, PluginError for a struct of another version.
+        plugin: the one that chose it. Raises UsageError for an unknown name, PluginError for a
+        struct of another version.
         """
         if isinstance(predictor, str):
             what = f"expert predictor {predictor!r}"
             check(lib.nx_predict_set(self.pointer, predictor.encode()), what)
         else:
             self._kept["predictor"] = native_plugins.use_predictor(self.pointer, predictor)
+            self._chosen_by["predictor"] = plugin
 
     def predictor_plugin(self) -> PluginUse:
         """Return the plugin that predicts experts (name "": none was given), as `cache_policy`."""
-        return native_plugins.predictor_use(self.pointer)
+        use = native_plugins.predictor_use(self.pointer)
+        return replace(use, plugin=self._chosen_by["predictor"])
 
     def prediction(self) -> Prediction:
         """Return whether experts are predicted, and why."""

@@ -37,6 +37,7 @@ class PluginUse:
     why: str  # it was disabled; "" while it is in use
     calls: int  # of its functions
     ns: int  # that they took
+    plugin: str = ""  # that chose it; "" when no hook was asked
 
 
 def _use(info: Any) -> PluginUse:

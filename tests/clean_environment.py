@@ -36,9 +36,13 @@ def wheel(directory: Path) -> Path:
 
 
 def requirements(names: Iterable[str]) -> Iterator[Distribution]:
-    """Yield the distributions of these names and all that they need, nexus_ext left out."""
+    """Yield the distributions of these names and all that they need, nexus_ext left out.
+
+    Raises RuntimeError when one of these names is not installed.
+    """
     seen: set[str] = set()
-    left = list(names)
+    named = list(names)
+    left = list(named)
     while left:
         name = left.pop()
         if name.lower().replace("_", "-") in seen:
@@ -46,8 +50,11 @@ def requirements(names: Iterable[str]) -> Iterator[Distribution]:
         seen.add(name.lower().replace("_", "-"))
         try:
             found = distribution(name)
-        except PackageNotFoundError:  # a marker that pip decides otherwise, or an optional backport
-            continue
+        except PackageNotFoundError:
+            if name in named:  # or pip would fail later, in the middle of a build
+                hint = 'pip install -e ".[test]"'
+                raise RuntimeError(f"{name} is not installed here: {hint}") from None
+            continue  # a marker that pip decides otherwise, or an optional backport
         for text in found.requires or ():
             requirement = Requirement(text)
             extra = "server" if name == "nexus_ext" else ""

@@ -69,19 +69,20 @@ class Asking:
         call: Callable[[Any], object],
         accept: Callable[[object], _T],
         *,
-        use: Callable[[_T], None] = lambda answer: None,
+        use: Callable[[_T, str], None] = lambda answer, name: None,
         polite: tuple[type[NexusError], ...] = (),
     ) -> _T:
         """Return what `accept` makes of what `call` gets from the first that answers well.
 
-        `accept` raises Rubbish for an answer that is none. `use` puts the answer to work, and may
-        refuse it with PluginError. A plugin may raise what is `polite` without being disabled: the
-        next one is asked all the same. What the built-in returns or raises is passed on as it is.
+        `accept` raises Rubbish for an answer that is none. `use` puts the answer to work, is told
+        whose it is, and may refuse it with PluginError. A plugin may raise what is `polite` without
+        being disabled: the next one is asked all the same. What the built-in returns or raises is
+        passed on as it is.
         """
         for name, policy in self._candidates(hook, kind):
             if self._registry.record(name).builtin:
                 answer: _T = call(policy)  # type: ignore[assignment]
-                use(answer)
+                use(answer, name)
                 return answer
             try:
                 with self._timed(name, hook):
@@ -93,7 +94,7 @@ class Asking:
                 self.disable(name, hook, _what(error), error)
                 continue
             try:
-                use(answer)
+                use(answer, name)
             except PluginError as error:
                 self.disable(name, hook, f"cannot be used: {error}", error)
             else:
@@ -204,12 +205,15 @@ class Asking:
             )
             _log.debug("plugin %r", name, exc_info=error)
 
-    def failed_while_running(self, hook: str, kind: type[Any], what: str) -> None:
-        """Say that what answers a hook was disabled where it runs, and ask it no more."""
-        name, _ = self.chosen(hook, kind)
+    def failed_while_running(self, name: str, hook: str, what: str) -> None:
+        """Say that what a plugin answered was disabled where it runs, and ask it no more.
+
+        Not always the one that would be asked now: another model may have failed with it before,
+        and what a model uses may have come from nobody (name ""), past the hooks.
+        """
         text = f"{hook}: {what}; the built-in has taken over"
-        _log.error("plugin %r: %s", name, text)
-        if not self.is_builtin(name):
+        _log.error("%s", f"plugin {name!r}: {text}" if name else text)
+        if name and not self.is_builtin(name):
             self._registry.disable(name, hook, text)
 
     def is_disabled(self, name: str, hook: str) -> bool:

@@ -125,18 +125,22 @@ class Plugins(Asking):
         return mode
 
     def choose_cache(
-        self, info: CacheInfo, use: Callable[[CacheChoice], None] = lambda choice: None
+        self,
+        info: CacheInfo,
+        use: Callable[[CacheChoice, str], None] = lambda choice, plugin: None,
     ) -> CacheChoice:
         """Return the eviction policy of the expert cache, as the policy in use decides.
 
-        `use` puts the choice to work, and may refuse it with PluginError.
+        `use` puts the choice to work, is told whose it is, and may refuse it with PluginError.
         """
         others = (NativePolicy, LayerCachePolicy)
         choice: CacheChoice = self._one_of(CACHE, info, CachePolicyName, others, use)
         return choice
 
     def choose_predictor(
-        self, info: CacheInfo, use: Callable[[PredictorChoice], None] = lambda choice: None
+        self,
+        info: CacheInfo,
+        use: Callable[[PredictorChoice, str], None] = lambda choice, plugin: None,
     ) -> PredictorChoice:
         """Return how experts are predicted, as the predictor in use decides; as `choose_cache`."""
         others = (NativePolicy, LayerPredictor)
@@ -149,7 +153,7 @@ class Plugins(Asking):
         info: object,
         names: Any,
         others: tuple[type[Any], ...] = (),
-        use: Callable[[Any], None] = lambda choice: None,
+        use: Callable[[Any, str], None] = lambda choice, plugin: None,
     ) -> Any:
         known = get_args(names)
 
@@ -163,10 +167,6 @@ class Plugins(Asking):
             return policy.choose(info)
 
         return self.decide(hook, CHOOSING[hook], call, accept, use=use)
-
-    def policy_failed(self, hook: str, what: str) -> None:
-        """Say that the policy of a plugin was disabled while tokens were computed."""
-        self.failed_while_running(hook, CHOOSING[hook], what)
 
     def allocate(self, items: Sequence[Item], budget_nbytes: int) -> Allocation:
         """Return a type for each tensor. Raises UsageError when even the smallest do not fit."""

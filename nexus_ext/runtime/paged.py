@@ -41,7 +41,8 @@ class PagedModel:
         self.own_kernels = own_kernels  # types of weights that our kernels compute with
         self.residuals: Residuals | None = None
         self.warm_start: WarmStart | None = None
-        self._told: set[tuple[str, str]] = set()
+        self._plugins = plugins()  # who chose is told of failures, whoever is asked by then
+        self._told: set[tuple[str, str, str]] = set()  # (plugin, hook, why)
         self.core = core.Model(manifest, catalog.header)
         if not cache_slots:
             return
@@ -56,8 +57,8 @@ class PagedModel:
             layers=tuple(layer for layer in cached if layer is not None),
         )
         try:
-            plugins().choose_cache(info, self.core.set_cache_policy)
-            plugins().choose_predictor(info, self.core.set_predictor)
+            self._plugins.choose_cache(info, self.core.set_cache_policy)
+            self._plugins.choose_predictor(info, self.core.set_predictor)
         except BaseException:
             self.close()
             raise
@@ -82,8 +83,12 @@ class PagedModel:
         """
         model = self.core
         file = model.file_io()
-        told = {hook for hook, _ in self._told}  # of these the core says itself why
-        failed = [f"{name}: {why}" for name, hook, why in plugins().disabled() if hook not in told]
+        told = {(name, hook) for name, hook, _ in self._told}  # of these the core says itself why
+        failed = [
+            f"{name}: {why}"
+            for name, hook, why in self._plugins.disabled()
+            if (name, hook) not in told
+        ]
         return run_stats(
             model.stats(),
             disk_bytes_s,
@@ -104,9 +109,10 @@ class PagedModel:
             (CACHE_HOOK, self.core.cache_policy()),
             (PREDICTOR_HOOK, self.core.predictor_plugin()),
         ):
-            if use.why and (hook, use.why) not in self._told:
-                self._told.add((hook, use.why))
-                plugins().policy_failed(hook, f"{use.name!r} was disabled: {use.why}")
+            if use.why and (use.plugin, hook, use.why) not in self._told:
+                self._told.add((use.plugin, hook, use.why))
+                what = f"{use.name!r} was disabled: {use.why}"
+                self._plugins.failed_while_running(use.plugin, hook, what)
 
     def stop_warm(self) -> None:
         """Read no more ahead, and remember what experts were used."""

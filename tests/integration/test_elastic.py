@@ -212,15 +212,15 @@ def test_residuals_are_a_part_of_the_budget(rough: str) -> None:
 def test_the_hooks_of_experts_decide(moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[CacheInfo] = []
 
-    def choose_cache(info: CacheInfo, use: Callable[[str], None]) -> None:
+    def choose_cache(info: CacheInfo, use: Callable[[str, str], None]) -> None:
         asked.append(info)
-        use("lru")
+        use("lru", "")
 
     chosen: list[str] = []
     monkeypatch.setattr(plugins(), "choose_cache", choose_cache)
-    monkeypatch.setattr(plugins(), "choose_predictor", lambda info, use: use("gate"))
+    monkeypatch.setattr(plugins(), "choose_predictor", lambda info, use: use("gate", ""))
     monkeypatch.setattr(
-        "nexus_ext.core.Model.set_cache_policy", lambda _, name: chosen.append(name)
+        "nexus_ext.core.Model.set_cache_policy", lambda _, name, plugin: chosen.append(name)
     )
     plan = blueprint(moe, SHAPE)
     alone = Alone(moe, SHAPE.n_ctx, SHAPE.n_ubatch)

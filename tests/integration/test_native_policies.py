@@ -13,7 +13,7 @@ import pytest
 
 from nexus_ext import hookimpl
 from nexus_ext.policies import EvictionAsk, LayerCachePolicy, LayerPredictor, NativePolicy
-from nexus_ext.testing import load_plugins
+from nexus_ext.testing import load_plugins, use_plugins
 from nexus_ext.testing.synthetic import MoeDims, write_moe
 from tests.integration.streaming import Bits
 from tests.integration.test_experts import assert_equal, cached, core_model, reference
@@ -262,32 +262,66 @@ def test_a_model_that_was_closed_calls_no_plugin(
     assert alive.value == 0
 
 
+class Chooser:
+    name = "chooser"
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def choose(self, info: Any) -> Any:
+        assert info.n_experts == DIMS.n_experts and info.slots == SLOTS
+        return self.answer
+
+
+def choosing(name: str, **answers: Any) -> ModuleType:
+    """Return a plugin of this name that answers the hooks with these policies."""
+    plugin = ModuleType(name)
+    for hook, answer in answers.items():
+        chooser = Chooser(answer)
+        setattr(plugin, hook, hookimpl(lambda chooser=chooser: chooser, specname=hook))
+    return plugin
+
+
 def test_a_plugin_s_policy_comes_in_through_the_hook(
-    model: tuple[Path, dict[int, Bits]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: tuple[Path, dict[int, Bits]], tmp_path: Path
 ) -> None:
-    from nexus_ext import plugins as module
-
-    class Chooser:
-        name = "chooser"
-
-        def __init__(self, answer: Any) -> None:
-            self.answer = answer
-
-        def choose(self, info: Any) -> Any:
-            assert info.n_experts == DIMS.n_experts and info.slots == SLOTS
-            return self.answer
-
     path, expected = model
     policy = native(compiled(tmp_path, LRU))
-    plugin = ModuleType("chooser")
-    for hook, answer in (
-        ("nexus_cache_policy", Chooser(policy)),
-        ("nexus_expert_predictor", Chooser(Layerwise())),
-    ):
-        setattr(plugin, hook, hookimpl(lambda answer=answer: answer, specname=hook))
-    monkeypatch.setattr(module, "_plugins", load_plugins(plugin))
-    with cached(path, SLOTS) as llm:
+    answers = {"nexus_cache_policy": policy, "nexus_expert_predictor": Layerwise()}
+    plugin = choosing("chooser", **answers)
+    with use_plugins(load_plugins(plugin)), cached(path, SLOTS) as llm:
         assert_equal(llm, expected, "through the hook")
         assert llm.nexus.stats().cache_policy == "my-lru"
         assert core_model(llm).predictor_plugin().name == "layerwise"
         assert isinstance(policy, NativePolicy)
+
+
+@pytest.mark.parametrize(
+    ("hook", "symbol"),
+    [("nexus_cache_policy", "policy"), ("nexus_expert_predictor", "predictor")],
+)
+def test_of_several_plugins_the_one_that_failed_is_disabled(
+    hook: str, symbol: str, model: tuple[Path, dict[int, Bits]], library: ctypes.CDLL
+) -> None:
+    """Also when it fails in a second model: by then others would be asked first."""
+    path, expected = model
+    answers = {
+        "absurd": "rubbish",
+        "first": native(library, symbol, automatic=False),
+        "second": Layerwise(),
+    }
+    plugins = load_plugins(*(choosing(name, **{hook: answers[name]}) for name in answers))
+    set_harm(library, 0)
+    with use_plugins(plugins), cached(path, SLOTS) as llm, cached(path, SLOTS) as other:
+        set_harm(library, 4)
+        for each in (llm, other):
+            assert_equal(each, expected, "while it does harm")
+            assert each.nexus.paged is not None
+            each.nexus.paged.tell_failures()
+        assert [name for name, _, _ in plugins.disabled()] == ["absurd", "first"]
+        assert [len(each.nexus.stats().disabled) for each in (llm, other)] == [2, 2]
+        with cached(path, SLOTS) as later:
+            assert_equal(later, expected, "with the next plugin")
+            core = core_model(later)
+            assert "second" in (core.cache_policy().plugin, core.predictor_plugin().plugin)
+            assert len(later.nexus.stats().disabled) == 2
