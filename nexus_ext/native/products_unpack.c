@@ -4,24 +4,7 @@
 #include "kernels_internal.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#define INLINE NX_TARGET_AVX2 static inline __attribute__((always_inline))
-#define ROWS 8 /* at a time: four bytes of each fill a register */
-
-/* Sixteen bytes of each row, in groups of four: out[g] has group g of all rows. */
-INLINE void transpose(const uint8_t *const *rows, size_t at, __m256i *out) {
-    __m256i r[4];
-    for (int i = 0; i < 4; i++) /* rows i and i + 4 */
-        r[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(rows[i] + at))),
-                                       _mm_loadu_si128((const __m128i *)(rows[i + 4] + at)), 1);
-    const __m256i a = _mm256_unpacklo_epi32(r[0], r[1]), b = _mm256_unpackhi_epi32(r[0], r[1]);
-    const __m256i c = _mm256_unpacklo_epi32(r[2], r[3]), d = _mm256_unpackhi_epi32(r[2], r[3]);
-    out[0] = _mm256_unpacklo_epi64(a, c);
-    out[1] = _mm256_unpackhi_epi64(a, c);
-    out[2] = _mm256_unpacklo_epi64(b, d);
-    out[3] = _mm256_unpackhi_epi64(b, d);
-}
+#include "products_transpose.h"
 
 /* Codes of four bits: the low halves are the first sixteen weights, the high ones the rest. */
 INLINE void nibbles(const uint8_t *const *rows, size_t at, __m256i *out) {
@@ -38,12 +21,6 @@ INLINE void look_up(const int8_t *values, uint8_t offset, __m256i *groups) {
     const __m128i table = _mm_add_epi8(_mm_loadu_si128((const __m128i *)values), _mm_set1_epi8((char)offset));
     const __m256i both = _mm256_broadcastsi128_si256(table);
     for (int g = 0; g < NX_PRODUCT_GROUPS; g++) groups[g] = _mm256_shuffle_epi8(both, groups[g]);
-}
-
-INLINE __m256 halves(const uint8_t *const *rows, size_t at) {
-    int16_t bits[ROWS];
-    for (int i = 0; i < ROWS; i++) memcpy(&bits[i], rows[i] + at, sizeof *bits);
-    return _mm256_cvtph_ps(_mm_set_epi16(bits[7], bits[6], bits[5], bits[4], bits[3], bits[2], bits[1], bits[0]));
 }
 
 /* A block of each row, from byte `at` on: its groups, and the scales. */

@@ -91,12 +91,12 @@ def test_what_is_pinned_is_computed_by_them_within_its_segment(tmp_path: Path) -
         llm.close()
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "IQ4_NL"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "IQ4_NL", "Q4_K", "Q6_K"])
 def test_sequences_that_are_decoded_together_take_them(kind: str, tmp_path: Path) -> None:
     """A pass over the weights, streamed or not, for four of them; each as if it were alone."""
     path = tmp_path / "model.gguf"
     write_llama(
-        path, n_layers=2, n_embd=128, n_ff=256, n_heads=4, n_heads_kv=2, n_vocab=320, quant=kind
+        path, n_layers=2, n_embd=256, n_ff=512, n_heads=4, n_heads_kv=2, n_vocab=330, quant=kind
     )
     alone = Alone(path)
     texts = [prompt(9 + s, alone.n_vocab, seed=s) for s in range(4)]

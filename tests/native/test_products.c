@@ -59,32 +59,110 @@ static float expected(nx_product_type type, const uint8_t *row, const uint8_t *c
     return tree(sums[0]);
 }
 
-static void random_row(nx_product_type type, uint8_t *row, size_t n_blocks) {
-    const size_t bytes = nx_product_row_bytes(type, 64) / 2;
-    for (size_t b = 0; b < n_blocks; b++) {
-        for (size_t i = 0; i < bytes; i++) row[b * bytes + i] = (uint8_t)random_bits();
-        const uint16_t scale = nx_float_to_half(ldexpf((float)(random_bits() % 2001) - 1000, -16));
-        if (type == NX_PRODUCT_MXFP4) row[b * bytes] = (uint8_t)(random_bits() % 20 + (b % 5 ? 118 : 0));
-        else memcpy(row + b * bytes, &scale, sizeof scale);
+/* The codes of a block of 256, and of each 16 of them the scale and what the codes have more (times a scale). */
+static void unpack_k(nx_product_type type, const uint8_t *at, int *codes, int *scales, int *mins) {
+    if (type == NX_PRODUCT_Q4_K) {
+        const uint8_t *packed = at + 4;
+        for (int j = 0; j < 8; j++) {
+            const int scale = j < 4 ? packed[j] & 63 : (packed[j + 4] & 15) | (packed[j - 4] >> 6) << 4;
+            const int min = j < 4 ? packed[j + 4] & 63 : packed[j + 4] >> 4 | (packed[j] >> 6) << 4;
+            scales[2 * j] = scales[2 * j + 1] = scale;
+            mins[2 * j] = mins[2 * j + 1] = min;
+            for (int i = 0; i < 32; i++) codes[32 * j + i] = at[16 + 32 * (j / 2) + i] >> (j % 2 ? 4 : 0) & 15;
+        }
+        return;
+    }
+    for (int i = 0; i < 256; i++) {
+        const int half = i / 128, quarter = i % 128 / 32, k = i % 32;
+        const int low = at[64 * half + 32 * (quarter % 2) + k] >> (quarter / 2 ? 4 : 0) & 15;
+        codes[i] = low | (at[128 + 32 * half + k] >> 2 * quarter & 3) << 4;
+    }
+    for (int i = 0; i < 16; i++) {
+        scales[i] = (int8_t)at[192 + i];
+        mins[i] = 32 * scales[i];
+    }
+}
+
+static float expected_k(nx_product_type type, const uint8_t *row, const uint8_t *column, size_t n_blocks) {
+    const bool q4 = type == NX_PRODUCT_Q4_K;
+    float sums[8] = {0}, less[4] = {0};
+    for (size_t b = 0; b < n_blocks; b++, row += nx_product_block_bytes(type), column += 292) {
+        int codes[256], scales[16], mins[16], of_16[16] = {0};
+        unpack_k(type, row, codes, scales, mins);
+        const int8_t *y = (const int8_t *)column + 4;
+        for (int i = 0; i < 256; i++) of_16[i / 16] += y[i];
+        float d;
+        uint16_t half, min_half;
+        memcpy(&d, column, sizeof d);
+        memcpy(&half, row + (q4 ? 0 : 208), sizeof half);
+        memcpy(&min_half, row + 2, sizeof min_half);
+        for (int lane = 0; lane < 8; lane++) {
+            int sum = q4 ? 0 : -(of_16[2 * lane] * mins[2 * lane] + of_16[2 * lane + 1] * mins[2 * lane + 1]);
+            for (int i = 0; i < 256; i++)
+                if (i % 32 / 4 == lane) sum += codes[i] * y[i] * scales[i / 16];
+            sums[lane] = fmaf(d * nx_half_to_float(half), (float)sum, sums[lane]);
+        }
+        for (int lane = 0; lane < 4 && q4; lane++) {
+            int sum = 0;
+            for (int i = 4 * lane; i < 4 * lane + 4; i++) sum += of_16[i] * mins[i];
+            less[lane] = fmaf(-d * nx_half_to_float(min_half), (float)sum, less[lane]);
+        }
+    }
+    return q4 ? tree(sums) + ((less[0] + less[2]) + (less[1] + less[3])) : tree(sums);
+}
+
+static void random_half(uint8_t *at) {
+    const uint16_t scale = nx_float_to_half(ldexpf((float)(random_bits() % 2001) - 1000, -16));
+    memcpy(at, &scale, sizeof scale);
+}
+
+static void random_row(nx_product_type type, uint8_t *row, uint32_t n_in) {
+    const size_t n_bytes = nx_product_row_bytes(type, n_in), bytes = nx_product_block_bytes(type);
+    for (size_t i = 0; i < n_bytes; i++) row[i] = (uint8_t)random_bits();
+    for (size_t at = 0; at < n_bytes; at += bytes) {
+        if (type == NX_PRODUCT_MXFP4) row[at] = (uint8_t)(random_bits() % 20 + (at / bytes % 5 ? 118 : 0));
+        else random_half(row + at + (type == NX_PRODUCT_Q6_K ? 208 : 0));
+        if (type == NX_PRODUCT_Q4_K) random_half(row + at + 2);
+    }
+}
+
+/* As ggml rounds: values from -127 to 127. */
+static void random_column(nx_product_type type, uint8_t *column, uint32_t n_in) {
+    const uint32_t block = nx_product_is_k(type) ? 256 : 32;
+    for (uint32_t at = 0; at < n_in; at += block) {
+        int8_t *values = (int8_t *)column + (block == 256 ? 4 : 2);
+        for (uint32_t i = 0; i < block; i++) values[i] = (int8_t)((int)(random_bits() % 255) - 127);
+        if (block == 256) {
+            const float scale = (float)(random_bits() % 2001) / 65536;
+            memcpy(column, &scale, sizeof scale);
+            for (uint32_t i = 0; i < 16; i++) {
+                int16_t sum = 0;
+                for (uint32_t k = 0; k < 16; k++) sum = (int16_t)(sum + values[16 * i + k]);
+                memcpy(column + 260 + 2 * i, &sum, sizeof sum);
+            }
+        } else {
+            random_half(column);
+        }
+        column += block == 256 ? 292 : 34;
     }
 }
 
 static void check(nx_product_type type, uint32_t n_in, uint32_t n_rows, size_t n_columns) {
-    const size_t n_blocks = n_in / 32, row_bytes = nx_product_row_bytes(type, n_in), stride = row_bytes + 3;
+    const size_t row_bytes = nx_product_row_bytes(type, n_in), stride = row_bytes + 3;
+    const size_t n_blocks = row_bytes / nx_product_block_bytes(type);
+    const size_t column_bytes = n_blocks * (nx_product_is_k(type) ? 292 : 34);
     /* Exactly as large as needed, so that a sanitizer sees a read past the end; rows are not aligned. */
-    uint8_t *rows = malloc(stride * (n_rows - 1) + row_bytes), *columns = malloc(n_columns * n_blocks * 34);
+    uint8_t *rows = malloc(stride * (n_rows - 1) + row_bytes), *columns = malloc(n_columns * column_bytes);
     void *unpacked = NULL, *packed[MOST_COLUMNS];
     float *out[MOST_COLUMNS];
     const void *some[NX_PRODUCT_ROWS];
-    NX_CHECK(rows && columns && posix_memalign(&unpacked, 64, nx_unpacked_bytes(n_in)) == 0);
-    for (uint32_t r = 0; r < n_rows; r++) random_row(type, rows + r * stride, n_blocks);
+    NX_CHECK(rows && columns && posix_memalign(&unpacked, 64, nx_unpacked_bytes(type, n_in)) == 0);
+    for (uint32_t r = 0; r < n_rows; r++) random_row(type, rows + r * stride, n_in);
     for (uint32_t r = 0; r < NX_PRODUCT_ROWS; r++) some[r] = rows + (r < n_rows ? r : 0) * stride;
     for (size_t c = 0; c < n_columns; c++) {
-        uint8_t *column = columns + c * n_blocks * 34;
-        random_row(NX_PRODUCT_Q8_0, column, n_blocks);
-        for (size_t i = 0; i < n_blocks * 34; i++) /* ggml rounds to -127..127 */
-            if (i % 34 >= 2 && column[i] == 0x80) column[i] = 0x81;
-        packed[c] = malloc(nx_column_bytes(n_in));
+        uint8_t *column = columns + c * column_bytes;
+        random_column(type, column, n_in);
+        packed[c] = malloc(nx_column_bytes(type, n_in));
         out[c] = malloc(n_rows * sizeof(float));
         NX_CHECK(packed[c] && out[c]);
         nx_column_pack(type, column, n_in, packed[c]);
@@ -93,7 +171,9 @@ static void check(nx_product_type type, uint32_t n_in, uint32_t n_rows, size_t n
     nx_product_multiply(type, unpacked, n_rows, n_in, (const void *const *)packed, n_columns, out);
     for (size_t c = 0; c < n_columns; c++) {
         for (uint32_t r = 0; r < n_rows; r++) {
-            const float want = expected(type, rows + r * stride, columns + c * n_blocks * 34, n_blocks);
+            const uint8_t *row = rows + r * stride, *column = columns + c * column_bytes;
+            const float want = nx_product_is_k(type) ? expected_k(type, row, column, n_blocks)
+                                                     : expected(type, row, column, n_blocks);
             NX_CHECK(memcmp(&want, &out[c][r], sizeof want) == 0);
         }
         free(packed[c]);
@@ -113,6 +193,12 @@ static void test_lengths_and_names(void) {
     NX_CHECK_EQ(nx_product_row_bytes(NX_PRODUCT_COUNT, 64), 0);
     NX_CHECK(strcmp(nx_product_name(NX_PRODUCT_IQ4_NL), "iq4_nl") == 0);
     NX_CHECK(strcmp(nx_product_name(NX_PRODUCT_COUNT), "unknown") == 0);
+    NX_CHECK_EQ(nx_product_row_bytes(NX_PRODUCT_Q6_K, 512), 420);
+    NX_CHECK_EQ(nx_product_row_bytes(NX_PRODUCT_Q4_K, 128), 0);
+    NX_CHECK(strcmp(nx_product_column_name(NX_PRODUCT_Q4_K), "q8_K") == 0);
+    NX_CHECK(strcmp(nx_product_column_name(NX_PRODUCT_Q4_0), "q8_0") == 0);
+    NX_CHECK(strcmp(nx_product_column_name(NX_PRODUCT_COUNT), "unknown") == 0);
+    NX_CHECK_EQ(nx_product_block_bytes(NX_PRODUCT_COUNT), 0);
 }
 
 static void test_bits_of(nx_isa isa) {
@@ -123,8 +209,9 @@ static void test_bits_of(nx_isa isa) {
     for (int type = 0; type < NX_PRODUCT_COUNT; type++)
         for (size_t n_columns = 1; n_columns <= MOST_COLUMNS; n_columns++) {
             nx_test_about("%s, %s, %zu columns", nx_kernels_isa_name(isa), nx_product_name((nx_product_type)type), n_columns);
-            check((nx_product_type)type, 64, 1, n_columns);
-            check((nx_product_type)type, 192, 15, n_columns);
+            const uint32_t short_row = nx_product_is_k((nx_product_type)type) ? 256 : 64;
+            check((nx_product_type)type, short_row, 1, n_columns);
+            check((nx_product_type)type, 3 * short_row, 15, n_columns);
             check((nx_product_type)type, 2048, 16, n_columns);
         }
     check(NX_PRODUCT_Q4_0, 32, 2, 3);

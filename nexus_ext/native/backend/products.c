@@ -41,7 +41,7 @@ typedef struct gx_cpu_traits {
 static struct {
     pthread_once_t once;
     int32_t types[NX_PRODUCT_COUNT]; /* ggml's number of each type that is computed here, or -1 */
-    void (*round)(const float *, void *, int64_t); /* to Q8_0 */
+    void (*round[NX_PRODUCT_COUNT])(const float *, void *, int64_t); /* columns, to 8 bits */
     char names[64];
     uint64_t n_computed; /* atomic */
 } known = {.once = PTHREAD_ONCE_INIT};
@@ -56,22 +56,28 @@ static uint32_t next_bits(uint64_t *state) {
     return (uint32_t)(*state >> 33);
 }
 
-/* A row of any bits, with scales that are neither infinite nor NaN. */
+/* Somewhere in a block: two bytes of any half that is neither infinite nor NaN. */
+static void any_half(uint8_t *at, uint64_t *state) {
+    at[1] = (uint8_t)((next_bits(state) & 0x80) | (0x18 + next_bits(state) % 24));
+}
+
+/* A row of any bits, with scales that are numbers. */
 static void any_row(nx_product_type type, uint8_t *row, uint64_t *state) {
-    const size_t block = nx_product_row_bytes(type, 64) / 2, n_blocks = TEST_IN / 32;
-    for (size_t b = 0; b < n_blocks; b++) {
-        for (size_t i = 0; i < block; i++) row[b * block + i] = (uint8_t)next_bits(state);
-        if (type == NX_PRODUCT_MXFP4) row[b * block] = (uint8_t)(next_bits(state) % 16 + (b % 7 ? 118 : 0));
-        else row[b * block + 1] = (uint8_t)((next_bits(state) & 0x80) | (0x18 + next_bits(state) % 24));
+    const size_t n_bytes = nx_product_row_bytes(type, TEST_IN), block = nx_product_block_bytes(type);
+    for (size_t i = 0; i < n_bytes; i++) row[i] = (uint8_t)next_bits(state);
+    for (size_t at = 0; at < n_bytes; at += block) {
+        if (type == NX_PRODUCT_MXFP4) row[at] = (uint8_t)(next_bits(state) % 16 + (at % 7 ? 118 : 0));
+        else any_half(row + at + (type == NX_PRODUCT_Q6_K ? 208 : 0), state);
+        if (type == NX_PRODUCT_Q4_K) any_half(row + at + 2, state);
     }
 }
 
 static bool same_bits(nx_product_type type, const gx_cpu_traits *traits) {
     uint64_t state = 42;
-    uint8_t any[NX_PRODUCT_ROWS][TEST_IN / 32 * 34], rounded[TEST_COLUMNS][TEST_IN / 32 * 34];
-    char *packed = malloc(TEST_COLUMNS * nx_column_bytes(TEST_IN));
+    uint8_t any[NX_PRODUCT_ROWS][TEST_IN * 2], rounded[TEST_COLUMNS][TEST_IN * 2];
+    char *packed = malloc(TEST_COLUMNS * nx_column_bytes(type, TEST_IN));
     void *unpacked = NULL;
-    bool same = packed && posix_memalign(&unpacked, 64, nx_unpacked_bytes(TEST_IN)) == 0;
+    bool same = packed && posix_memalign(&unpacked, 64, nx_unpacked_bytes(type, TEST_IN)) == 0;
     const void *rows[NX_PRODUCT_ROWS], *columns[TEST_COLUMNS];
     float values[TEST_COLUMNS][NX_PRODUCT_ROWS], *out[TEST_COLUMNS];
     for (int repeat = 0; repeat < 4 && same; repeat++) {
@@ -82,9 +88,9 @@ static bool same_bits(nx_product_type type, const gx_cpu_traits *traits) {
         for (size_t c = 0; c < TEST_COLUMNS; c++) {
             float x[TEST_IN];
             for (int i = 0; i < TEST_IN; i++) x[i] = ldexpf((float)(next_bits(&state) % 65536) - 32768.0f, -12 - (int)c);
-            known.round(x, rounded[c], TEST_IN);
-            columns[c] = packed + c * nx_column_bytes(TEST_IN);
-            nx_column_pack(type, rounded[c], TEST_IN, packed + c * nx_column_bytes(TEST_IN));
+            known.round[type](x, rounded[c], TEST_IN);
+            columns[c] = packed + c * nx_column_bytes(type, TEST_IN);
+            nx_column_pack(type, rounded[c], TEST_IN, packed + c * nx_column_bytes(type, TEST_IN));
             out[c] = values[c];
         }
         nx_product_unpack(type, rows, TEST_IN, unpacked);
@@ -132,13 +138,12 @@ static void find_out(void) {
     void *symbol = cpu_function("ggml_get_type_traits_cpu");
     if (!symbol) return;
     memcpy(&traits_of, &symbol, sizeof traits_of);
-    const int32_t q8_0 = type_named("q8_0");
-    if (q8_0 < 0) return;
-    known.round = traits_of(q8_0)->from_float;
     for (int t = 0; t < NX_PRODUCT_COUNT; t++) {
         const int32_t number = type_named(nx_product_name((nx_product_type)t));
+        const int32_t column = type_named(nx_product_column_name((nx_product_type)t));
         const gx_cpu_traits *traits = number < 0 ? NULL : traits_of(number);
-        if (traits && traits->vec_dot && traits->vec_dot_type == q8_0 && traits->n_rows == 1 && known.round &&
+        known.round[t] = column < 0 ? NULL : traits_of(column)->from_float;
+        if (traits && traits->vec_dot && traits->vec_dot_type == column && traits->n_rows == 1 && known.round[t] &&
             same_bits((nx_product_type)t, traits))
             known.types[t] = number;
         if (known.types[t] < 0) continue;
@@ -203,8 +208,8 @@ static int64_t n_picked(const gx_tensor *node) {
     return node->src[2] ? node->src[2]->ne[0] * node->src[2]->ne[1] : node->src[1]->ne[2];
 }
 static uint32_t n_in(const gx_tensor *node) { return (uint32_t)node->src[0]->ne[0]; }
-/* Of one thread. */
-static size_t scratch_bytes(const gx_tensor *node) { return nx_unpacked_bytes(n_in(node)); }
+/* Of one thread. A token that is rounded is smaller than rows that are unpacked. */
+static size_t scratch_bytes(const gx_tensor *node, nx_product_type type) { return nx_unpacked_bytes(type, n_in(node)); }
 
 /* What nxb_products_some noted, in parameters that ggml has no use for here; 0 rows: nothing. */
 typedef struct some {
@@ -230,7 +235,8 @@ static bool is_ours(const gx_tensor *node) {
         node->type != gx.type_f32 || node->nb[0] != sizeof(float))
         return false;
     const nx_product_type type = type_of(w);
-    return type != NX_PRODUCT_COUNT && nx_product_row_bytes(type, (uint32_t)w->ne[0]) != 0;
+    if (type == NX_PRODUCT_COUNT || nx_product_row_bytes(type, (uint32_t)w->ne[0]) == 0) return false;
+    return node->op == gx.op_mul_mat || !nx_product_is_k(type); /* ggml has tiles for experts of K types */
 }
 
 bool nxb_products_some(gx_tensor *node, int64_t n_rows, int64_t n_experts) {
@@ -255,12 +261,12 @@ static void pack(gx_tensor *node, int ith, int nth, void *argument) {
     if (nth > s->n_threads) nth = s->n_threads;
     if (ith >= nth) return;
     const gx_tensor *x = node->src[1];
-    const size_t column_bytes = nx_column_bytes(n_in(node));
-    char *rounded = s->scratch + (size_t)ith * scratch_bytes(node);
+    const size_t column_bytes = nx_column_bytes(j->type, n_in(node));
+    char *rounded = s->scratch + (size_t)ith * scratch_bytes(node, j->type);
     for (int64_t i = ith; i < x->ne[1] * x->ne[2]; i += nth) {
         if (!is_wanted(node, i)) continue;
         const char *from = (const char *)x->data + (size_t)(i % x->ne[1]) * x->nb[1] + (size_t)(i / x->ne[1]) * x->nb[2];
-        known.round((const float *)from, rounded, x->ne[0]);
+        known.round[j->type]((const float *)from, rounded, x->ne[0]);
         nx_column_pack(j->type, rounded, n_in(node), s->packed + (size_t)i * column_bytes);
     }
     if (ith == nth - 1)
@@ -268,13 +274,13 @@ static void pack(gx_tensor *node, int ith, int nth, void *argument) {
 }
 
 /* The tokens of a group, some at a time: what they are multiplied as, and where row `row` of the result goes. */
-static void find_columns(const gx_tensor *node, const struct nxb_products *s, const uint32_t *group, size_t n, int64_t row,
+static void find_columns(const gx_tensor *node, const job *j, const uint32_t *group, size_t n, int64_t row,
                          const void **columns, float **out) {
     const uint32_t n_picks = node->src[2] ? (uint32_t)node->src[2]->ne[0] : 1; /* of a token, as groups count them */
     const size_t wide = (size_t)node->src[1]->ne[1];
     for (size_t i = 0; i < n; i++) { /* x has one row for all picks, or one for each */
         const uint32_t token = group[i] / n_picks, k = group[i] % n_picks;
-        columns[i] = s->packed + (token * wide + k % wide) * nx_column_bytes(n_in(node));
+        columns[i] = j->shared->packed + (token * wide + k % wide) * nx_column_bytes(j->type, n_in(node));
         out[i] = (float *)(void *)((char *)node->data + k * node->nb[1] + token * node->nb[2]) + row;
     }
 }
@@ -291,7 +297,7 @@ static void multiply_rows(const gx_tensor *node, const job *j, char *unpacked, s
         const void *columns[COLUMNS_AT_ONCE];
         float *out[COLUMNS_AT_ONCE];
         const size_t n = end - at < COLUMNS_AT_ONCE ? end - at : COLUMNS_AT_ONCE;
-        find_columns(node, s, s->groups.rows + at, n, first, columns, out);
+        find_columns(node, j, s->groups.rows + at, n, first, columns, out);
         nx_product_multiply(j->type, unpacked, (uint32_t)n_rows, n_in(node), columns, n, out);
     }
 }
@@ -300,7 +306,7 @@ static void multiply(gx_tensor *node, int ith, int nth, void *argument) {
     (void)nth;
     job *j = argument;
     if (ith >= j->shared->n_threads) return;
-    char *unpacked = j->shared->scratch + (size_t)ith * scratch_bytes(node);
+    char *unpacked = j->shared->scratch + (size_t)ith * scratch_bytes(node, j->type);
     const int64_t n_rows = node->src[0]->ne[1];
     const uint32_t ranges = (uint32_t)((n_rows + NX_PRODUCT_ROWS - 1) / NX_PRODUCT_ROWS);
     for (;;) {
@@ -316,9 +322,10 @@ static void multiply(gx_tensor *node, int ith, int nth, void *argument) {
 
 static bool reserve(struct nxb_products *s, const gx_tensor *node) {
     const gx_tensor *x = node->src[1];
+    const nx_product_type type = type_of(node->src[0]);
     const size_t n_experts = (size_t)node->src[0]->ne[2];
-    return grow(&s->packed, &s->packed_capacity, (size_t)(x->ne[1] * x->ne[2]) * nx_column_bytes(n_in(node))) &&
-           grow(&s->scratch, &s->scratch_capacity, (size_t)s->n_threads * scratch_bytes(node)) &&
+    return grow(&s->packed, &s->packed_capacity, (size_t)(x->ne[1] * x->ne[2]) * nx_column_bytes(type, n_in(node))) &&
+           grow(&s->scratch, &s->scratch_capacity, (size_t)s->n_threads * scratch_bytes(node, type)) &&
            nxb_groups_reserve(&s->groups, (size_t)n_picked(node), n_experts);
 }
 
