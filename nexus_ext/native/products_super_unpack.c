@@ -34,35 +34,32 @@ INLINE void store(const __m256i groups[NX_PRODUCT_GROUPS], int first_row, uint8_
     for (int g = 0; g < NX_PRODUCT_GROUPS; g++) _mm256_store_si256((__m256i *)to[g][first_row], groups[g]);
 }
 
-/* Eight scales and eight minimums of six bits. */
-INLINE void six_bits(const uint8_t *packed, uint8_t *scales, uint8_t *mins) {
+/* Eight scales and eight minimums of six bits, a byte each. */
+INLINE void six_bits(const uint8_t *packed, __m128i *scales, __m128i *mins) {
     uint32_t w[3];
     memcpy(w, packed, sizeof w);
     const uint32_t low = 0x3f3f3f3fu, nibble = 0x0f0f0f0fu, high = 0x30303030u;
-    const uint32_t s[2] = {w[0] & low, (w[2] & nibble) | (w[0] >> 2 & high)};
-    const uint32_t m[2] = {w[1] & low, (w[2] >> 4 & nibble) | (w[1] >> 2 & high)};
-    memcpy(scales, s, sizeof s);
-    memcpy(mins, m, sizeof m);
+    const uint64_t more_scales = (w[2] & nibble) | (w[0] >> 2 & high), more_mins = (w[2] >> 4 & nibble) | (w[1] >> 2 & high);
+    *scales = _mm_cvtsi64_si128((long long)(more_scales << 32 | (w[0] & low)));
+    *mins = _mm_cvtsi64_si128((long long)(more_mins << 32 | (w[1] & low)));
 }
 
 /* Block: scale and scale of minimums (halves), 12 bytes of scales, 128 of codes: 32 low halves, 32 high ones, ... */
 INLINE void q4_k(const uint8_t *const *rows, size_t at, int first_row, nx_rows_super *to) {
     __m256i numbers[ROWS], scales[8], groups[NX_PRODUCT_GROUPS], high[NX_PRODUCT_GROUPS];
-    uint8_t s[8], mins[ROWS][8];
+    __m128i mins[ROWS];
     for (int r = 0; r < ROWS; r++) {
-        six_bits(rows[r] + at + 4, s, mins[r]);
-        numbers[r] = twice(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)s)));
+        __m128i s, m;
+        six_bits(rows[r] + at + 4, &s, &m);
+        numbers[r] = twice(_mm256_cvtepu8_epi32(s));
+        mins[r] = _mm_cvtepu8_epi16(m);
     }
     transpose_eight(numbers, scales);
     for (int j = 0; j < NX_SUPER_CHUNKS; j++)
         for (int h = 0; h < 2; h++) _mm256_store_si256((__m256i *)(to->scales[j][h] + first_row), scales[j]);
-    uint8_t wide[ROWS][16];
-    const uint8_t *wide_rows[ROWS];
-    for (int r = 0; r < ROWS; r++) {
-        _mm_storeu_si128((__m128i *)wide[r], _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *)mins[r])));
-        wide_rows[r] = wide[r];
-    }
-    transpose(wide_rows, 0, groups);
+    for (int i = 0; i < 4; i++)
+        numbers[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(mins[i]), mins[i + 4], 1);
+    transpose_registers(numbers, groups);
     for (int i = 0; i < NX_SUPER_CHUNKS / 2; i++) _mm256_store_si256((__m256i *)(to->mins[i] + first_row), groups[i]);
     for (int j = 0; j < NX_SUPER_CHUNKS; j += 2) {
         const size_t codes = at + 16 + 16 * (size_t)j;

@@ -7,18 +7,23 @@
 #define INLINE NX_TARGET_AVX2 static inline __attribute__((always_inline))
 #define ROWS 8 /* at a time: four bytes of each fill a register */
 
-/* Sixteen bytes of each row, in groups of four: out[g] has group g of all rows. */
-INLINE void transpose(const uint8_t *const *rows, size_t at, __m256i *out) {
-    __m256i r[4];
-    for (int i = 0; i < 4; i++) /* rows i and i + 4 */
-        r[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(rows[i] + at))),
-                                       _mm_loadu_si128((const __m128i *)(rows[i + 4] + at)), 1);
+/* Of four registers, with rows i and i + 4: out[g] has four bytes, group g, of all rows. */
+INLINE void transpose_registers(const __m256i *r, __m256i *out) {
     const __m256i a = _mm256_unpacklo_epi32(r[0], r[1]), b = _mm256_unpackhi_epi32(r[0], r[1]);
     const __m256i c = _mm256_unpacklo_epi32(r[2], r[3]), d = _mm256_unpackhi_epi32(r[2], r[3]);
     out[0] = _mm256_unpacklo_epi64(a, c);
     out[1] = _mm256_unpackhi_epi64(a, c);
     out[2] = _mm256_unpacklo_epi64(b, d);
     out[3] = _mm256_unpackhi_epi64(b, d);
+}
+
+/* Sixteen bytes of each row, in groups of four. */
+INLINE void transpose(const uint8_t *const *rows, size_t at, __m256i *out) {
+    __m256i r[4];
+    for (int i = 0; i < 4; i++)
+        r[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(rows[i] + at))),
+                                       _mm_loadu_si128((const __m128i *)(rows[i + 4] + at)), 1);
+    transpose_registers(r, out);
 }
 
 INLINE __m256 halves(const uint8_t *const *rows, size_t at) {

@@ -165,7 +165,7 @@ static int32_t number_in(const wave *v, const waves *w, int64_t token, int64_t k
 }
 
 /* The batch as it is, with numbers for some picks only, where kernels of ours compute that. */
-static bool in_place(const waves *w, const gx_tensor *weight, const wave *v, gx_tensor *numbers, gx_tensor *result) {
+static bool in_place(const waves *w, const wave *v, gx_tensor *weight, gx_tensor *numbers, gx_tensor *result) {
     const gx_tensor *ids = w->ids;
     *numbers = *ids;
     numbers->data = w->numbers;
@@ -173,7 +173,7 @@ static bool in_place(const waves *w, const gx_tensor *weight, const wave *v, gx_
     numbers->nb[1] = (size_t)ids->ne[0] * sizeof *w->numbers;
     numbers->nb[2] = numbers->nb[3] = (size_t)ids->ne[1] * numbers->nb[1];
     *result = *w->node;
-    result->src[0] = (gx_tensor *)(uintptr_t)weight;
+    result->src[0] = weight;
     result->src[2] = numbers;
     int64_t n_rows = 0;
     for (int64_t t = 0; t < ids->ne[1]; t++)
@@ -227,7 +227,8 @@ static int compute_wave(waves *w, wave v) {
     weight.ne[2] = (int64_t)(v.slots ? nx_group_slots(v.slots) : v.count);
     weight.nb[2] = v.stride;
     weight.nb[3] = v.stride * (uint64_t)weight.ne[2];
-    if (in_place(w, &weight, &v, &numbers, &result)) return nxb_ours_product_as(w->run, w->node_index, &result, 1, false);
+    if (in_place(w, &v, &weight, &numbers, &result))
+        return nxb_ours_product_as(w->run, w->node_index, &result, 1, false);
     const int64_t n_rows = gather(w, &v, &input, &numbers, &result);
     const int status = nxb_ours_product_as(w->run, w->node_index, &result, 1, false);
     const size_t out_bytes = result.nb[1];
