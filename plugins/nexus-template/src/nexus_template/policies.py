@@ -29,9 +29,9 @@ class RecencyWhenTight:
 
 
 class OnlyWithRoom:
-    """Predict only where a cache holds more than two tokens use: guesses push out what is used."""
+    """Predict only where a cache holds more than a token uses: guesses would push out what is."""
 
     name = "template-only-with-room"
 
     def choose(self, info: CacheInfo) -> PredictorName:
-        return "auto" if info.slots > 2 * info.n_experts_used else "none"
+        return "auto" if info.slots > info.n_experts_used else "none"
