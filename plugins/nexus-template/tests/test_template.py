@@ -65,7 +65,7 @@ def test_recency_decides_in_small_caches(
 def test_small_caches_are_not_filled_with_guesses(
     nexus_engine: FakeEngine, routing_trace: RoutingTrace
 ) -> None:
-    assert nexus_engine.predictor(routing_trace, share=0.2).predictor == "none"
+    assert nexus_engine.predictor(routing_trace, share=0.1).predictor == "none"
     assert nexus_engine.predictor(routing_trace, share=0.5).predictor == "auto"
 
 
