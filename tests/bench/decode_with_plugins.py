@@ -10,7 +10,7 @@ The answers must be the same, and every plugin must have been loaded. What they 
 built with has to be installed: pip install numcodecs opentelemetry-sdk hatchling scikit-build-core.
 
 nexus-template is among them: it takes over placement, I/O and prediction, by rules that are only
-examples. --without template leaves it out. With --markov and --lstm, files of these predictors, a
+examples. --without NAME leaves a plugin out. With --markov and --lstm, files of these predictors, a
 third program uses them. Without a model, a mixture of experts is written whose experts are streamed
 through a cache of half of them.
 """
