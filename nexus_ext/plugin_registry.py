@@ -206,7 +206,7 @@ def describe(error: BaseException) -> str:
     """Return the class and the text of an error, whose own `str` may be anything."""
     try:
         text = str(error)
-    except Exception:
+    except Exception:  # in the plugin's own `__str__`; the class is named all the same
         text = "(it has no text)"
     return f"{type(error).__name__}: {text}"
 

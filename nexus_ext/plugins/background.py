@@ -48,5 +48,5 @@ class Background:
             tell = self._queue.get()
             try:
                 tell()
-            except Exception:
+            except Exception:  # no plugin may end the thread that tells the others
                 _log.exception("telling a plugin")

@@ -21,6 +21,7 @@ from nexus_ext.testing.synthetic import MoeDims, write_llama, write_moe
 from tests.integration.alone import Alone
 from tests.integration.streaming import SMALL, logits, paged, prompt, stock
 from tests.models_folder import find_model
+from tests.same_bits import needs_same_bits
 
 TOKENS = prompt(40, 300)
 MODELS = ["bitllama-3M-tq2_0.gguf", "bitllama-3M-tq1_0.gguf"]
@@ -28,8 +29,9 @@ DIMS = MoeDims(n_embd=256, n_ff=256, n_experts=6, n_used=2)
 
 
 def needs(type_name: str) -> None:
-    if not same_bits(type_name) or not kernels.stored_is_fast(type_name):
-        pytest.skip(f"here {type_name} is left to ggml: {kernels.why()}")
+    needs_same_bits(same_bits(type_name), type_name)
+    if not kernels.stored_is_fast(type_name):
+        pytest.skip(f"rows of {type_name} have no kernel as they are stored: {kernels.why()}")
 
 
 @contextmanager

@@ -108,7 +108,9 @@ object *clCreateProgramWithSource(object *c, uint32_t n, const char **text, cons
 int32_t clBuildProgram(object *program, uint32_t n, object *const *d, const char *options, void (*f)(void), void *p) {
     (void)n, (void)d, (void)options, (void)f, (void)p;
     FAIL("BuildProgram");
-    char folder[] = "/tmp/fake-opencl-XXXXXX", path[64], library[64], command[400];
+    const char *base = getenv("TMPDIR");
+    char folder[200], path[220], library[220], command[600];
+    snprintf(folder, sizeof folder, "%s/fake-opencl-XXXXXX", base && *base ? base : "/tmp");
     if (!mkdtemp(folder)) return -11;
     snprintf(path, sizeof path, "%s/program.c", folder);
     snprintf(library, sizeof library, "%s/program.so", folder);
