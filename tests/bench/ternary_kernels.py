@@ -13,8 +13,17 @@ measured to give just before.
 one of two ports. A packed block of 8 rows of TQ2_0 or TQ1_0 (2048 weights) takes for c columns 24
 operations to unpack, 32 c that sum 64 products of bytes each, and 12 c to scale; the column says
 which part of the rate of such operations with nothing else (measured before and after) that is.
-By the same count four columns cannot cost less than (24 + 44 * 4) / (24 + 44) = 2.9 times one,
-where memory is not the limit.
+By the same count four columns cannot cost less than (24 + 44 * 4) / (24 + 44) = 2.9 times one
+with these kernels, where memory is not the limit.
+
+Tiles of AMX lower that bound, but not to where one would like it. ggml's order of summing keeps
+8 sums of 32 products apart in each row and block, and AMX wants rows side by side. From the packed
+layout that is, for each packed block, 24 operations to transpose, 56 to unpack, and 12 c to add
+what sums begin at, convert and scale: 128 for four columns, 1.9 times one, and 32 + 4 c stores of
+64 bytes, at one a cycle, beside them. A kernel of that kind gave the same bits, but took 1.3 to 1.6
+times as long as VNNI for 8 columns (7 to 8 times one), as long for 16, and 0.9 for 512, because
+what passes between the two units by way of memory does not overlap as the count supposes.
+It is not here for that reason. A layout with rows side by side would save the transposition.
 """
 
 from __future__ import annotations
