@@ -20,10 +20,11 @@ Tiles of AMX lower that bound, but not to where one would like it. ggml's order 
 8 sums of 32 products apart in each row and block, and AMX wants rows side by side. From the packed
 layout that is, for each packed block, 24 operations to transpose, 56 to unpack, and 12 c to add
 what sums begin at, convert and scale: 128 for four columns, 1.9 times one, and 32 + 4 c stores of
-64 bytes, at one a cycle, beside them. A kernel of that kind gave the same bits, but took 1.3 to 1.6
-times as long as VNNI for 8 columns (7 to 8 times one), as long for 16, and 0.9 for 512, because
-what passes between the two units by way of memory does not overlap as the count supposes.
-It is not here for that reason. A layout with rows side by side would save the transposition.
+64 bytes, at one a cycle, beside them. A kernel of that kind gave the same bits, but took 1.3 to 1.7
+times as long as VNNI for 8 columns (7 to 10 times one), about as long for 16 and 32, and 0.8 to 1.0
+for 512; therefore it is not here. Its steps of the tile unit, with their loads and stores, took 5
+to 6 ns alone and some 20 ns in the kernel; the cause was not found.
+A layout with rows side by side would save the transposition.
 """
 
 from __future__ import annotations
