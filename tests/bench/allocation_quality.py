@@ -4,26 +4,41 @@
 
 The first third of the text calibrates (importance matrix, sensitivities), the rest is what all
 models are measured on, so nothing is measured on what it was fitted to. Baselines with and without
-the same importance matrix; allocations of the size of Q4_K_M, of Q3_K_M, and of 3.5 bits a weight.
+the same importance matrix; allocations of the size of Q4_K_M, of Q3_K_M, and of 3.5 bits a weight
+(beside Q3_K_M, which is larger).
+
+Whether an allocation is better than the mixture is told by paired differences: both read the same
+windows, and what one window is harder than another cancels. The interval is that of the mean over
+windows (1.96 standard errors); one that holds 0 says that this text cannot tell the two apart.
+Windows are cut twice, the second time half a window later, so that every token but the first and
+last few is predicted once; two neighbours, which are 512 tokens in a row, count as one value.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from nexus_ext.formats import open_gguf
 from nexus_ext.placement import PlanRequest
 from nexus_ext.quality.allocation import Allocation
+from nexus_ext.quality.metrics import Scores
 from nexus_ext.quality.report import QualityReport, summarize
+from nexus_ext.quality.text import Window
 from nexus_ext.runtime.allocation import DEFAULT_TYPES, measure
 from nexus_ext.runtime.imatrix import collect_imatrix
 from nexus_ext.runtime.planning import plan_model
-from nexus_ext.runtime.predictions import opened
-from nexus_ext.runtime.quality import record_reference, scores_against
+from nexus_ext.runtime.predictions import opened, predictions, text_windows
+from nexus_ext.runtime.quality import scores_against
 from nexus_ext.runtime.quantize import Quantized, quantize
+from nexus_ext.runtime.reference import ReferenceFile
 from nexus_ext.runtime.refinement import ROUNDS, refine
 from nexus_ext.runtime.weights import Weights
 
@@ -32,6 +47,28 @@ def split_text(text: bytes) -> tuple[bytes, bytes]:
     """Return (calibration, evaluation), cut between two lines."""
     at = text.index(b"\n", len(text) // 3) + 1
     return text[:at], text[at:]
+
+
+def cut_twice(llm: Any, text: bytes, n_ctx: int, most: int | None) -> list[Window]:
+    """Return windows whose scored halves lie side by side: pairs of them score n_ctx tokens."""
+    first = text_windows(llm, text, n_ctx, most)
+    tokens = [t for window in first for t in window.tokens]
+    half, found = n_ctx // 2, []
+    for i, window in enumerate(first[:-1]):
+        begin = i * n_ctx + half
+        later = (window.tokens[0], *tokens[begin + 1 : begin + n_ctx])
+        found += [window, Window(later, window.first)]
+    return found
+
+
+def paired(ours: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64], n: int) -> str:
+    """Return the mean of ours - theirs over `n` stretches of text, with its 95 % interval."""
+    each = (ours - theirs).reshape(n, -1).mean(axis=1)
+    error = float(each.std(ddof=1)) / math.sqrt(n)
+    halves = (float(part.mean()) for part in np.array_split(each, 2))
+    return (
+        f"{each.mean():+.5f} ± {1.96 * error:.5f} (halves {next(halves):+.5f} {next(halves):+.5f})"
+    )
 
 
 def main() -> int:
@@ -45,6 +82,8 @@ def main() -> int:
     parser.add_argument("--types", help="that may be chosen, with commas between them")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of refinement")
     parser.add_argument("--sizes", default="q4_k_m,q3_k_m", help="mixtures to compare with")
+    parser.add_argument("--bits", type=float, default=3.5, help="0: only the sizes of mixtures")
+    parser.add_argument("--most", type=int, default=8, help="windows that types are chosen on")
     args = parser.parse_args()
     calibration, evaluation = split_text(args.text.read_bytes())
     request = PlanRequest(
@@ -74,9 +113,12 @@ def compare(
     planned = plan_model(model, request)
     imatrix = collect_imatrix(model, calibration, planned, request, n_ctx=args.ctx)
     with opened(model, planned, request) as llm:
-        reference = record_reference(llm, evaluation, n_ctx=args.ctx, most=args.windows)
+        parts = cut_twice(llm, evaluation, args.ctx, args.windows)
+        reference = ReferenceFile(parts, llm.n_vocab(), directory)
+        for block in predictions(llm, parts):
+            reference.add(block)
 
-    def report(name: str, made: Quantized) -> None:
+    def report(name: str, made: Quantized, against: Scores | None = None) -> Scores:
         plan = plan_model(target, request)
         with opened(target, plan, request) as llm:
             scores = scores_against(llm, reference)
@@ -89,32 +131,43 @@ def compare(
             f"same top {100 * found.same_top.value:.2f} %",
             flush=True,
         )
+        if against is not None:
+            n = len(parts) // 2
+            print(
+                f"      minus the mixture: ln PPL {paired(scores.nll, against.nll, n)}  "
+                f"KL {paired(scores.kl, against.kl, n)}",
+                flush=True,
+            )
+        return scores
 
     with reference:
-        sizes = {}
+        sizes: dict[str, tuple[float, Scores]] = {}
         for base in args.sizes.split(","):
             made = quantize(model, target, base, overwrite=True)
             report(base.upper(), made)
             made = quantize(model, target, base, imatrix=imatrix, overwrite=True)
-            report(f"{base.upper()} + imatrix", made)
-            sizes[f"as large as {base.upper()}"] = made.bits_per_weight
+            scores = report(f"{base.upper()} + imatrix", made)
+            sizes[f"as large as {base.upper()}"] = (made.bits_per_weight, scores)
+        if args.bits:  # beside the smallest mixture
+            sizes[f"{args.bits:g} bits a weight"] = (args.bits, scores)
         begin = time.perf_counter()
         known = measure(
             model,
             imatrix,
             calibration,
             n_ctx=args.ctx,
+            most=args.most,
             n_threads=args.threads,
             method=args.method,
             types=args.types.split(",") if args.types else DEFAULT_TYPES,
         )
         measured_s = time.perf_counter() - begin
-        for name, bits in {**sizes, "3.5 bits a weight": 3.5}.items():
+        for name, (bits, mixture) in sizes.items():
             found = known.allocation(bits)
             made = quantize(
                 model, target, "q4_k_m", imatrix=imatrix, types=found.types, overwrite=True
             )
-            report(f"allocated, {name}", made)
+            report(f"allocated, {name}", made, mixture)
             show(found)
             if not args.rounds:
                 continue
@@ -127,6 +180,7 @@ def compare(
                 imatrix,
                 calibration,
                 n_ctx=args.ctx,
+                most=args.most,
                 rounds=args.rounds,
                 n_threads=args.threads,
             )
@@ -134,7 +188,7 @@ def compare(
             made = quantize(
                 model, target, "q4_k_m", imatrix=imatrix, types=found.types, overwrite=True
             )
-            report(f"refined, {name}", made)
+            report(f"refined, {name}", made, mixture)
             show(found)
             print(f"      refining took {took_s:.0f} s")
         print(f"  measuring what types cost took {measured_s:.0f} s")
