@@ -47,7 +47,13 @@ DEFAULT_CTX = 512  # tokens in a window of calibration
     "them, runs of the allocated model with one tensor changed at a time (refined: three times as "
     "long); or the errors of products alone.  [default: measured]",
 )
-@click.option("--types", metavar="A,B,...", help="Types that --allocate may choose.")
+@click.option(
+    "--types",
+    metavar="A,B,...",
+    default="default",
+    help="Types that --allocate may choose; `compact` adds IQ3_S and IQ3_XXS, which lose less "
+    "below 4 bits and compute slower.",
+)
 @click.option(
     "--windows",
     "most",
@@ -76,7 +82,7 @@ def quantize(
     save_imatrix: str | None,
     bits: float | None,
     method: str,
-    types: str | None,
+    types: str,
     most: int | None,
     with_residual: bool,
     scratch: str | None,
@@ -246,20 +252,19 @@ def _allocation(
     base: str,
     bits: float,
     method: str,
-    types: str | None,
+    types: str,
     planning: PlanOptions,
     scratch: str | None,
     live: Live,
 ) -> Allocation:
-    from nexus_ext.runtime.allocation import DEFAULT_TYPES, measure
+    from nexus_ext.runtime.allocation import measure, types_named
 
-    names = tuple(t.strip() for t in types.split(",")) if types else DEFAULT_TYPES
     known = measure(
         source,
         imatrix,
         text,
         base=base,
-        types=names,
+        types=types_named(types),
         method="error" if method == "error" else "measured",
         n_ctx=planning.n_ctx or DEFAULT_CTX,
         n_threads=planning.n_threads,

@@ -6,7 +6,7 @@ costs each of them (`sensitivity`), and the choice (`quality.allocation`, or a p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,11 +30,24 @@ from nexus_ext.runtime.tensor_codec import row_nbytes
 from nexus_ext.runtime.weights import Weights
 from nexus_ext.types import TensorInfo
 
-# Smaller blocks stand in where rows are short. IQ3_S loses less than Q3_K of the same size, but
-# takes more computing: it is left to who asks for it.
+# Smaller blocks stand in where rows are short.
 DEFAULT_TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "Q5_0")
+# These lose less than Q2_K and Q3_K of their size, but take more computing and much longer to
+# quantize: they are left to who asks for them.
+COMPACT_TYPES = (*DEFAULT_TYPES, "IQ3_XXS", "IQ3_S")
+TYPE_SETS: Mapping[str, Sequence[str]] = {"default": DEFAULT_TYPES, "compact": COMPACT_TYPES}
 _PROBE = "Q3_K"  # large enough an error to be measured, small enough to be added up
 Method = Literal["measured", "error"]
+
+
+def types_named(given: str) -> tuple[str, ...]:
+    """Return the types that a user means: the name of a set, or types with commas between them.
+
+    Raises UsageError for a type that ggml does not have.
+    """
+    if given.lower() in TYPE_SETS:
+        return tuple(TYPE_SETS[given.lower()])
+    return tuple(type_named(name.strip()).name for name in given.split(","))
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from nexus_ext.quality.allocation import Allocation
 from nexus_ext.quality.metrics import Scores
 from nexus_ext.quality.report import QualityReport, summarize
 from nexus_ext.quality.text import Window
-from nexus_ext.runtime.allocation import DEFAULT_TYPES, measure
+from nexus_ext.runtime.allocation import measure, types_named
 from nexus_ext.runtime.imatrix import collect_imatrix
 from nexus_ext.runtime.planning import plan_model
 from nexus_ext.runtime.predictions import opened, predictions, text_windows
@@ -79,7 +79,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--windows", type=int, help="of evaluation; default: all")
     parser.add_argument("--method", default="measured", choices=["measured", "error"])
-    parser.add_argument("--types", help="that may be chosen, with commas between them")
+    parser.add_argument("--types", default="default", help="that may be chosen, or `compact`")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of refinement")
     parser.add_argument("--sizes", default="q4_k_m,q3_k_m", help="mixtures to compare with")
     parser.add_argument("--bits", type=float, default=3.5, help="0: only the sizes of mixtures")
@@ -159,7 +159,7 @@ def compare(
             most=args.most,
             n_threads=args.threads,
             method=args.method,
-            types=args.types.split(",") if args.types else DEFAULT_TYPES,
+            types=types_named(args.types),
         )
         measured_s = time.perf_counter() - begin
         for name, (bits, mixture) in sizes.items():

@@ -374,6 +374,30 @@ def test_an_allocation_is_improved_by_steps_from_where_it_stands(
     assert seen.types != kinds
 
 
+def test_types_are_chosen_by_the_name_of_a_set_or_one_by_one() -> None:
+    assert allocation.types_named("default") == allocation.DEFAULT_TYPES
+    assert set(allocation.types_named("Compact")) == {*allocation.DEFAULT_TYPES, "IQ3_S", "IQ3_XXS"}
+    assert allocation.types_named("q2_k, IQ3_S") == ("Q2_K", "IQ3_S")
+    with pytest.raises(UsageError, match="no type 'small'"):
+        allocation.types_named("Q2_K,small")
+
+
+def test_compact_types_lose_less_at_the_same_size(source: str) -> None:
+    found = {
+        name: allocation.measure(
+            source,
+            importance(source),
+            None,
+            method="error",
+            types=allocation.types_named(name),
+        ).allocation(3.3)
+        for name in allocation.TYPE_SETS
+    }
+    assert found["compact"].nbytes <= 1.01 * found["default"].nbytes
+    assert found["compact"].loss < found["default"].loss
+    assert {"IQ3_S", "IQ3_XXS"} & set(found["compact"].types.values())
+
+
 def test_errors_alone_need_no_text(source: str) -> None:
     known = allocation.measure(source, importance(source), None, method="error")
     assert all(s.divergence_per_error == 1.0 for s in known.sensitivities.values())
