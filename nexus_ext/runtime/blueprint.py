@@ -27,7 +27,7 @@ from nexus_ext.policies import IoInfo, IoMode
 from nexus_ext.runtime.batch import Shape
 from nexus_ext.runtime.loadable import check_loadable
 from nexus_ext.runtime.own_kernels import own_types
-from nexus_ext.runtime.residual import checked
+from nexus_ext.runtime.residual import checked, memory_nbytes
 from nexus_ext.types import Catalog, TensorInfo
 
 _RING_RATE = 2e9  # bytes a second: the ring is sized for a disk like this, see placement.ring
@@ -151,7 +151,7 @@ def blueprint(
         shape=shape,
         sizes=replace(
             _sizes(catalog, shape, {t.name for t in elastic} | cached, gpu),
-            residuals=table.nbytes if table is not None else 0,
+            residuals=memory_nbytes(table) if table is not None else 0,
             packing=max((_packed_bytes(t) for t in elastic if _is_ours(t, own)), default=0),
         ),
         units=units,
