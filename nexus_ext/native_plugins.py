@@ -80,7 +80,8 @@ def _cache_struct(policy: CachePolicyLike) -> tuple[Any, object]:
         struct = lib.nx_cache_builtin(policy.encode())
         if struct == ffi.NULL:
             raise UsageError(
-                f"there is no cache policy {policy!r}", hint="use lfru, lru, lfu or least-stale"
+                f"there is no cache policy {policy!r}",
+                hint="use adaptive, lfru, lru, lfu or least-stale",
             )
         return struct, None
     if isinstance(policy, NativePolicy):
@@ -150,6 +151,11 @@ def replay_trace(
     read_bytes = sum(n * layer.record_bytes for n, layer in zip(misses, trace.layers, strict=True))
     found = Replay(name, tuple(slots), tuple(uses), tuple(misses), read_bytes, trace.n_tokens)
     return found, tuple(disabled)
+
+
+def replay_builtin(trace: RoutingTrace, policy: str, slots: Sequence[int]) -> Replay:
+    """Return what a built-in policy does with a trace: `by_code` of `nexus_ext.routing.replay`."""
+    return replay_trace(trace, policy, slots)[0]
 
 
 # -- predictors ----------------------------------------------------------------------------------

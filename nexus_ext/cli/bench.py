@@ -60,7 +60,8 @@ def bench(
     """Measure prefill and decode of MODEL, and what part of the physical bound is reached.
 
     The bound is the bytes read per token divided by the disk's cold bandwidth, measured right after
-    each paged run. With --limit and no budget, --ram is the limit.
+    each paged run: in sequence, or at random places and an expert at a time where experts are
+    streamed. With --limit and no budget, --ram is the limit.
 
     \b
     Examples:

@@ -65,9 +65,10 @@ def replay(
     Examples:
       nexus replay model.nxtrace
       nexus replay model.nxtrace --cache 2G --policy all
-      nexus replay model.nxtrace --share 25% --policy lru,lfru,global-lru --disk 3G --compute 20
+      nexus replay model.nxtrace --share 25% --policy adaptive,lru,global-lru --disk 3G --compute 20
       nexus replay model.nxtrace --plot hits.png
     """
+    from nexus_ext.native_plugins import replay_builtin
     from nexus_ext.routing import RoutingTrace, default_sizes, report, slots_of, slots_of_share
 
     policies = _policies(policy_names)
@@ -85,11 +86,17 @@ def replay(
         sizes = default_sizes(found)
     disk = found.disk_bytes_s if disk_bytes_s is None else float(disk_bytes_s)
     compute_s = found.compute_s if compute_ms is None else compute_ms / 1e3
-    rows = report(found, policies, sizes, disk_bytes_s=disk, compute_s=compute_s)
+    rows = report(
+        found, policies, sizes, disk_bytes_s=disk, compute_s=compute_s, by_code=replay_builtin
+    )
     _show(output, trace, found, rows, disk, compute_s)
     if plot_file is not None:
         # A curve needs more than the one size that was asked for.
-        drawn = rows if len(sizes) > 1 else report(found, policies, default_sizes(found))
+        drawn = (
+            rows
+            if len(sizes) > 1
+            else report(found, policies, default_sizes(found), by_code=replay_builtin)
+        )
         plot(drawn, plot_file, f"{found.architecture}, {found.n_tokens} tokens")
         output.note(f"The plot is in {plot_file}.")
     output.result(
@@ -108,11 +115,11 @@ def replay(
 
 
 def _policies(text: str) -> list[str]:
-    from nexus_ext.routing import GLOBAL_LRU, NONE, POLICIES
+    from nexus_ext.routing import BELADY, GLOBAL_LRU, NONE, ONLINE
 
-    known = [*POLICIES, NONE, GLOBAL_LRU]
+    known = [*ONLINE, BELADY, NONE, GLOBAL_LRU]
     if text == "all":
-        return [*POLICIES, NONE]
+        return [*ONLINE, BELADY, NONE]
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
         if name not in known:

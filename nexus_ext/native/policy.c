@@ -1,7 +1,7 @@
 /* policy.c: which records leave the cache: the question to a policy, and its answer, which is not trusted.
  *
  * The question lists what may leave, so that a policy need not know what is in use or on its way. An answer that names
- * anything else disables the policy, and the built-in answers the same question: no graph notices. */
+ * anything else disables the policy, and lfru, which needs no state, answers the same question: no graph notices. */
 #include "policy.h"
 
 #include <errno.h>
@@ -146,7 +146,7 @@ nx_status nx_policy_init(nx_model *m, nx_error *error) {
     p->scores = malloc(n * sizeof *p->scores);
     const bool there = p->experts && p->slots && p->victims && p->absent && p->taken && p->ages && p->frequencies &&
                        p->hit && p->scores;
-    if (there && nx_cache_use_policy(m, &nx_policy_lfru, NULL) == NX_OK) return NX_OK;
+    if (there && nx_cache_use_policy(m, &nx_policy_adaptive, NULL) == NX_OK) return NX_OK;
     nx_error_set(error, NX_E_NOMEM, ENOMEM, "no memory for the policy of %u expert caches", m->n_groups);
     return NX_E_NOMEM;
 }
@@ -269,7 +269,7 @@ static void choose_victims(nx_group *g, const nxp_cache_ask *ask) {
     const nxp_cache_ask again = {.struct_size = sizeof again, .reason = ask->reason, .n_wanted = ask->n_wanted,
                                  .n_candidates = candidates(g, p), .clock = g->clock, .experts = p->experts,
                                  .ages = p->ages, .frequencies = p->frequencies, .incoming = ask->incoming};
-    (void)nx_policy_lowest(nx_score_lfru, p->scores, &again, p->victims);
+    (void)nx_policy_lowest(nx_score_lfru, NULL, p->scores, &again, p->victims);
 }
 
 size_t nx_policy_slots(nx_group *g, nxp_cache_reason reason, const int32_t *incoming, size_t n, int32_t *slots) {

@@ -47,11 +47,13 @@ nx_status nx_turn_borrow(nx_model *);
 float nx_frequency_after(float frequency, uint64_t age);
 
 /* policy_builtin.c */
-extern const nxp_cache_policy nx_policy_lfru;
-/* Score by score, into room for n_wanted of them. */
-int nx_policy_lowest(double (*score)(int32_t expert, uint64_t age, float frequency), double *scores,
-                     const nxp_cache_ask *, int32_t *out);
-double nx_score_lfru(int32_t expert, uint64_t age, float frequency);
+typedef double (*nx_score)(const void *state, int32_t expert, uint64_t age, float frequency);
+/* The candidates with the lowest scores; `scores` has room for n_wanted of them. */
+int nx_policy_lowest(nx_score, const void *state, double *scores, const nxp_cache_ask *, int32_t *out);
+double nx_score_lfru(const void *state, int32_t expert, uint64_t age, float frequency);
+
+/* policy_adaptive.c: the default */
+extern const nxp_cache_policy nx_policy_adaptive;
 
 /* policy.c */
 nx_status nx_policy_init(nx_model *, nx_error *);

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nexus_ext.types import Catalog
 
 IoMode = Literal["direct", "buffered"]
-CachePolicyName = Literal["lfru", "lru", "lfu", "least-stale"]  # as in native/cache.c
+CachePolicyName = Literal["adaptive", "lfru", "lru", "lfu", "least-stale"]  # policy_builtin.c
 PredictorName = Literal["none", "auto", "gate", "previous", "popular"]  # as in native/predict.c
 CacheChoice = CachePolicyName | NativePolicy | LayerCachePolicy
 PredictorChoice = PredictorName | NativePolicy | LayerPredictor

@@ -1,4 +1,4 @@
-"""The built-in cache policy: recency by octaves, frequency within, for every model."""
+"""The built-in cache policy: by recency or by rates of use, whichever has missed less of late."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from nexus_ext.hookspecs import hookimpl
 from nexus_ext.policies.base import CacheInfo, CachePolicy, CachePolicyName
 
 
-class RecencyThenFrequency:
-    """The policy of `policy_lfru` in native/cache.c, whatever the model."""
+class Adaptive:
+    """The policy of native/policy_adaptive.c, whatever the model."""
 
-    name = "recency-then-frequency"
+    name = "adaptive"
 
     def choose(self, info: CacheInfo) -> CachePolicyName:
-        return "lfru"
+        return "adaptive"
 
 
 @hookimpl
 def nexus_cache_policy() -> CachePolicy:
-    return RecencyThenFrequency()
+    return Adaptive()

@@ -19,12 +19,14 @@ from nexus_ext.routing.evaluation import (
     score,
     split,
 )
-from nexus_ext.routing.policies import GLOBAL_LRU, NONE, ONLINE, POLICIES
+from nexus_ext.routing.policies import BELADY, DEFAULT, GLOBAL_LRU, NONE, ONLINE, POLICIES
 from nexus_ext.routing.replay import Replay, decisions, global_lru, repeats, replay
 from nexus_ext.routing.report import Row, default_sizes, report, slots_of, slots_of_share
 from nexus_ext.routing.trace import RoutingTrace, TracedLayer
 
 __all__ = [
+    "BELADY",
+    "DEFAULT",
     "GLOBAL_LRU",
     "NONE",
     "ONLINE",

@@ -1,7 +1,8 @@
 """Eviction policies as pure functions: a score for each record, and the lowest is evicted.
 
-The online ones are those of native/cache.c, formula for formula, so that a replay counts what the
-cache would. A policy sees of a record what C shows it, and Belady's also the future.
+The online ones are those of native/policy_builtin.c, formula for formula, so that a replay counts
+what the cache would. A policy sees of a record what C shows it, and Belady's also the future. The
+default, which learns, has no formula: its code in C is replayed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     Reals = npt.NDArray[np.float64]
     Integers = npt.NDArray[np.int64]
 
-HALF_LIFE: Final = 64.0  # tokens: NX_CACHE_HALF_LIFE of native/cache.c
+BELADY: Final = "belady"
+HALF_LIFE: Final = 64.0  # tokens: HALF_LIFE of native/policy.c
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +74,9 @@ POLICIES: Final[dict[str, Policy]] = {
     "lfu": lfu,
     "least-stale": least_stale,
     "random": random,
-    "belady": belady,
+    BELADY: belady,
 }
-ONLINE: Final = ("lfru", "lru", "lfu", "least-stale", "random")
+DEFAULT: Final = "adaptive"
+ONLINE: Final = (DEFAULT, "lfru", "lru", "lfu", "least-stale", "random")
 NONE: Final = "none"  # no cache
 GLOBAL_LRU: Final = "global-lru"  # one cache for all layers

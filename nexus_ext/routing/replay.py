@@ -11,9 +11,11 @@ of the arrays below.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from nexus_ext.errors import UsageError
 from nexus_ext.routing.policies import GLOBAL_LRU, HALF_LIFE, NONE, POLICIES, Facts
 from nexus_ext.routing.trace import MAX_EXPERTS
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     Singles = npt.NDArray[np.float32]
     Flags = npt.NDArray[np.bool_]
 
+ByCode = Callable[["RoutingTrace", str, "Sequence[int]"], "Replay"]  # slots of each layer
 NEVER: Final = 1 << 40  # a token that no trace reaches
 FORGOTTEN: Final = 1 << 14  # tokens after which a decayed frequency is 0 in single precision
 
@@ -197,8 +200,12 @@ def replay(
     sizes: Sequence[Sequence[int]],
     *,
     seed: int = 0,
+    by_code: ByCode | None = None,
 ) -> list[list[Replay]]:
     """Return for each size (slots of each layer) what each policy does: [size][policy].
+
+    A policy that is no formula of POLICIES is replayed by `by_code`, as
+    `nexus_ext.native_plugins.replay_builtin` does it; UsageError for such a name without it.
 
     "none" reads every expert that a token uses. A layer with fewer slots than its router picks
     experts for a token has no cache, as in a plan. `seed` is that of the random policy.
@@ -216,6 +223,15 @@ def replay(
     [cached] = np.nonzero(slots >= np.array([layer.n_used for layer in trace.layers])[lane_layer])
     served = lane_layer[cached]
     for policy in policies:
+        if policy not in POLICIES and policy != NONE:
+            if by_code is None:
+                raise UsageError(
+                    f"the policy {policy!r} has no formula",
+                    hint=f"use {', '.join(POLICIES)} or {NONE}, or pass by_code",
+                )
+            for i, size in enumerate(sizes):
+                results[i].append(by_code(trace, policy, size))
+            continue
         misses = n_uses[lane_layer]
         if policy != NONE and len(cached):
             lanes = _Lanes(policy, slots[cached], n_experts, seed)

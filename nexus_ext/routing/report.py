@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from nexus_ext.routing.policies import GLOBAL_LRU
-from nexus_ext.routing.replay import Replay, global_lru, replay
+from nexus_ext.routing.replay import ByCode, Replay, global_lru, replay
 from nexus_ext.routing.trace import RoutingTrace
 
 _STEPS: Final = 8  # sizes of a table
@@ -58,15 +58,19 @@ def report(
     *,
     disk_bytes_s: float = 0.0,
     compute_s: float = 0.0,
+    by_code: ByCode | None = None,
 ) -> list[Row]:
     """Return a row for each size and policy. A rate or time of 0 is not known and costs nothing.
+
+    `by_code` as for `replay`.
 
     Experts are read when the router has picked them, so that reading and computing add up; weights
     other than experts are not in the trace and are taken to be in memory.
     """
     lanes = [name for name in policies if name not in (GLOBAL_LRU, "belady")]
     rows = []
-    for size, found in zip(sizes, replay(trace, [*lanes, "belady"], sizes), strict=True):
+    replayed = replay(trace, [*lanes, "belady"], sizes, by_code=by_code)
+    for size, found in zip(sizes, replayed, strict=True):
         by_policy = {result.policy: result for result in found}
         if GLOBAL_LRU in policies:
             by_policy[GLOBAL_LRU] = global_lru(trace, sum(size))

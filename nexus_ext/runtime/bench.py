@@ -3,7 +3,8 @@
 Runs are interleaved, A B A B, each in a process of its own, so that a slow minute of the machine
 hits both sides; the disk is measured in between, on the model's own file, because a bound from
 another day bounds nothing. The bound is the bytes that a token had to read, divided by that
-bandwidth, and nothing else. Bytes are counted twice: by the engine, and by the kernel
+bandwidth, and nothing else: in sequence, or, where experts are read when a router has picked them,
+at random places and a record at a time. Bytes are counted twice: by the engine, and by the kernel
 (/proc/self/io).
 
 "Cold" means: the page cache of the model's files was dropped before the run, and how much of it was
@@ -13,9 +14,7 @@ Nothing is concluded here; a side that its memory limit killed is a result like 
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import mmap
 import os
 import statistics
 from collections.abc import Callable
@@ -23,26 +22,20 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from nexus_ext import core
 from nexus_ext.errors import OutOfMemory, UsageError
-from nexus_ext.hardware import HardwareProfile
-from nexus_ext.hardware.disk import drop_page_cache
 from nexus_ext.runtime import user_environ
+from nexus_ext.runtime.disk_sample import DiskSample, cached_bytes, disk_sample, drop_files
 from nexus_ext.runtime.memory_limit import MemoryGroup, memory_group
 from nexus_ext.runtime.own_kernels import takes_over
 from nexus_ext.runtime.planning import Planned
 from nexus_ext.runtime.worker import Job, Session, Side, WorkerDied, run_worker
-from nexus_ext.units import GIB
 
 _log = logging.getLogger("nexus_ext.bench")
 
-_PROBE_BYTES: Final = GIB
-_PROBE_NS: Final = 1_000_000_000
 _CTX_STEP: Final = 256
 _LIBGOMP_SPIN_COUNT: Final = "300000"  # its documented default
 # Reading around the page cache, and reading the same bytes twice, differ by less than this.
 _AGREE: Final = 0.02
-_LOWEST_BIT: Final = bytes(byte & 1 for byte in range(256))  # the others of mincore are reserved
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +85,6 @@ class Run:
     peak_bytes: int = 0
     peak_source: str = ""
     chosen: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class DiskSample:
-    """One cold measurement of the disk: before the first run, then after each paged one."""
-
-    bytes_s: float
-    direct: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +207,9 @@ def bench_model(
         repack=not _hooked(planned),
     )
     sides: tuple[Side, ...] = ("paged", "stock") if baseline else ("paged",)
-    disk, runs, how = [disk_sample(files, planned.hardware)], [], ""
+    record_bytes = _record_bytes(planned)
+    disk = [disk_sample(files, planned.hardware, record_bytes)]
+    runs, how = [], ""
     for i in range(repeat):
         for side in sides:
             note(f"run {i + 1} of {repeat}: {side}")
@@ -233,8 +220,18 @@ def bench_model(
                 how = group.how if group is not None else ""
             runs.append(run)
             if side == "paged":  # at once: some disks slow down after some GB, and rest meanwhile
-                disk.append(disk_sample(files, planned.hardware))
+                disk.append(disk_sample(files, planned.hardware, record_bytes))
     return _result(planned, job, tuple(runs), tuple(disk), drops=drops, limit=how)
+
+
+def _record_bytes(planned: Planned) -> int | None:
+    """Return the bytes of the largest expert that is read on demand; None: there is none."""
+    by_name = {tensor.name: tensor for tensor in planned.catalog.tensors}
+    records = [
+        sum(by_name[name].nbytes // by_name[name].n_experts for name in cache.tensors)
+        for cache in planned.plan.expert_caches
+    ]
+    return max(records, default=None)
 
 
 def worker_environ(side: Side) -> dict[str, str] | None:
@@ -441,58 +438,3 @@ def _notes(planned: Planned, runs: tuple[Run, ...], disk: tuple[DiskSample, ...]
     if len(chosen) > 1:
         notes.append("The runs did not choose the same tokens: run `nexus verify` on this model.")
     return notes
-
-
-# -- the disk and its cache -----------------------------------------------------------------------
-
-
-def disk_sample(files: list[str], hardware: HardwareProfile) -> DiskSample:
-    """Read the largest of `files` cold for a second, in the way that this disk likes best."""
-    path = max(files, key=os.path.getsize)
-    points = [p for p in hardware.disk.points if p.pattern == "sequential"]
-    best = max(points, key=lambda point: point.bytes_s)
-    block = min(best.block_bytes, os.path.getsize(path))
-    drop_files([path])
-    n_bytes, ns, direct, _ = core.read_disk(path, block, best.depth, False, _PROBE_BYTES, _PROBE_NS)
-    drop_files([path])
-    return DiskSample(n_bytes * 1e9 / max(ns, 1), direct)
-
-
-def drop_files(files: list[str]) -> None:
-    """Drop the page cache of `files`. Pages that were never written back are written first."""
-    for path in files:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)  # a dirty page cannot be dropped
-        except OSError as error:
-            _log.debug("fsync(%s): %s", path, error.strerror)
-        finally:
-            os.close(fd)
-        drop_page_cache(path)
-
-
-def cached_bytes(files: list[str]) -> int | None:
-    """Return how much of `files` the page cache holds; None where the system does not tell."""
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mincore"):
-        return None
-    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
-    n_pages = 0
-    for path in files:
-        size = os.path.getsize(path)
-        if size == 0:
-            continue
-        with open(path, "rb") as file:
-            # Private and writable, or ctypes does not give the address of it; never touched.
-            mapped = mmap.mmap(
-                file.fileno(), size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE
-            )
-        view = (ctypes.c_char * size).from_buffer(mapped)
-        vector = ctypes.create_string_buffer(-(-size // mmap.PAGESIZE))
-        failed = libc.mincore(ctypes.addressof(view), size, vector)
-        del view
-        mapped.close()
-        if failed:
-            return None
-        n_pages += vector.raw.translate(_LOWEST_BIT).count(1)
-    return n_pages * mmap.PAGESIZE

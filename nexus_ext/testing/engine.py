@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from nexus_ext.errors import UsageError
 from nexus_ext.formats import open_model
 from nexus_ext.hardware import HardwareProfile
+from nexus_ext.native_plugins import replay_builtin
 from nexus_ext.native_plugins import replay_trace as replay_trace
 from nexus_ext.native_predictions import predict_trace
 from nexus_ext.placement import Plan, PlanRequest
@@ -36,7 +37,7 @@ from nexus_ext.policies import (
     RequestStart,
     Routing,
 )
-from nexus_ext.routing import Replay, RoutingTrace, replay
+from nexus_ext.routing import BELADY, Replay, RoutingTrace, replay
 from nexus_ext.routing.prediction import POPULAR, PREVIOUS, Accuracy, accuracy, popular, previous
 from nexus_ext.testing.hardware import machine
 from nexus_ext.testing.loading import load_plugins, use_plugins
@@ -222,7 +223,7 @@ class FakeEngine:
         builtin = load_plugins().choose_cache(info)
         sizes = [[info.slots] * len(trace.layers)]
         assert isinstance(builtin, str)
-        [(expected, belady)] = replay(trace, [builtin, "belady"], sizes)
+        [(expected, belady)] = replay(trace, [builtin, BELADY], sizes, by_code=replay_builtin)
         chosen, disabled = replay_trace(trace, policy, sizes[0])
         assert not (disabled and self.strict), f"{chosen.policy} was disabled: {disabled[0]}"
         return CacheRun(chosen, expected, belady)

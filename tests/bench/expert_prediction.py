@@ -25,7 +25,7 @@ from typing import Any
 
 from nexus_ext.core import ModelStats
 from nexus_ext.placement import PlanRequest
-from nexus_ext.runtime.bench import drop_files
+from nexus_ext.runtime.disk_sample import drop_files
 from nexus_ext.runtime.planning import plan_model
 from nexus_ext.runtime.worker import device_read_bytes
 from nexus_ext.testing.synthetic import MoeDims, write_moe

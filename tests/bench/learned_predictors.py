@@ -31,7 +31,7 @@ from nexus_ext.core import ModelStats
 from nexus_ext.formats import open_model
 from nexus_ext.placement.experts import groups
 from nexus_ext.routing import RoutingTrace, compare, rank_popular, rank_previous, score, split
-from nexus_ext.runtime.bench import drop_files
+from nexus_ext.runtime.disk_sample import drop_files
 from nexus_ext.units import format_bytes
 from tests.bench.plugins_path import add_plugins
 from tests.integration.test_experts import cached, core_model

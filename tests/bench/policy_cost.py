@@ -50,6 +50,7 @@ def main() -> None:
         policies: tuple[tuple[str, CachePolicyLike], ...] = (
             ("lru", "lru"),
             ("lfru", "lfru"),
+            ("adaptive", "adaptive"),
             ("in C", in_c),
             ("history", native(history, "nexus_policy_lfru")),
             ("in Python", Oldest()),

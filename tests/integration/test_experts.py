@@ -34,7 +34,7 @@ TINY: dict[str, Any] = {
     "n_threads": 1,
     "verbose": False,
 }
-POLICIES = ("lfru", "lru", "lfu", "least-stale", "random")
+POLICIES = ("adaptive", "lfru", "lru", "lfu", "least-stale", "random")
 LENGTHS = (1, 40)  # a batch of one, and a prefill that needs more experts than there are slots
 N_DECODE = 10
 
@@ -210,7 +210,7 @@ def test_the_trained_mixture_of_experts_equals_stock() -> None:
     shape = plan_model(path, PlanRequest(weights_bytes=1 << 30, gpu_bytes=0)).catalog.shape
     for slots in sorted({shape.n_experts_used, shape.n_experts // 2, shape.n_experts}):
         with cached(path, slots) as llm:
-            for policy in ("lfru", "random"):
+            for policy in ("adaptive", "random"):
                 core_model(llm).set_cache_policy(policy)
                 assert_equal(llm, expected, f"{slots} slots, {policy}")
             assert (llm.nexus.stats().expert_hit_rate or 0) > 0.2
@@ -251,7 +251,7 @@ def test_two_contexts_of_one_model_decode_in_turn(arch: str, tmp_path: Path) -> 
     assert not np.array_equal(expected[0], expected[1])
     for slots in (2, 4):
         with cached(path, slots) as llm:
-            for policy in ("lfru", "random"):
+            for policy in ("adaptive", "random"):
                 core_model(llm).set_cache_policy(policy)
                 got = decode_in_turn(llm, sequences)
                 assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))

@@ -52,7 +52,7 @@ def test_logits_equal_stock_whatever_is_predicted(name: str, tmp_path: Path) -> 
     with cached(path, min(dims.n_used + 2, dims.n_experts)) as llm:
         model = core_model(llm)
         for predictor in ("gate", "previous", "popular", "auto", "none"):
-            for policy in ("lfru", "random"):
+            for policy in ("adaptive", "random"):
                 model.set_predictor(predictor)
                 model.set_cache_policy(policy)
                 assert_equal(llm, expected, f"{predictor}, {policy}")
@@ -98,7 +98,7 @@ def test_two_contexts_in_turn_with_prediction(tmp_path: Path) -> None:
     with cached(path, 3) as llm:
         model = core_model(llm)
         model.set_predictor("gate")
-        for policy in ("lfru", "random"):
+        for policy in ("adaptive", "random"):
             model.set_cache_policy(policy)
             got = decode_in_turn(llm, sequences)
             assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from nexus_ext import Llama
+from nexus_ext.native_plugins import replay_builtin
 from nexus_ext.placement import Pin, Plan, PlanRequest
 from nexus_ext.placement.experts import groups, slot_bytes
 from nexus_ext.placement.plan import ExpertCache
@@ -116,14 +117,16 @@ def decode(
     )
 
 
-@pytest.mark.parametrize("policy", ["lfru", "lru", "lfu", "least-stale"])
+@pytest.mark.parametrize("policy", ["adaptive", "lfru", "lru", "lfu", "least-stale"])
 def test_a_replay_counts_what_the_cache_counts(model: Path, policy: str) -> None:
     tokens = prompt(N_TOKENS, 256)
     catalog = plan_model(model, PlanRequest(weights_bytes=1 << 30)).catalog
     n_used, n_experts = catalog.shape.n_experts_used, catalog.shape.n_experts
     for slots in (n_used, n_used + 1, n_experts // 2, n_experts - 1, n_experts):
         trace, uses, misses = decode(model, slots, policy, tokens)
-        [[expected]] = replay(trace, [policy], [[slots] * len(trace.layers)])
+        [[expected]] = replay(
+            trace, [policy], [[slots] * len(trace.layers)], by_code=replay_builtin
+        )
         assert (uses, misses) == (sum(expected.uses), sum(expected.misses)), slots
 
 
@@ -210,7 +213,7 @@ def trace_file(hardware: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_replay_shows_every_policy_beside_the_optimum(trace_file: Path) -> None:
     rows = call("replay", trace_file, "--json").json["rows"]
     assert {row["policy"] for row in rows} == {
-        "lfru", "lru", "lfu", "least-stale", "random", "belady", "none",
+        "adaptive", "lfru", "lru", "lfu", "least-stale", "random", "belady", "none",
     }  # fmt: skip
     assert {row["share"] for row in rows} >= {0.25, 1.0}
     assert all(row["below_belady"] >= 0 and row["tok_s"] > 0 for row in rows)

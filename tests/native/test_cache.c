@@ -213,13 +213,13 @@ static void check_nothing_in_use(const nx_model *m) {
 
 /* ------------------------------------------------------------ tests */
 
-static const char *const policies[] = {"lfru", "lru", "lfu", "least-stale", "random"};
+static const char *const policies[] = {"adaptive", "lfru", "lru", "lfu", "least-stale", "random"};
 
 static void whole(bool direct) {
     nx_model *m = cache_open(direct);
     fuzz f = {.m = m, .seed = 1};
-    for (size_t k = 0; k < ROUNDS * 5; k++) {
-        NX_CHECK_EQ(nx_cache_set_policy(m, policies[k % 5]), NX_OK);
+    for (size_t k = 0; k < ROUNDS * 6; k++) {
+        NX_CHECK_EQ(nx_cache_set_policy(m, policies[k % 6]), NX_OK);
         NX_CHECK_EQ(graph(&f), NX_OK);
     }
     nx_stats s;
@@ -256,7 +256,7 @@ static void against(bool direct) {
         NX_CHECK(info.disabled && strcmp(info.name, "hostile") == 0);
         nx_test_about("%s", info.why);
         NX_CHECK(strstr(info.why, hostile_why[kind]) != NULL);
-        NX_CHECK_EQ(nx_cache_set_policy(m, "lfru"), NX_OK); /* what `h` was is gone */
+        NX_CHECK_EQ(nx_cache_set_policy(m, "adaptive"), NX_OK); /* what `h` was is gone */
         nx_cache_policy_get(m, &info);
         NX_CHECK(!info.disabled && !info.why[0]);
     }

@@ -210,7 +210,7 @@ static void fuzz(bool direct) {
     uint64_t seed = 5;
     size_t n_failed = 0, n_used = 0;
     for (size_t k = 0; k < ROUNDS * 12; k++) {
-        static const char *const policies[] = {"lfru", "lru", "random"};
+        static const char *const policies[] = {"adaptive", "lru", "random"};
         NX_CHECK_EQ(nx_cache_set_policy(m, policies[nx_test_random(&seed) % 3]), NX_OK);
         nx_io_spare_limits(m->io, 1 + (uint32_t)(nx_test_random(&seed) % 4), (uint32_t)(nx_test_random(&seed) % 2) * 32);
         const bool failing = nx_test_random(&seed) % 4 == 0, stopping = nx_test_random(&seed) % 4 == 0;

@@ -69,7 +69,7 @@ def nexus_io_policy(plugins: Plugins, folder: Path, patch: Patch) -> None:
 
 def nexus_cache_policy(plugins: Plugins, folder: Path, patch: Patch) -> None:
     assert plugins.choose_cache(CacheInfo(2, 8, 2, 7)) == "lru"
-    assert plugins.choose_cache(CacheInfo(2, 8, 2, 4)) == "lfru"
+    assert plugins.choose_cache(CacheInfo(2, 8, 2, 4)) == "adaptive"
 
 
 def nexus_expert_predictor(plugins: Plugins, folder: Path, patch: Patch) -> None:

@@ -10,20 +10,20 @@ import pytest
 from nexus_ext.cli.bench import stall_of
 from nexus_ext.hardware.mounts import MEMORY_FILESYSTEMS, mount_of, read_mounts
 from nexus_ext.hardware.system import System
+from nexus_ext.runtime import disk_sample as disk_module
 from nexus_ext.runtime.bench import (
-    DiskSample,
     Phase,
     Run,
     Side,
     Spread,
     bound_of,
-    cached_bytes,
     context_for,
-    drop_files,
     loading_of,
     shares_of,
     summarize,
 )
+from nexus_ext.runtime.disk_sample import DiskSample, cached_bytes, disk_sample, drop_files
+from nexus_ext.testing.hardware import machine
 
 DISK = tuple(DiskSample(rate, direct=True) for rate in (900.0, 1000.0, 1600.0))
 
@@ -91,6 +91,34 @@ def test_a_killed_side_is_a_result() -> None:
 )
 def test_the_context_holds_the_whole_run(lengths: tuple[int, int, int], n_ctx: int) -> None:
     assert context_for(*lengths) == n_ctx
+
+
+@pytest.mark.parametrize(
+    ("record_bytes", "expected"),
+    [(None, (False, None)), (10_000, (True, 12_288)), (1 << 30, (True, 1 << 20))],
+)
+def test_the_disk_is_sampled_as_weights_are_read(
+    record_bytes: int | None,
+    expected: tuple[bool, int | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, hardware, asked = tmp_path / "file", machine(), []
+    path.write_bytes(bytes(1 << 20))
+
+    def read_disk(
+        path: str, block: int, depth: int, random: bool, *most: int
+    ) -> tuple[int, int, bool, str]:
+        asked.append((random, block))
+        return 4096, 2048, True, "threads"
+
+    monkeypatch.setattr(disk_module.core, "read_disk", read_disk)
+    assert disk_sample([str(path)], hardware, record_bytes) == DiskSample(2e9, direct=True)
+    [(random, block)] = asked
+    best = max(
+        (p for p in hardware.disk.points if p.pattern == "sequential"), key=lambda p: p.bytes_s
+    )
+    assert (random, block) == (expected[0], expected[1] or min(best.block_bytes, 1 << 20))
 
 
 def test_a_dropped_file_is_no_longer_in_the_page_cache(tmp_path: Path) -> None:

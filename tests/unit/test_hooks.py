@@ -102,7 +102,7 @@ def test_the_builtins_come_through_the_hooks() -> None:
     assert isinstance(plugins.io_policy(), IoPolicy)
     assert isinstance(plugins.placement_solver(), PlacementSolver)
     info = CacheInfo(n_layers=2, n_experts=8, n_experts_used=2, slots=4)
-    assert plugins.choose_cache(info) == "lfru"
+    assert plugins.choose_cache(info) == "adaptive"
     assert plugins.choose_predictor(info) == "auto"
 
 

@@ -48,7 +48,7 @@ def test_every_decision_is_the_built_in_one(mode: str, monkeypatch: pytest.Monke
     plugins = hostile_plugins(mode, monkeypatch)
     for _ in range(2):
         assert plugins.choose_io(INFO) == "buffered"
-        assert plugins.choose_cache(EXPERTS) == "lfru"
+        assert plugins.choose_cache(EXPERTS) == "adaptive"
         assert plugins.choose_predictor(EXPERTS) == "auto"
         assert plugins.solve(CATALOG, MACHINE, REQUEST) == solve(CATALOG, MACHINE, REQUEST)
         assert deciding.activate(MEMORY, "new") == eviction.activate(MEMORY, "new")

@@ -14,7 +14,7 @@ from nexus_ext.errors import PluginError, UsageError
 from nexus_ext.native_plugins import replay as replay_layer
 from nexus_ext.native_plugins import replay_trace
 from nexus_ext.policies import EvictionAsk, NativePolicy
-from nexus_ext.routing import ONLINE, RoutingTrace, TracedLayer, replay
+from nexus_ext.routing import BELADY, POLICIES, RoutingTrace, TracedLayer, replay
 from nexus_ext.routing.replay import decisions
 from tests.native_plugin import LRU, compiled, native
 
@@ -61,7 +61,7 @@ def test_the_header_compiles_by_itself(standard: str, tmp_path: Path) -> None:
     subprocess.run([str(tmp_path / "alone")], check=True)
 
 
-@pytest.mark.parametrize("policy", [name for name in ONLINE if name != "random"])
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name not in ("random", BELADY)])
 @pytest.mark.parametrize("slots", [4, 9, 23])
 def test_the_built_ins_in_c_are_the_formulas_that_are_replayed(
     policy: str, slots: int, trace: RoutingTrace

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nexus_ext.errors import UsageError
 from nexus_ext.routing import (
     NONE,
-    ONLINE,
     POLICIES,
+    Replay,
     RoutingTrace,
     TracedLayer,
     default_sizes,
@@ -106,6 +108,19 @@ def test_a_popular_expert_outlives_a_scan_and_a_forgotten_one_goes() -> None:
     assert misses(passed, "lfru", 2) < misses(passed, "lfu", 2)
 
 
+def test_a_policy_without_a_formula_is_replayed_by_the_code_that_is_given() -> None:
+    trace = one_by_one("0120123")
+    with pytest.raises(UsageError, match="'adaptive' has no formula"):
+        replay(trace, ["lru", "adaptive"], [[2]])
+
+    def all_missed(trace: RoutingTrace, policy: str, slots: Sequence[int]) -> Replay:
+        return Replay(policy, tuple(slots), (7,), (7,), 70, trace.n_tokens)
+
+    found = replay(trace, ["lru", "adaptive", "belady"], [[2], [3]], by_code=all_missed)
+    assert [[sum(one.misses) for one in of_size] for of_size in found] == [[7, 7, 5], [4, 7, 4]]
+    assert [of_size[1].slots for of_size in found] == [(2,), (3,)]
+
+
 def test_one_lru_for_all_layers_hits_nothing_below_a_tokens_cycle() -> None:
     n_layers, n_used = 4, 2
     trace = trace_of(*([[0, 1]] * 20 for _ in range(n_layers)))
@@ -163,7 +178,7 @@ def test_sizes_replayed_together_are_those_replayed_alone(
 ) -> None:
     trace = trace_of(used, [list(reversed(token)) for token in used])
     sizes = [[slots, slots], [6, slots], [6, 6]]
-    names = [name for name in ONLINE if name != "random"]
+    names = [name for name in POLICIES if name != "random"]
     assert replay(trace, names, sizes) == [replay(trace, names, [size])[0] for size in sizes]
 
 

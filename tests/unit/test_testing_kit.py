@@ -197,7 +197,7 @@ def test_a_cache_policy_is_compared_with_the_builtin_and_the_optimum() -> None:
     plugin = Chooser("nexus_cache_policy", "least-stale")
     trace = synthetic_trace(200, 32, 4, zipf=1.0)
     run = FakeEngine(load_plugins(plugin)).cache(trace, share=0.25)
-    assert run.policy == "least-stale" and run.builtin.policy == "lfru"
+    assert run.policy == "least-stale" and run.builtin.policy == "adaptive"
     assert run.chosen.hit_rate < run.builtin.hit_rate < run.belady.hit_rate
     (info,) = plugin.infos
     assert (info.n_layers, info.n_experts, info.n_experts_used, info.slots) == (3, 32, 4, 8)  # type: ignore[attr-defined]
@@ -313,7 +313,7 @@ def test_a_model_goes_through_its_life(moe: Path) -> None:
     engine = FakeEngine(load_plugins(observer))
     with engine.model(moe, plan=expert_plan(moe, 8)) as model:
         model.request(n_prompt_tokens=3, n_tokens=5)
-        assert (model.cache_policy, model.predictor) == ("lfru", "auto")
+        assert (model.cache_policy, model.predictor) == ("adaptive", "auto")
     assert [what for what, _ in observer.seen] == ["loaded", "started", "done", "closed"]
     started, done = observer.seen[1][1], observer.seen[2][1]
     assert started.id == done.id != ""  # type: ignore[attr-defined]

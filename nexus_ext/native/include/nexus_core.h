@@ -233,7 +233,7 @@ NX_API void nx_experts_release(nx_group *, const int32_t *experts, size_t n);
 /* Where a held expert is; part `part` of slot s lies at the returned address + s * *stride. */
 NX_API int32_t nx_expert_slot(const nx_group *, int32_t expert);
 NX_API void *nx_group_part(const nx_group *, uint32_t part, uint64_t *stride);
-/* "lfru" (the default), "lru", "lfu", "least-stale", or for tests "random"; NX_E_INVALID for others. */
+/* "adaptive" (the default), "lfru", "lru", "lfu", "least-stale", or for tests "random"; NX_E_INVALID for others. */
 NX_API nx_status nx_cache_set_policy(nx_model *, const char *name);
 
 /* The router's decisions, while they are recorded: for each product with streamed experts the number of

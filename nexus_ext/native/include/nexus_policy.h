@@ -17,7 +17,7 @@ typedef struct nx_plugin_info {
     uint64_t calls, ns; /* of its functions, and what they took */
 } nx_plugin_info;
 
-/* The built-in of this name ("lfru", "lru", "lfu", "least-stale", "random"), or NULL. */
+/* The built-in of this name ("adaptive", "lfru", "lru", "lfu", "least-stale", "random"), or NULL. */
 NX_API const nxp_cache_policy *nx_cache_builtin(const char *name);
 /* Evict what this policy says, from the next graph on: waits for the one that runs. Its code stays where it is until
  * nx_model_close has returned. NX_E_ABI: the struct is not one of this version, in words in `error`; NX_E_INVALID: it

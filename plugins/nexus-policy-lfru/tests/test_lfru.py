@@ -1,4 +1,4 @@
-"""The policy hits more than the default, answers what may be answered, and changes no token."""
+"""The policy hits more than one span would, answers what may be answered, and changes no token."""
 
 from __future__ import annotations
 
@@ -43,33 +43,33 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> NativePolicy:
 
 
 def hit_rates(trace: RoutingTrace, policy: NativePolicy, slots: int) -> tuple[float, float, float]:
-    """This policy's, the default's, and Belady's."""
+    """This policy's, that of `lfru`, which counts over one span, and Belady's."""
     sizes = [slots] * len(trace.layers)
     ours, disabled = replay_trace(trace, policy, sizes)
     assert disabled == ()
-    [(default, best)] = replay(trace, ["lfru", "belady"], [sizes])
-    return ours.hit_rate, default.hit_rate, best.hit_rate
+    [(lfru, best)] = replay(trace, ["lfru", "belady"], [sizes])
+    return ours.hit_rate, lfru.hit_rate, best.hit_rate
 
 
 @pytest.mark.parametrize("name", RECORDED)
 @pytest.mark.parametrize("slots", [8, 16, 24])
-def test_it_hits_more_than_the_default_on_a_trained_model(
+def test_it_hits_more_than_one_span_on_a_trained_model(
     name: str, slots: int, policy: NativePolicy
 ) -> None:
-    ours, default, best = hit_rates(recorded_trace(name), policy, slots)
-    assert default < ours < best
-    assert (ours - default) / (best - default) > 0.03
+    ours, lfru, best = hit_rates(recorded_trace(name), policy, slots)
+    assert lfru < ours < best
+    assert (ours - lfru) / (best - lfru) > 0.03
 
 
 def test_it_follows_topics_that_change(policy: NativePolicy) -> None:
     trace = synthetic_trace(2000, 64, 6, zipf=1.0, topic=256)
-    ours, default, best = hit_rates(trace, policy, 16)
-    assert (ours - default) / (best - default) > 0.2
+    ours, lfru, best = hit_rates(trace, policy, 16)
+    assert (ours - lfru) / (best - lfru) > 0.2
 
 
 def test_where_nothing_can_be_learned_it_loses_nothing(policy: NativePolicy) -> None:
-    ours, default, _ = hit_rates(synthetic_trace(2000, 32, 4), policy, 12)
-    assert ours == pytest.approx(default, abs=0.01)
+    ours, lfru, _ = hit_rates(synthetic_trace(2000, 32, 4), policy, 12)
+    assert ours == pytest.approx(lfru, abs=0.01)
 
 
 def test_one_expert_and_as_many_slots_as_experts(policy: NativePolicy) -> None:
@@ -85,7 +85,8 @@ def test_it_is_what_the_hook_answers(policy: NativePolicy, monkeypatch: pytest.M
     assert chosen is policy
     run = FakeEngine(load_plugins(nexus_policy_lfru)).cache(recorded_trace())
     assert run.policy == "lfru-history"
-    assert run.builtin.hit_rate < run.chosen.hit_rate < run.belady.hit_rate
+    assert run.builtin.hit_rate == pytest.approx(run.chosen.hit_rate, abs=0.01)
+    assert run.chosen.hit_rate < run.belady.hit_rate
 
 
 def test_no_token_changes(

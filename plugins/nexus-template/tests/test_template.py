@@ -58,7 +58,7 @@ def test_recency_decides_in_small_caches(
 ) -> None:
     small = nexus_engine.cache(routing_trace, share=0.2)
     large = nexus_engine.cache(routing_trace, share=0.5)
-    assert (small.policy, large.policy) == ("lru", "lfru")
+    assert (small.policy, large.policy) == ("lru", "adaptive")
     assert small.chosen.hit_rate < large.chosen.hit_rate < large.belady.hit_rate
 
 

@@ -4,8 +4,8 @@
 
 Without traces of `nexus trace`: those that come with nexus_ext (a small trained mixture of
 experts), and drawn ones. For caches that hold a quarter, half and three quarters of each layer's
-experts. The last column is how much of the way from the default policy to the optimum this one
-goes; below 0 it does worse than the default.
+experts. The last column is how much of the way from "lfru", which counts over one span, to the
+optimum this one goes; below 0 it does worse than "lfru".
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from nexus_ext.routing import RoutingTrace, replay
+from nexus_ext.native_plugins import replay_builtin
+from nexus_ext.routing import BELADY, DEFAULT, RoutingTrace, replay
 from nexus_ext.testing import RECORDED, recorded_trace, replay_trace, synthetic_trace
 from nexus_policy_lfru import native_policy
 
 SHARES = (0.25, 0.5, 0.75)
-BUILT_IN = ("lfru", "lru", "lfu", "least-stale")  # the first is the default
+BUILT_IN = ("lfru", DEFAULT, "lru", "lfu", "least-stale")
 
 
 def traces(files: list[str]) -> Iterator[tuple[str, RoutingTrace]]:
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("traces", nargs="*", metavar="TRACE")
     policy = native_policy()
     print(f"{'trace':<20} {'slots':>7} {'this':>6}", end="")
-    print("".join(f" {name:>11}" for name in (*BUILT_IN, "belady")), f"{'of the way':>11}")
+    print("".join(f" {name:>11}" for name in (*BUILT_IN, BELADY)), f"{'of the way':>11}")
     for name, trace in traces(parser.parse_args().traces):
         layer = trace.layers[0]
         for slots in sorted({int(layer.n_experts * share) for share in SHARES}):
@@ -49,9 +50,9 @@ def main() -> None:
             ours, disabled = replay_trace(trace, policy, sizes)
             if disabled:
                 raise RuntimeError(f"{policy.name} was disabled: {disabled[0]}")
-            [found] = replay(trace, [*BUILT_IN, "belady"], [sizes])
-            default, best = found[0].hit_rate, found[-1].hit_rate
-            way = (ours.hit_rate - default) / (best - default) if best > default else 0.0
+            [found] = replay(trace, [*BUILT_IN, BELADY], [sizes], by_code=replay_builtin)
+            lfru, best = found[0].hit_rate, found[-1].hit_rate
+            way = (ours.hit_rate - lfru) / (best - lfru) if best > lfru else 0.0
             rates = "".join(f" {result.hit_rate:>11.1%}" for result in found)
             where = f"{name[:20]:<20} {slots:>3}/{layer.n_experts:<3}"
             print(f"{where} {ours.hit_rate:>6.1%}{rates} {way:>11.1%}", flush=True)

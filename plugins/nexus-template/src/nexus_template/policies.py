@@ -25,7 +25,7 @@ class RecencyWhenTight:
     name = "template-recency-when-tight"
 
     def choose(self, info: CacheInfo) -> CachePolicyName:
-        return "lru" if info.slots < 2 * info.n_experts_used else "lfru"
+        return "lru" if info.slots < 2 * info.n_experts_used else "adaptive"
 
 
 class OnlyWithRoom:
