@@ -12,7 +12,8 @@
  * Recency. Where popularity changes all at once, rates of any span lag behind plain LRU. So there are two shadows of
  * the layer's cache, lists of experts without their bytes, one that evicts by each: the one that has missed less in the
  * last hundred graphs or so decides what the real cache evicts, LRU when they are about equal (set duelling with full
- * shadows: Qureshi et al., "Adaptive Insertion Policies for High Performance Caching", 2007).
+ * shadows: Qureshi et al., "Adaptive Insertion Policies for High Performance Caching", 2007). The shadows keep the
+ * slots that the cache was given first, also while it has fewer.
  *
  * All is of one layer, and one thread at a time comes here: nothing to lock. Nothing is allocated after `create`. */
 #include <math.h>
