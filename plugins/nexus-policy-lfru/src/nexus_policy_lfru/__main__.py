@@ -11,11 +11,10 @@ optimum this one goes; below 0 it does worse than "lfru".
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from nexus_ext.native_plugins import replay_builtin
-from nexus_ext.routing import BELADY, DEFAULT, RoutingTrace, replay
+from nexus_ext.routing import BELADY, DEFAULT, Replay, RoutingTrace, replay
 from nexus_ext.testing import RECORDED, recorded_trace, replay_trace, synthetic_trace
 from nexus_policy_lfru import native_policy
 
@@ -37,6 +36,10 @@ def traces(files: list[str]) -> Iterator[tuple[str, RoutingTrace]]:
     yield "topics of 64", synthetic_trace(3000, 128, 8, zipf=1.2, topic=64, reuse=0.3)
 
 
+def by_cache(trace: RoutingTrace, policy: str, slots: Sequence[int]) -> Replay:
+    return replay_trace(trace, policy, slots)[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("traces", nargs="*", metavar="TRACE")
@@ -50,7 +53,7 @@ def main() -> None:
             ours, disabled = replay_trace(trace, policy, sizes)
             if disabled:
                 raise RuntimeError(f"{policy.name} was disabled: {disabled[0]}")
-            [found] = replay(trace, [*BUILT_IN, BELADY], [sizes], by_code=replay_builtin)
+            [found] = replay(trace, [*BUILT_IN, BELADY], [sizes], by_code=by_cache)
             lfru, best = found[0].hit_rate, found[-1].hit_rate
             way = (ours.hit_rate - lfru) / (best - lfru) if best > lfru else 0.0
             rates = "".join(f" {result.hit_rate:>11.1%}" for result in found)
