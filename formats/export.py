@@ -103,7 +103,8 @@ def _described(path: str, tensor: TensorInfo) -> ExportedTensor:
         except (KeyError, NotImplementedError):
             raise FormatError(
                 f"{path}: the tensor {tensor.name!r} is of the type {kind}, which the gguf "
-                "package cannot decode"
+                "package cannot decode",
+                hint="update gguf, or export a file whose types it decodes",
             ) from None
     written = kind if kind in _INTEGERS else "F32"
     elements = tensor.n_rows * tensor.shape[0]

@@ -1,7 +1,7 @@
 """A cache policy for mixtures of experts, in C: nexus_ext's hook, and the struct behind it.
 
-What it does is in src/policy.c, how it compares in README.md: `python -m nexus_policy_lfru TRACE`
-replays a trace of `nexus trace` through it and through what nexus_ext brings.
+What it does is in native/policy.c, how it compares in README.md: `python -m nexus_policy_lfru
+TRACE` replays a trace of `nexus trace` through it and through what nexus_ext brings.
 """
 
 from __future__ import annotations
