@@ -149,6 +149,9 @@ class NexusGroup(click.Group):
             _show_traceback(output)
             output.error(error)
             return error.exit_status
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            return UsageError.exit_status
         except click.ClickException as error:
             usage = UsageError(_sentence(error), hint=_hint(error))
             output.error(usage)
@@ -270,8 +273,3 @@ def cli() -> None:
       nexus run model.gguf --ram 4G "Once upon a time"
       nexus run model.gguf --ram 4G -i
     """
-
-
-def main() -> NoReturn:
-    """Run the command line of this process."""
-    cli.main()

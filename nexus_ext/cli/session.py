@@ -213,11 +213,13 @@ class Session:
                 parts.append(text)
                 on_text(text)
 
+        from nexus_ext.runtime.interrupts import interrupts_kept
+
         source: Any = llm.generate(list(prompt), grammar=grammar, **_arguments(sampling))
         try:
             # Asked for one at a time: a token beyond the limit would be computed for nothing.
             while len(tokens) < limit:
-                with _interrupts_kept():
+                with interrupts_kept(), _aborts_unsaid():
                     token = next(source)
                 last = time.perf_counter()
                 if not tokens:
@@ -254,31 +256,15 @@ class Session:
 
 
 @contextmanager
-def _interrupts_kept() -> Iterator[None]:
-    """Keep llama.cpp's log callback from swallowing Ctrl-C, and from reporting that it did.
-
-    The callback is Python: when llama.cpp logs that it was aborted, the interrupt is raised inside
-    of it and goes nowhere. What it would log then is said by the error that follows.
-    """
-    lost: list[object] = []
-    report, logger = sys.unraisablehook, logging.getLogger("llama-cpp-python")
+def _aborts_unsaid() -> Iterator[None]:
+    """Keep llama.cpp from logging that it was aborted: the error that follows says so."""
+    logger = logging.getLogger("llama-cpp-python")
     level = logger.level
-
-    def hook(args: sys.UnraisableHookArgs) -> None:
-        if isinstance(args.exc_value, KeyboardInterrupt):
-            lost.append(args.exc_value)
-        else:
-            report(args)
-
-    sys.unraisablehook = hook
     logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        sys.unraisablehook = report
         logger.setLevel(level)
-    if lost:
-        raise KeyboardInterrupt
 
 
 def _arguments(sampling: Sampling) -> dict[str, float]:

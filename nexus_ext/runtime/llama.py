@@ -27,6 +27,7 @@ from nexus_ext.plugins import plugins
 from nexus_ext.policies import ModelInfo
 from nexus_ext.runtime import plugin_kernels
 from nexus_ext.runtime.amx import amx_works
+from nexus_ext.runtime.interrupts import interrupts_kept
 from nexus_ext.runtime.loading import loads
 from nexus_ext.runtime.manifest import manifest
 from nexus_ext.runtime.own_kernels import in_reach, own_types, usable_mode
@@ -244,7 +245,8 @@ class Llama(llama_cpp.Llama):
         try:
             if model is not None:
                 plugin_kernels.attach(model, catalog, claimed, kernels)
-            with loads(model, extra_buffers=model is None and amx_works() is not False):
+            extra = model is None and amx_works() is not False
+            with loads(model, extra_buffers=extra), interrupts_kept():
                 try:
                     super().__init__(path, n_gpu_layers=layers, **arguments)
                 except ValueError as error:

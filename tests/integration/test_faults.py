@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import io
 import os
 import shutil
 import signal
@@ -241,3 +242,24 @@ def test_ctrl_c_stops_within_a_token_and_the_model_goes_on(expected: np.ndarray)
         fresh = logits(llm, prompt(64, llm.n_vocab()))
     with stock(find_model("tinydense-7M-Q4_K_M.gguf"), n_ubatch=64) as llm:
         assert np.array_equal(fresh, logits(llm, prompt(64, llm.n_vocab())))
+
+
+def test_ctrl_c_while_a_model_is_loaded_is_not_lost_in_a_log_callback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Terminal(io.StringIO):
+        """Where Ctrl-C is pressed when llama.cpp begins to tell what it loads."""
+
+        n_interrupts = 0
+
+        def write(self, text: str) -> int:
+            if "llama_model_loader" in text and not self.n_interrupts:
+                self.n_interrupts = 1
+                signal.raise_signal(signal.SIGINT)
+            return len(text)
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with pytest.raises(KeyboardInterrupt):
+        Llama(find_model("tinydense-7M-Q4_K_M.gguf"), weights="1500K", verbose=True)
+    assert terminal.n_interrupts == 1

@@ -57,6 +57,27 @@ print(json.dumps(sorted(sys.modules)))
     assert not {target.partition(":")[0] for target, _ in COMMANDS.values()} & modules
 
 
+def test_without_a_command_the_help_is_shown_as_it_is() -> None:
+    done = call()
+    assert done.status == 2 and not done.out
+    assert done.err.rstrip("\n") == call("--help").out.rstrip("\n")
+
+
+def test_ctrl_c_while_the_command_line_is_imported_shows_no_traceback() -> None:
+    code = """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "click":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Finder())
+from nexus_ext.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_help_lists_every_command() -> None:
     done = call("--help")
     assert done.status == 0
