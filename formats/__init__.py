@@ -38,13 +38,13 @@ def is_other(path: str | os.PathLike[str]) -> bool:
     """Tell whether there is something at `path` that begins as neither a GGUF nor an NXF does."""
     from nexus_ext.formats.nxf_file import is_nxf
 
-    if is_nxf(path):
+    if os.path.isdir(path):
+        return True
+    if not os.path.isfile(path) or is_nxf(path):
         return False
     try:
         with open(path, "rb") as file:
             return file.read(len(MAGIC)) != MAGIC
-    except IsADirectoryError:
-        return True
     except OSError:
         return False
 

@@ -40,7 +40,13 @@ class BoundedReader:
             return
         try:
             # Before open(): opening a pipe would wait for its other end.
-            if not stat.S_ISREG(os.stat(path).st_mode):
+            mode = os.stat(path).st_mode
+            if stat.S_ISDIR(mode):
+                raise FormatError(
+                    f"{path}: is a folder",
+                    hint="Name a model file; `nexus convert` makes one of a folder of safetensors.",
+                )
+            if not stat.S_ISREG(mode):
                 raise FormatError(f"{path}: is not a regular file", hint="Name a model file.")
             self._file = file = open(path, "rb", buffering=0)
         except OSError as error:

@@ -106,6 +106,8 @@ def read_nxf(path: str) -> NxfFile:
 
 def is_nxf(path: str | os.PathLike[str]) -> bool:
     """Tell whether the file at `path` starts as an NXF of any kind or age does."""
+    if not os.path.isfile(path):  # before open(), which would wait for the other end of a pipe
+        return False
     try:
         with open(path, "rb") as file:
             return file.read(3) == b"NXF"

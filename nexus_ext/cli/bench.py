@@ -19,8 +19,24 @@ if TYPE_CHECKING:
 @click.argument("model")
 @plan_options
 @click.option("--plan", "plan_file", metavar="FILE", help="Use this plan (`nexus plan -o`).")
-@click.option("-p", "--prompt-tokens", "n_prompt", default=512, type=click.IntRange(min=1))
-@click.option("-n", "--decode-tokens", "n_decode", default=32, type=click.IntRange(min=1))
+@click.option(
+    "-p",
+    "--prompt-tokens",
+    "n_prompt",
+    default=512,
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens of the prompt.  [default: 512]",
+)
+@click.option(
+    "-n",
+    "--decode-tokens",
+    "n_decode",
+    default=32,
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens decoded and measured.  [default: 32]",
+)
 @click.option(
     "--warmup",
     "n_warmup",
@@ -29,11 +45,18 @@ if TYPE_CHECKING:
     metavar="N",
     help="Tokens decoded before decoding is measured.  [default: 1]",
 )
-@click.option("--repeat", default=3, type=click.IntRange(min=1), help="Runs of each side.")
+@click.option(
+    "--repeat",
+    default=3,
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Runs of each side.  [default: 3]",
+)
 @click.option(
     "--cold/--warm",
     default=True,
-    help="Drop the page cache before each run, or evaluate the prompt once first.",
+    help="Drop the page cache before each run, or evaluate the prompt once first.  "
+    "[default: --cold]",
 )
 @click.option("--baseline", is_flag=True, help="Interleave stock llama.cpp (mmap): A B A B.")
 @click.option(
@@ -74,6 +97,7 @@ def bench(
     from nexus_ext.runtime.planning import plan_model
     from nexus_ext.runtime.worker import session_of
 
+    planning.check_plan_file(plan_file)
     if planning.n_ctx is None:
         planning = replace(planning, n_ctx=context_for(n_prompt, n_decode, n_warmup))
     unlimited = planning.ram_bytes is None and planning.weights_bytes is None

@@ -87,7 +87,11 @@ class Meter:
 @click.option("--pre", metavar="NAME", help="llama.cpp's pre-tokenizer, if the folder is silent.")
 @click.option("--name", metavar="NAME", help="Name of the model.  [default: that of the folder]")
 @click.option(
-    "--threads", "n_threads", type=click.IntRange(min=1), help="Threads that encode or quantize."
+    "--threads",
+    "n_threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads that encode or quantize.",
 )
 @click.option("--force", "overwrite", is_flag=True, help="Overwrite what is at TARGET.")
 @click.option("--tensors", is_flag=True, help="Report every tensor.")

@@ -48,6 +48,7 @@ def exec_(
     """
     from nexus_ext.runtime import foreign
 
+    planning.check_plan_file(plan_file)
     path = model or foreign.command_option(command, "model")
     if path is None:
         raise UsageError(

@@ -7,6 +7,7 @@ mistake is reported before any model is read.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,6 +71,18 @@ class PinType(_ParamType):
                 hint="a dot matches any character, '\\.' a dot",
             ) from error
         return pattern, tier
+
+
+class Finite(click.FloatRange):
+    """A range of numbers; "nan" and "inf" are not in it."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is no finite number.", param, ctx)
+        return number
 
 
 SIZE: Final = Size()
@@ -136,6 +149,24 @@ class PlanOptions:
             io_mode=self.io_mode,
             n_threads=self.n_threads,
         )
+
+    def check_plan_file(self, plan_file: str | None) -> None:
+        """Raise UsageError when an option would decide what the plan in a file has decided."""
+        if plan_file is None:
+            return
+        given = {
+            "--ram": self.ram_bytes is not None,
+            "--weights": self.weights_bytes is not None,
+            "--gpu-mem": self.gpu_bytes is not None,
+            "--pin": bool(self.pins),
+            "--io": self.io_mode != "auto",
+        }
+        named = [name for name, is_given in given.items() if is_given]
+        if named:
+            raise UsageError(
+                f"{' and '.join(named)} would change the plan of --plan, which is used as it is",
+                hint="leave one of them out, or make another plan with `nexus plan`",
+            )
 
     def hardware(self, path: str) -> HardwareProfile:
         """Return the machine to plan for: this one, measured, or the one of --hardware."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nexus_ext.cli.options import output_options, save
+from nexus_ext.cli.options import Finite, output_options, save
 from nexus_ext.cli.output import Output
 from nexus_ext.units import format_bytes
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.option("--refresh", is_flag=True, help="Measure again, whatever was measured before.")
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0.1, max=3600.0),
+    type=Finite(min=0.1, max=3600.0),
     default=8.0,
     metavar="S",
     help="Time for reading the disk.  [default: 8]",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nexus_ext.cli.options import SIZE, output_options
+from nexus_ext.cli.options import SIZE, Finite, output_options
 from nexus_ext.cli.output import Output
 from nexus_ext.errors import UsageError
 from nexus_ext.units import format_bytes
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @click.option(
     "--compute",
     "compute_ms",
-    type=click.FloatRange(min=0),
+    type=Finite(min=0),
     metavar="MS",
     help="Milliseconds to compute a token.  [default: as predicted for the recording]",
 )

@@ -13,7 +13,7 @@ import click
 from nexus_ext.cli import accounting
 from nexus_ext.cli.library import model_at
 from nexus_ext.cli.live import Live
-from nexus_ext.cli.options import PlanOptions, output_options, plan_options
+from nexus_ext.cli.options import Finite, PlanOptions, output_options, plan_options
 from nexus_ext.cli.output import Output
 from nexus_ext.cli.sampling import SamplingOptions, sampling_options
 from nexus_ext.cli.session import Session
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--residual-share",
-    type=click.FloatRange(0, 1),
+    type=Finite(0, 1),
     metavar="X",
     help="Part of the input channels to correct.  [default: what 5 % of time allow]",
 )
@@ -93,6 +93,7 @@ def run(
       nexus run model.gguf --ram 4G -i --system "You are brief."
       nexus run model.gguf --plan plan.json --json-schema '{"type": "object"}' "Name a city."
     """
+    planning.check_plan_file(plan_file)
     if interactive and output.mode == "json":
         raise UsageError("a chat has no JSON output", hint="leave out --json or -i")
     if prompt is None and not interactive:

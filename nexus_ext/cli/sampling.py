@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from nexus_ext.cli.options import Function
+from nexus_ext.cli.options import Finite, Function
 from nexus_ext.cli.session import Sampling
 from nexus_ext.errors import UsageError
 
@@ -70,7 +70,7 @@ class SamplingOptions:
 
 def _number(name: str, field: str, help_text: str, *others: str, least: float = 0.0) -> Any:
     default = getattr(Sampling(), field)
-    kind = click.IntRange if isinstance(default, int) else click.FloatRange
+    kind = click.IntRange if isinstance(default, int) else Finite
     return click.option(
         name,
         *others,

@@ -64,6 +64,7 @@ def verify(
     from nexus_ext.formats import open_model
     from nexus_ext.runtime.verify import plan_to_verify, verify_model
 
+    planning.check_plan_file(plan_file)
     if planning.gpu_bytes:
         raise UsageError(
             f"--gpu-mem is {planning.gpu_bytes}, but a GPU rounds differently from the CPU",

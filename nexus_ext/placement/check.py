@@ -32,6 +32,26 @@ def faults(plan: Plan, catalog: Catalog, hardware: HardwareProfile, request: Pla
     return next(_faults(plan, catalog, hardware, request), "")
 
 
+def missing_bytes(
+    plan: Plan, catalog: Catalog, hardware: HardwareProfile, request: PlanRequest
+) -> int:
+    """Return what the context of `request` takes beyond what a plan with a RAM budget has for it.
+
+    A plan knows nothing of the context that it was made for but how many bytes it set aside.
+    """
+    if plan.budget.ram_bytes is None:
+        return 0
+    context = memory.context_of(
+        catalog.shape, request, request.n_threads or hardware.cpu.n_usable_cores
+    )
+    need = memory.compute_bytes(catalog, context) + memory.runtime_bytes(catalog, context)
+    need += kernel_bytes(plan.budget.ram_bytes)
+    if not plan.n_gpu_layers:
+        need += sum(memory.kv_layer_bytes(catalog, context))
+    rows = ["compute buffers", "runtime", "free", *([] if plan.n_gpu_layers else ["KV cache"])]
+    return max(0, need - sum(plan.breakdown[row] for row in rows))
+
+
 def _faults(
     plan: Plan, catalog: Catalog, hardware: HardwareProfile, request: PlanRequest
 ) -> Iterator[str]:

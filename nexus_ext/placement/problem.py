@@ -43,6 +43,12 @@ def match_pins(catalog: Catalog, pins: Sequence[Pin]) -> dict[str, tuple[str, Pi
                 f"pin {pin.pattern!r} names the tier {pin.tier!r}, which does not exist",
                 hint=f"Use one of {', '.join(TIERS)}.",
             )
+    for pattern, pin in compiled:
+        if not any(pattern.search(tensor.name) for tensor in catalog.tensors):
+            raise UsageError(
+                f"pin {pin.pattern!r} is found in none of the {len(catalog.tensors)} names",
+                hint="`nexus inspect MODEL --tensors` lists the names of tensors.",
+            )
     pinned: dict[str, tuple[str, Pin]] = {}
     for tensor in catalog.tensors:
         for pattern, pin in compiled:

@@ -209,9 +209,12 @@ def _run(
         try:
             child = subprocess.Popen(list(command), env=environ)
         except OSError as error:
+            absent = isinstance(error, FileNotFoundError)
             raise UsageError(
                 f"{command[0]!r} cannot be started: {error.strerror}",
-                hint="give the program and its arguments behind `--`",
+                hint="install it, or give its path: nothing of this name is in PATH"
+                if absent and os.sep not in command[0]
+                else "give the program and its arguments behind `--`",
             ) from error
         forward_to(child)
         while True:

@@ -7,19 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nexus_ext import core
-from nexus_ext.errors import UsageError
+from nexus_ext.errors import DoesNotFit, UsageError
 from nexus_ext.formats import open_model
 from nexus_ext.formats.sections import read_section
 from nexus_ext.hardware import HardwareProfile, load_profile, probe
 from nexus_ext.hardware.disk import DirectIO
 from nexus_ext.hardware.profile import Gpu
 from nexus_ext.placement import Plan, PlanRequest
+from nexus_ext.placement.check import missing_bytes
 from nexus_ext.plugins import plugins
 from nexus_ext.policies import IoInfo, IoMode
 from nexus_ext.runtime import ggml
 from nexus_ext.runtime.loadable import check_loadable
 from nexus_ext.runtime.manifest import check_plan
 from nexus_ext.types import Catalog
+from nexus_ext.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,8 @@ def plan_model(
     """Read the header of a model and decide where its weights go.
 
     `plan` is a plan made before (or the file that holds it) instead of a new one. Raises
-    FormatError, DoesNotFit, UsageError, or what a plugin's solver may raise.
+    FormatError, DoesNotFit (also when a file's plan has less room than the context takes),
+    UsageError, or what a plugin's solver may raise.
     """
     catalog = open_model(os.fspath(path))
     check_loadable(catalog)
@@ -94,9 +97,28 @@ def plan_model(
     if plan is None:
         plan = plugins().solve(catalog, hardware, request)
     elif not isinstance(plan, Plan):
-        plan = _read_plan(Path(plan))
-    check_plan(catalog, plan)
+        file = Path(plan)
+        plan = _read_plan(file)
+        check_plan(catalog, plan)
+        _check_room(file, plan, catalog, hardware, request)
+    else:
+        check_plan(catalog, plan)
     return Planned(catalog, hardware, plan, io_mode(catalog, hardware, plan))
+
+
+def _check_room(
+    file: Path, plan: Plan, catalog: Catalog, hardware: HardwareProfile, request: PlanRequest
+) -> None:
+    missing, ram = missing_bytes(plan, catalog, hardware, request), plan.budget.ram_bytes
+    if missing and ram is not None:
+        raise DoesNotFit(
+            f"the plan {str(file)!r} has no room for a context of {request.n_ctx} tokens in "
+            f"micro-batches of {request.n_ubatch}: {format_bytes(missing)} are missing in its "
+            f"budget of {format_bytes(ram)}",
+            hint="give the context, the batch and the KV types that the plan was made with, "
+            "or make a plan for these",
+            smallest_bytes=ram + missing,
+        )
 
 
 def _read_plan(file: Path) -> Plan:

@@ -145,7 +145,7 @@ def test_a_program_that_runs_as_it_is_gets_the_environment_of_the_user(
 def test_a_program_that_does_not_exist_is_wrong_usage(model: str) -> None:
     done = run(*NEXUS, "--model", model, "--", "no-such-program")
     assert done.returncode == 2
-    assert "'no-such-program' cannot be started" in done.stderr
+    assert "'no-such-program' cannot be started" in done.stderr and "PATH" in done.stderr
 
 
 def test_without_a_model_the_question_is_asked() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from gguf import GGUFReader
 
 from nexus_ext.errors import FormatError, ReadFailed
-from nexus_ext.formats import open_gguf
+from nexus_ext.formats import open_gguf, open_model
 from nexus_ext.testing.synthetic import Tensor, Typed, Value, write_gguf, write_llama, write_moe
 from nexus_ext.types import Catalog
 
@@ -141,5 +142,8 @@ def test_a_file_that_is_not_there_or_no_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ReadFailed, match=r"nowhere\.gguf: cannot be read") as caught:
         open_gguf(tmp_path / "nowhere.gguf")
     assert caught.value.errno == 2
-    with pytest.raises(FormatError, match="not a regular file"):
+    with pytest.raises(FormatError, match="is a folder"):
         open_gguf(tmp_path)
+    os.mkfifo(tmp_path / "pipe")  # which open() would wait at, since nobody writes
+    with pytest.raises(FormatError, match="not a regular file"):
+        open_model(tmp_path / "pipe")

@@ -137,6 +137,38 @@ def test_a_plan_can_be_written_to_a_file(model: Path, hardware: Path, tmp_path: 
     assert done.status == 2 and "No such file" in done.err
 
 
+@pytest.mark.parametrize(
+    "options", [("--ram", "1G"), ("--weights", "1M"), ("--pin", "ffn=ram"), ("--io", "direct")]
+)
+@pytest.mark.parametrize("command", ["run", "verify", "bench", "exec"])
+def test_nothing_is_said_beside_a_plan_that_it_would_not_change(
+    model: Path, command: str, options: tuple[str, str]
+) -> None:
+    rest = ("--", "true", "-m", model) if command == "exec" else (model,)
+    done = call(command, "--plan", "plan.json", *options, *rest)
+    assert done.status == 2 and options[0] in done.err and "--plan" in done.err
+
+
+def test_a_plan_from_a_file_has_no_room_for_a_longer_context(
+    model: Path, hardware: Path, tmp_path: Path
+) -> None:
+    small = ("-c", "64", "-ub", "16")
+    least = plan(model, hardware, "--ram", "1", *small)
+    ram = next(word for word in least.err.split() if word.isdigit() and len(word) > 4)
+    file = tmp_path / "plan.json"
+    assert plan(model, hardware, "--ram", ram, *small, "-o", str(file)).status == 0
+    shared = ("run", model, "Once", "--hardware", hardware, "--plan", file, "-n", "1")
+    done = call(*shared, "-c", "4096", "-ub", "16")
+    assert done.status == 3 and "4096 tokens" in done.err and str(file) in done.err
+    assert call(*shared, *small).status == 0
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
+def test_numbers_of_sampling_are_finite(model: Path, value: str) -> None:
+    done = call("run", model, "Once", "--temp", value)
+    assert done.status == 2 and "--temp" in done.err
+
+
 def test_what_does_not_fit_is_status_3_with_the_smallest_budget(
     model: Path, hardware: Path
 ) -> None:

@@ -275,7 +275,12 @@ def test_small_tensors_cannot_be_pinned_to_nvme() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pin", "message"), [(Pin("(", RAM), "regular expression"), (Pin("ffn", "disk"), "'disk'")]
+    ("pin", "message"),
+    [
+        (Pin("(", RAM), "regular expression"),
+        (Pin("ffn", "disk"), "'disk'"),
+        (Pin("fnn_down", RAM), "'fnn_down' is found in none"),
+    ],
 )
 def test_pins_that_mean_nothing_are_refused(pin: Pin, message: str) -> None:
     with pytest.raises(UsageError, match=message):
