@@ -16,6 +16,7 @@ from nexus_ext.formats.ggml_types import GgmlType
 from nexus_ext.plugins import plugins
 from nexus_ext.quality.allocation import Allocation, Choice, Item
 from nexus_ext.quality.importance import ImportanceMatrix
+from nexus_ext.runtime.interrupts import cleaned_up_when_ended
 from nexus_ext.runtime.quantize import planned_types, type_named, weights_in
 from nexus_ext.runtime.sensitivity import (
     Sensitivity,
@@ -93,6 +94,7 @@ class Measured:
         return budget
 
 
+@cleaned_up_when_ended()
 def measure(
     source: str,
     imatrix: ImportanceMatrix,

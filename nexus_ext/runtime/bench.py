@@ -25,6 +25,7 @@ from typing import Any, Final
 from nexus_ext.errors import OutOfMemory, UsageError
 from nexus_ext.runtime import user_environ
 from nexus_ext.runtime.disk_sample import DiskSample, cached_bytes, disk_sample, drop_files
+from nexus_ext.runtime.interrupts import cleaned_up_when_ended
 from nexus_ext.runtime.memory_limit import MemoryGroup, memory_group
 from nexus_ext.runtime.own_kernels import takes_over
 from nexus_ext.runtime.planning import Planned
@@ -165,6 +166,7 @@ def context_for(n_prompt: int, n_decode: int, n_warmup: int) -> int:
     return -(-n_tokens // _CTX_STEP) * _CTX_STEP
 
 
+@cleaned_up_when_ended()
 def bench_model(
     path: str,
     planned: Planned,

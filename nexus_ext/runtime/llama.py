@@ -286,7 +286,7 @@ class Llama(llama_cpp.Llama):
 
     def _guarded(self, call: Callable[..., None]) -> Callable[..., None]:
         def guarded(batch: Any) -> None:
-            with core.interruptible():
+            with core.interruptible(), interrupts_kept():
                 try:
                     call(batch)
                 except RuntimeError as error:

@@ -16,6 +16,7 @@ from nexus_ext.placement import PlanRequest
 from nexus_ext.quality.metrics import Estimate, Scores, compare, negative_log_likelihoods
 from nexus_ext.quality.metrics import perplexity as perplexity_of
 from nexus_ext.quality.report import QualityReport, summarize
+from nexus_ext.runtime.interrupts import cleaned_up_when_ended
 from nexus_ext.runtime.planning import Planned, plan_model
 from nexus_ext.runtime.predictions import opened, predictions, text_windows
 from nexus_ext.runtime.reference import ReferenceFile
@@ -100,6 +101,7 @@ def measure_perplexity(
     return perplexity_of(np.concatenate(found))
 
 
+@cleaned_up_when_ended()
 def compare_models(
     model: str,
     against: str,

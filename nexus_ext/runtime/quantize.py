@@ -28,6 +28,7 @@ from nexus_ext.formats import open_gguf
 from nexus_ext.formats.ggml_types import GgmlType, ggml_types
 from nexus_ext.formats.new_file import NewFile
 from nexus_ext.quality.importance import ImportanceMatrix
+from nexus_ext.runtime.interrupts import cleaned_up_when_ended
 from nexus_ext.types import Catalog
 
 # What `--base` takes: file types of llama.cpp with the type that most of their weights have.
@@ -137,6 +138,7 @@ def check_source(catalog: Catalog, *, allow_requantize: bool) -> None:
         )
 
 
+@cleaned_up_when_ended()
 def quantize(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -191,6 +193,7 @@ def quantize(
     )
 
 
+@cleaned_up_when_ended()
 def planned_types(source: str | os.PathLike[str], base: str) -> dict[str, str]:
     """Return the types that llama.cpp would give the tensors that it would quantize."""
     name = base_name(base)

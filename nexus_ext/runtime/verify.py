@@ -24,6 +24,7 @@ from nexus_ext.errors import DoesNotFit, UsageError
 from nexus_ext.formats import open_model
 from nexus_ext.hardware import HardwareProfile
 from nexus_ext.placement import Plan, PlanRequest
+from nexus_ext.runtime.interrupts import cleaned_up_when_ended
 from nexus_ext.runtime.planning import Planned, hardware_profile, plan_model
 from nexus_ext.runtime.worker import Job, run_worker, session_of
 from nexus_ext.units import format_bytes
@@ -161,6 +162,7 @@ def _stream_half(path: str, request: PlanRequest, hardware: HardwareProfile) -> 
         return plan_model(path, smallest, hardware=hardware)
 
 
+@cleaned_up_when_ended()
 def verify_model(
     path: str,
     planned: Planned,

@@ -211,8 +211,6 @@ def test_closing_gives_back_memory_and_descriptors() -> None:
     assert sizes[-1][0] - sizes[2][0] < path.stat().st_size, "ten more models, not one more kept"
 
 
-# Python raises KeyboardInterrupt wherever it is, also in a log callback, which can only tell of it.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ctrl_c_stops_within_a_token_and_the_model_goes_on(expected: np.ndarray) -> None:
     """SIGINT while native code runs: the prompt ends early, the next call is right."""
     with paged(find_model("tinydense-7M-Q4_K_M.gguf"), "1500K", n_ubatch=64) as llm:

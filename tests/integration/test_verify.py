@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ from nexus_ext.runtime import verify
 from nexus_ext.runtime.verify import Verification, plan_to_verify, verify_model
 from nexus_ext.runtime.worker import Job, run_worker
 from nexus_ext.testing.synthetic import MoeDims, write_moe
+from tests.cli_support import COMMAND, hardware_file
 from tests.models_folder import find_model
 
 REQUEST = PlanRequest(n_ctx=128, n_batch=32, n_ubatch=16, n_threads=2, gpu_bytes=0)
@@ -94,3 +96,21 @@ def test_the_command_says_identical_and_leaves_with_zero() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["identical"] is True
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_it_leaves_no_worker_and_no_file(tmp_path: Path, number: int) -> None:
+    scratch, hardware = tmp_path / "scratch", hardware_file(tmp_path)
+    scratch.mkdir()
+    command = [*COMMAND, "verify", str(find_model("bitllama-3M-q4_k_m.gguf")), "-n", "900"]
+    options = ["-c", "1024", "--hardware", str(hardware), "--scratch", str(scratch)]
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE) as child:
+        workers: list[int] = []
+        while not list(scratch.glob("*/*")):  # the worker has begun to write logits
+            assert child.poll() is None
+        for task in Path(f"/proc/{child.pid}/task").iterdir():
+            workers += map(int, (task / "children").read_text().split())
+        child.send_signal(number)
+    assert child.returncode == -number and workers
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert list(scratch.iterdir()) == []
