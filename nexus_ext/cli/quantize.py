@@ -20,6 +20,7 @@ from nexus_ext.units import format_bytes
 if TYPE_CHECKING:
     from nexus_ext.quality.allocation import Allocation
     from nexus_ext.quality.importance import ImportanceMatrix
+    from nexus_ext.runtime.rounding import Compensated
 
 DEFAULT_CTX = 512  # tokens in a window of calibration
 
@@ -55,6 +56,14 @@ DEFAULT_CTX = 512  # tokens in a window of calibration
     "below 4 bits and compute slower.",
 )
 @click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "compensated"]),
+    default="nearest",
+    help="`compensated` rounds each column of a matrix so that it makes up for the errors of those "
+    "before (GPTQ), by the --calibrate text: same size and types, less error, more computing.  "
+    "[default: nearest, llama.cpp's own]",
+)
+@click.option(
     "--windows",
     "most",
     type=click.IntRange(min=1),
@@ -83,6 +92,7 @@ def quantize(
     bits: float | None,
     method: str,
     types: str,
+    rounding: str,
     most: int | None,
     with_residual: bool,
     scratch: str | None,
@@ -105,6 +115,8 @@ def quantize(
     Examples:
       nexus quantize model-F16.gguf -o model-Q4_K_M.gguf --base q4_k_m --calibrate text.txt
       nexus quantize model-F16.gguf -o model.gguf --base q4_k_m --calibrate text.txt --allocate 4.5
+      nexus quantize model-F16.gguf -o model.gguf --base q3_k_m --calibrate text.txt \\
+        --rounding compensated
       nexus quantize model-F16.gguf -o model.gguf --base q3_k_m --residual
       nexus quantize model-F16.gguf -o model.nxf --base q3_k_m --residual
     """
@@ -119,6 +131,8 @@ def quantize(
         raise UsageError("--calibrate and --imatrix both name the importance", hint="give one")
     if bits is not None and not (text_file or imatrix_file):
         raise UsageError("--allocate goes by a text", hint="give one with --calibrate")
+    if rounding == "compensated" and not text_file:
+        raise UsageError("--rounding compensated goes by a text", hint="give one with --calibrate")
     if save_imatrix and not text_file:
         raise UsageError("--save-imatrix has nothing to save", hint="give a --calibrate text")
     catalog = open_gguf(source)
@@ -137,6 +151,13 @@ def quantize(
             source, imatrix, text, base, bits, method, types, planning, scratch, live
         )
     table, sections = None, {}
+    compensated: Compensated | None = None
+
+    def finish(path: str) -> None:
+        nonlocal compensated
+        if rounding == "compensated" and text is not None and imatrix is not None:
+            compensated = _compensated(source, path, text, imatrix, planning, most, live)
+
     with contextlib.ExitStack() as stack:
         gguf = target
         if is_nxf_name(target):
@@ -151,6 +172,7 @@ def quantize(
             allow_requantize=allow_requantize,
             overwrite=force,
             progress=lambda tensor, done, total: live.status(f"{done} of {total}: {tensor}"),
+            finish=finish,
         )
         if with_residual:
             from nexus_ext.runtime.residual import make_residuals
@@ -184,6 +206,14 @@ def quantize(
         f"from {format_bytes(catalog.file_nbytes)} in {made.seconds:.1f} s"
     )
     output.line("matrices: " + ", ".join(f"{n} {kind}" for kind, n in used.most_common()))
+    if compensated is not None:
+        output.line(f"rounded with compensation: {len(compensated.rounded)} tensors")
+        if compensated.left:
+            name, reason = next(iter(compensated.left.items()))
+            output.note(
+                f"{len(compensated.left)} tensors are rounded to nearest, the first: {name}, "
+                f"because {reason}"
+            )
     if table is not None:
         output.line(
             f"{residual_path}: residuals of {len(table.tensors)} matrices, "
@@ -201,6 +231,7 @@ def quantize(
             "calibration_tokens": imatrix.n_tokens if imatrix else 0,
             "estimated_divergence": chosen.loss if chosen and method != "error" else None,
             "tensor_types": made.tensor_types,
+            "compensated": compensated.rounded if compensated else (),
             "residual": {"path": residual_path, "nbytes": table.nbytes} if table else None,
         }
     )
@@ -243,6 +274,35 @@ def _importance(
             "A longer text reaches more."
         )
     return found
+
+
+def _compensated(
+    source: str,
+    path: str,
+    text: bytes,
+    imatrix: ImportanceMatrix,
+    planning: PlanOptions,
+    most: int | None,
+    live: Live,
+) -> Compensated:
+    from nexus_ext.formats import open_gguf
+    from nexus_ext.runtime import plan_model
+    from nexus_ext.runtime.quality import quality_request
+    from nexus_ext.runtime.rounding import compensate
+
+    request = quality_request(planning.request(open_gguf(source)))
+    return compensate(
+        source,
+        path,
+        text,
+        imatrix,
+        plan_model(source, request, hardware=planning.hardware(source)),
+        request,
+        n_ctx=request.n_ctx,
+        most=most,
+        n_threads=planning.n_threads,
+        tick=lambda what, done, total: live.status(f"{what}: {done + 1} of {total}"),
+    )
 
 
 def _allocation(

@@ -16,7 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -39,8 +39,20 @@ _thread = threading.local()
 _install_lock = threading.Lock()
 
 
+class Observer(Protocol):
+    """Something in C that sees what a model computes, through a callback of our backend."""
+
+    callback: str  # name of the function in the backend
+
+    @property
+    def address(self) -> int:
+        """What the function is called with."""
+
+
 class Collector:
     """Sums in C; `address` is what the callback is called with."""
+
+    callback = "nx_imatrix_observe"
 
     def __init__(self) -> None:
         out = core.ffi.new("nx_imatrix **")
@@ -106,17 +118,17 @@ def _install() -> None:
 
 
 @contextlib.contextmanager
-def observed(collector: Collector) -> Iterator[None]:
-    """Within the block, contexts that this thread creates are seen by `collector`.
+def observed(observer: Observer) -> Iterator[None]:
+    """Within the block, contexts that this thread creates are seen by `observer`.
 
     They must be closed before it is. Raises BackendUnavailable.
     """
     backend.register()  # the callback is part of it: it has checked how tensors are laid out
     _install()
-    function = ctypes.CDLL(str(core.BACKEND_PATH)).nx_imatrix_observe
+    function = ctypes.CDLL(str(core.BACKEND_PATH))[observer.callback]
     address = ctypes.cast(function, ctypes.c_void_p).value
     assert address is not None
-    _thread.observer = (address, collector.address)
+    _thread.observer = (address, observer.address)
     try:
         yield
     finally:

@@ -150,12 +150,14 @@ def quantize(
     allow_requantize: bool = False,
     overwrite: bool = False,
     progress: Progress = lambda tensor, done, total: None,
+    finish: Callable[[str], None] = lambda path: None,
 ) -> Quantized:
     """Write `source`, a GGUF in F16, F32 or BF16, as `target` in the file type `base`.
 
     `types` names tensors that get a type of their own instead of the one that the file type gives
-    them. `n_threads` 0 takes one a core. Raises UsageError, FormatError, ReadFailed, WriteFailed,
-    or QuantizationFailed with llama.cpp's own message.
+    them. `n_threads` 0 takes one a core. `finish` may change the file before it gets its name.
+    Raises UsageError, FormatError, ReadFailed, WriteFailed, or QuantizationFailed with llama.cpp's
+    own message.
     """
     source, target = os.fspath(source), os.fspath(target)
     name = base_name(base)
@@ -180,6 +182,7 @@ def quantize(
                 allow_requantize=allow_requantize,
             )
             fallbacks, _ = _run_worker(job, directory, progress)
+        finish(file.part_path)
         file.commit()
     made = open_gguf(target)
     return Quantized(

@@ -34,6 +34,7 @@ from nexus_ext.testing.synthetic import write_llama
 from tests.cli_support import call
 from tests.models_folder import find_model
 from tests.stories import STORIES
+from tests.trained_model import write_trained_f16
 
 MATRIX = "blk.1.ffn_down.weight"
 
@@ -226,32 +227,7 @@ def test_the_command_can_be_interrupted(source: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained_f16(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A trained model whose weights are known to be those of Q4_K, as an F16 original."""
-    from nexus_ext.formats.floats import from_float32
-
-    path = find_model("tinydense-7M-Q4_K_M.gguf")
-    weights = Weights(open_gguf(path))
-    target = tmp_path_factory.mktemp("trained") / "f16.gguf"
-    reader = gguf.GGUFReader(path)
-    writer = gguf.GGUFWriter(str(target), arch="llama")
-    for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name == "general.architecture":
-            continue
-        kind = field.types[0]
-        inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(field.name, field.contents(), kind, inner)
-    for raw in reader.tensors:
-        tensor = weights.tensors[raw.name]
-        rows = weights.rows(tensor, slice(None))
-        if len(tensor.shape) == 1:
-            writer.add_tensor(raw.name, rows[0])
-        else:
-            writer.add_tensor(raw.name, from_float32(rows, "F16"))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return str(target)
+    return write_trained_f16(tmp_path_factory.mktemp("trained") / "f16.gguf")
 
 
 def test_groups_cover_every_tensor_once(source: str) -> None:

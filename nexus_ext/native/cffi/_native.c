@@ -1,4 +1,4 @@
-/* Written by build.py with cffi 2.1.1 from 129f7f299d68af7015173536914449b6357f2dba5883380aaeb9fffeb0432c53. */
+/* Written by build.py with cffi 2.1.1 from 8bd874933384b872e70a237ad801c3e09c0282a0ffee56ceb1b9f398fce4482e. */
 #define _CFFI_
 
 /* We try to define Py_LIMITED_API before including Python.h.
@@ -588,6 +588,7 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 #include "nexus_codec.h"
 #include "nexus_imatrix.h"
 #include "nexus_residency.h"
+#include "nexus_activations.h"
 #include "nexus_policy.h"
 #include "nexus_kernels.h"
 #include "nexus_attach.h"
@@ -600,561 +601,581 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 /************************************************************/
 
 static void *_cffi_types[] = {
-/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 361), // FILE *()(nx_model *, int *)
-/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 523), // nx_model *
-/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 188), // int *
+/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 377), // FILE *()(nx_model *, int *)
+/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 543), // nx_model *
+/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 204), // int *
 /*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 492), // _Bool()(void *)
-/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 554), // void *
+/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 511), // _Bool()(void *)
+/*  5 */ _CFFI_OP(_CFFI_OP_POINTER, 574), // void *
 /*  6 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  7 */ _CFFI_OP(_CFFI_OP_FUNCTION, 73), // char const *()(nx_isa)
+/*  7 */ _CFFI_OP(_CFFI_OP_FUNCTION, 78), // char const *()(nx_isa)
 /*  8 */ _CFFI_OP(_CFFI_OP_ENUM, 3), // nx_isa
 /*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION, 73), // char const *()(nx_model const *)
-/* 11 */ _CFFI_OP(_CFFI_OP_POINTER, 523), // nx_model const *
+/* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION, 78), // char const *()(nx_model const *)
+/* 11 */ _CFFI_OP(_CFFI_OP_POINTER, 543), // nx_model const *
 /* 12 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION, 73), // char const *()(nx_status)
+/* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION, 78), // char const *()(nx_status)
 /* 14 */ _CFFI_OP(_CFFI_OP_ENUM, 5), // nx_status
 /* 15 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 73), // char const *()(void)
+/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 78), // char const *()(void)
 /* 17 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION, 505), // double()(void)
+/* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION, 524), // double()(void)
 /* 19 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // int()(nx_ans_path)
+/* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION, 204), // int()(nx_ans_path)
 /* 21 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // nx_ans_path
 /* 22 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 23 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // int()(nx_isa)
+/* 23 */ _CFFI_OP(_CFFI_OP_FUNCTION, 204), // int()(nx_isa)
 /* 24 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
 /* 25 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 26 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // int()(nx_model *, uint64_t)
+/* 26 */ _CFFI_OP(_CFFI_OP_FUNCTION, 204), // int()(nx_model *, uint64_t)
 /* 27 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 28 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
 /* 29 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 30 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // int()(nx_model const *, uint32_t)
+/* 30 */ _CFFI_OP(_CFFI_OP_FUNCTION, 204), // int()(nx_model const *, uint32_t)
 /* 31 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
 /* 32 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
 /* 33 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 34 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // int()(nx_ternary_type)
+/* 34 */ _CFFI_OP(_CFFI_OP_FUNCTION, 204), // int()(nx_ternary_type)
 /* 35 */ _CFFI_OP(_CFFI_OP_ENUM, 6), // nx_ternary_type
 /* 36 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 37 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // int()(void *)
+/* 37 */ _CFFI_OP(_CFFI_OP_FUNCTION, 204), // int()(void *)
 /* 38 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
 /* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // int()(void *, nxp_cache_ask const *, int32_t *)
+/* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION, 204), // int()(void *, nxp_cache_ask const *, int32_t *)
 /* 41 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 42 */ _CFFI_OP(_CFFI_OP_POINTER, 532), // nxp_cache_ask const *
-/* 43 */ _CFFI_OP(_CFFI_OP_POINTER, 509), // int32_t *
+/* 42 */ _CFFI_OP(_CFFI_OP_POINTER, 552), // nxp_cache_ask const *
+/* 43 */ _CFFI_OP(_CFFI_OP_POINTER, 528), // int32_t *
 /* 44 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 45 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // int()(void *, uint64_t, uint64_t)
+/* 45 */ _CFFI_OP(_CFFI_OP_FUNCTION, 204), // int()(void *, uint64_t, uint64_t)
 /* 46 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
 /* 47 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 48 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 49 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 50 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // int()(void *, void const *, size_t, void *, size_t)
+/* 50 */ _CFFI_OP(_CFFI_OP_FUNCTION, 204), // int()(void *, void const *, size_t, void *, size_t)
 /* 51 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 52 */ _CFFI_OP(_CFFI_OP_POINTER, 554), // void const *
+/* 52 */ _CFFI_OP(_CFFI_OP_POINTER, 574), // void const *
 /* 53 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
 /* 54 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
 /* 55 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 56 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 57 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // int()(void)
+/* 57 */ _CFFI_OP(_CFFI_OP_FUNCTION, 204), // int()(void)
 /* 58 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 59 */ _CFFI_OP(_CFFI_OP_FUNCTION, 509), // int32_t()(void *, nxp_predict_ask const *, int32_t *)
+/* 59 */ _CFFI_OP(_CFFI_OP_FUNCTION, 528), // int32_t()(void *, nxp_predict_ask const *, int32_t *)
 /* 60 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 61 */ _CFFI_OP(_CFFI_OP_POINTER, 540), // nxp_predict_ask const *
+/* 61 */ _CFFI_OP(_CFFI_OP_POINTER, 560), // nxp_predict_ask const *
 /* 62 */ _CFFI_OP(_CFFI_OP_NOOP, 43),
 /* 63 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 64 */ _CFFI_OP(_CFFI_OP_FUNCTION, 21), // nx_ans_path()(void)
 /* 65 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION, 515), // nx_extent *()(nx_model *, size_t)
+/* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION, 535), // nx_extent *()(nx_model *, size_t)
 /* 67 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 68 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 69 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 70 */ _CFFI_OP(_CFFI_OP_FUNCTION, 8), // nx_isa()(void)
 /* 71 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 72 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_io_mode, nx_file * *)
-/* 73 */ _CFFI_OP(_CFFI_OP_POINTER, 493), // char const *
-/* 74 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // nx_io_mode
-/* 75 */ _CFFI_OP(_CFFI_OP_POINTER, 373), // nx_file * *
+/* 72 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const * const *, size_t, nx_activations * *)
+/* 73 */ _CFFI_OP(_CFFI_OP_POINTER, 78), // char const * const *
+/* 74 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 75 */ _CFFI_OP(_CFFI_OP_POINTER, 389), // nx_activations * *
 /* 76 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 77 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_probe_options const *, nx_probe_result *)
-/* 78 */ _CFFI_OP(_CFFI_OP_NOOP, 73),
-/* 79 */ _CFFI_OP(_CFFI_OP_POINTER, 527), // nx_probe_options const *
-/* 80 */ _CFFI_OP(_CFFI_OP_POINTER, 528), // nx_probe_result *
+/* 77 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_io_mode, nx_file * *)
+/* 78 */ _CFFI_OP(_CFFI_OP_POINTER, 512), // char const *
+/* 79 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // nx_io_mode
+/* 80 */ _CFFI_OP(_CFFI_OP_POINTER, 392), // nx_file * *
 /* 81 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 82 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, size_t, void const *, size_t, nx_model * *, nx_error *)
-/* 83 */ _CFFI_OP(_CFFI_OP_NOOP, 73),
-/* 84 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 85 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
-/* 86 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 87 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // nx_model * *
-/* 88 */ _CFFI_OP(_CFFI_OP_POINTER, 513), // nx_error *
-/* 89 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 90 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(float const *, size_t, uint32_t, uint32_t, uint32_t, uint32_t, uint8_t *, float *)
-/* 91 */ _CFFI_OP(_CFFI_OP_POINTER, 281), // float const *
-/* 92 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 93 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 94 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 95 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 96 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 97 */ _CFFI_OP(_CFFI_OP_POINTER, 546), // uint8_t *
-/* 98 */ _CFFI_OP(_CFFI_OP_POINTER, 281), // float *
-/* 99 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 100 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ans_layout const *, void const *, size_t, void *, size_t, size_t *)
-/* 101 */ _CFFI_OP(_CFFI_OP_POINTER, 511), // nx_ans_layout const *
-/* 102 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
-/* 103 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 104 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 105 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 106 */ _CFFI_OP(_CFFI_OP_POINTER, 53), // size_t *
+/* 82 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, nx_probe_options const *, nx_probe_result *)
+/* 83 */ _CFFI_OP(_CFFI_OP_NOOP, 78),
+/* 84 */ _CFFI_OP(_CFFI_OP_POINTER, 547), // nx_probe_options const *
+/* 85 */ _CFFI_OP(_CFFI_OP_POINTER, 548), // nx_probe_result *
+/* 86 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 87 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(char const *, size_t, void const *, size_t, nx_model * *, nx_error *)
+/* 88 */ _CFFI_OP(_CFFI_OP_NOOP, 78),
+/* 89 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 90 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 91 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 92 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // nx_model * *
+/* 93 */ _CFFI_OP(_CFFI_OP_POINTER, 533), // nx_error *
+/* 94 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 95 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(float const *, size_t, uint32_t, uint32_t, uint32_t, uint32_t, uint8_t *, float *)
+/* 96 */ _CFFI_OP(_CFFI_OP_POINTER, 297), // float const *
+/* 97 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 98 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 99 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 100 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 101 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 102 */ _CFFI_OP(_CFFI_OP_POINTER, 566), // uint8_t *
+/* 103 */ _CFFI_OP(_CFFI_OP_POINTER, 297), // float *
+/* 104 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 105 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_activations const *)
+/* 106 */ _CFFI_OP(_CFFI_OP_POINTER, 530), // nx_activations const *
 /* 107 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 108 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ans_path, void const *, size_t, void *, size_t)
-/* 109 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
-/* 110 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
-/* 111 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 112 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 113 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 114 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 115 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix * *)
-/* 116 */ _CFFI_OP(_CFFI_OP_POINTER, 380), // nx_imatrix * *
-/* 117 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 118 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix const *)
-/* 119 */ _CFFI_OP(_CFFI_OP_POINTER, 520), // nx_imatrix const *
-/* 120 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 121 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix const *, size_t, char *, uint32_t *, uint32_t *, double const * *, uint64_t const * *)
-/* 122 */ _CFFI_OP(_CFFI_OP_NOOP, 119),
-/* 123 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 124 */ _CFFI_OP(_CFFI_OP_POINTER, 493), // char *
-/* 125 */ _CFFI_OP(_CFFI_OP_POINTER, 32), // uint32_t *
-/* 126 */ _CFFI_OP(_CFFI_OP_NOOP, 125),
-/* 127 */ _CFFI_OP(_CFFI_OP_POINTER, 504), // double const * *
-/* 128 */ _CFFI_OP(_CFFI_OP_POINTER, 413), // uint64_t const * *
-/* 129 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 130 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_isa)
-/* 131 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
-/* 132 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 133 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_membench_options const *, nx_membench_result *)
-/* 134 */ _CFFI_OP(_CFFI_OP_POINTER, 521), // nx_membench_options const *
-/* 135 */ _CFFI_OP(_CFFI_OP_POINTER, 522), // nx_membench_result *
+/* 108 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_activations const *, size_t, uint32_t *, size_t *, float const * *, uint32_t const * *)
+/* 109 */ _CFFI_OP(_CFFI_OP_NOOP, 106),
+/* 110 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 111 */ _CFFI_OP(_CFFI_OP_POINTER, 32), // uint32_t *
+/* 112 */ _CFFI_OP(_CFFI_OP_POINTER, 53), // size_t *
+/* 113 */ _CFFI_OP(_CFFI_OP_POINTER, 96), // float const * *
+/* 114 */ _CFFI_OP(_CFFI_OP_POINTER, 196), // uint32_t const * *
+/* 115 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 116 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ans_layout const *, void const *, size_t, void *, size_t, size_t *)
+/* 117 */ _CFFI_OP(_CFFI_OP_POINTER, 531), // nx_ans_layout const *
+/* 118 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 119 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 120 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 121 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 122 */ _CFFI_OP(_CFFI_OP_NOOP, 112),
+/* 123 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 124 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ans_path, void const *, size_t, void *, size_t)
+/* 125 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
+/* 126 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 127 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 128 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 129 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 130 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 131 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix * *)
+/* 132 */ _CFFI_OP(_CFFI_OP_POINTER, 399), // nx_imatrix * *
+/* 133 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 134 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix const *)
+/* 135 */ _CFFI_OP(_CFFI_OP_POINTER, 540), // nx_imatrix const *
 /* 136 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 137 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *)
-/* 138 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 139 */ _CFFI_OP(_CFFI_OP_NOOP, 73),
-/* 140 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 141 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, uint32_t)
-/* 142 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 143 */ _CFFI_OP(_CFFI_OP_NOOP, 73),
-/* 144 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 137 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_imatrix const *, size_t, char *, uint32_t *, uint32_t *, double const * *, uint64_t const * *)
+/* 138 */ _CFFI_OP(_CFFI_OP_NOOP, 135),
+/* 139 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 140 */ _CFFI_OP(_CFFI_OP_POINTER, 512), // char *
+/* 141 */ _CFFI_OP(_CFFI_OP_NOOP, 111),
+/* 142 */ _CFFI_OP(_CFFI_OP_NOOP, 111),
+/* 143 */ _CFFI_OP(_CFFI_OP_POINTER, 523), // double const * *
+/* 144 */ _CFFI_OP(_CFFI_OP_POINTER, 432), // uint64_t const * *
 /* 145 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 146 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, void const *, uint64_t, float const *, uint64_t, uint32_t, nx_error *)
-/* 147 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 148 */ _CFFI_OP(_CFFI_OP_NOOP, 73),
-/* 149 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
-/* 150 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 151 */ _CFFI_OP(_CFFI_OP_NOOP, 91),
-/* 152 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 153 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 154 */ _CFFI_OP(_CFFI_OP_NOOP, 88),
-/* 155 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 156 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, int(*)(void *, uint64_t, uint64_t), void *)
-/* 157 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 158 */ _CFFI_OP(_CFFI_OP_POINTER, 45), // int(*)(void *, uint64_t, uint64_t)
-/* 159 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 160 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 161 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nx_extent const *, uint64_t, void *, uint64_t)
-/* 162 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 163 */ _CFFI_OP(_CFFI_OP_POINTER, 516), // nx_extent const *
-/* 164 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 165 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 146 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_isa)
+/* 147 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
+/* 148 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 149 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_membench_options const *, nx_membench_result *)
+/* 150 */ _CFFI_OP(_CFFI_OP_POINTER, 541), // nx_membench_options const *
+/* 151 */ _CFFI_OP(_CFFI_OP_POINTER, 542), // nx_membench_result *
+/* 152 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 153 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *)
+/* 154 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 155 */ _CFFI_OP(_CFFI_OP_NOOP, 78),
+/* 156 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 157 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, uint32_t)
+/* 158 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 159 */ _CFFI_OP(_CFFI_OP_NOOP, 78),
+/* 160 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 161 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 162 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, char const *, void const *, uint64_t, float const *, uint64_t, uint32_t, nx_error *)
+/* 163 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 164 */ _CFFI_OP(_CFFI_OP_NOOP, 78),
+/* 165 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
 /* 166 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 167 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 168 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nx_fault const *)
-/* 169 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 170 */ _CFFI_OP(_CFFI_OP_POINTER, 517), // nx_fault const *
+/* 167 */ _CFFI_OP(_CFFI_OP_NOOP, 96),
+/* 168 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 169 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 170 */ _CFFI_OP(_CFFI_OP_NOOP, 93),
 /* 171 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 172 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nxp_cache_policy const *, nx_error *)
+/* 172 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, int(*)(void *, uint64_t, uint64_t), void *)
 /* 173 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 174 */ _CFFI_OP(_CFFI_OP_POINTER, 534), // nxp_cache_policy const *
-/* 175 */ _CFFI_OP(_CFFI_OP_NOOP, 88),
+/* 174 */ _CFFI_OP(_CFFI_OP_POINTER, 45), // int(*)(void *, uint64_t, uint64_t)
+/* 175 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
 /* 176 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 177 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nxp_kernel const *, uint32_t const *, size_t, uint32_t *, nx_error *)
+/* 177 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nx_extent const *, uint64_t, void *, uint64_t)
 /* 178 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 179 */ _CFFI_OP(_CFFI_OP_POINTER, 538), // nxp_kernel const *
-/* 180 */ _CFFI_OP(_CFFI_OP_POINTER, 32), // uint32_t const *
-/* 181 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 182 */ _CFFI_OP(_CFFI_OP_NOOP, 125),
-/* 183 */ _CFFI_OP(_CFFI_OP_NOOP, 88),
-/* 184 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 185 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nxp_predictor const *, int, nx_error *)
-/* 186 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 187 */ _CFFI_OP(_CFFI_OP_POINTER, 541), // nxp_predictor const *
-/* 188 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
-/* 189 */ _CFFI_OP(_CFFI_OP_NOOP, 88),
-/* 190 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 191 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t)
-/* 192 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 193 */ _CFFI_OP(_CFFI_OP_NOOP, 180),
-/* 194 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 195 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 196 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, int(*)(void *), void *, uint64_t *)
-/* 197 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 198 */ _CFFI_OP(_CFFI_OP_NOOP, 180),
-/* 199 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 200 */ _CFFI_OP(_CFFI_OP_POINTER, 37), // int(*)(void *)
-/* 201 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 202 */ _CFFI_OP(_CFFI_OP_POINTER, 28), // uint64_t *
-/* 203 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 204 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, uint64_t *)
-/* 205 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 206 */ _CFFI_OP(_CFFI_OP_NOOP, 180),
-/* 207 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 208 */ _CFFI_OP(_CFFI_OP_NOOP, 202),
-/* 209 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 210 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t, uint32_t)
-/* 211 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 212 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 213 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 214 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 215 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
-/* 216 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 217 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 218 */ _CFFI_OP(_CFFI_OP_POINTER, 519), // nx_file_info *
+/* 179 */ _CFFI_OP(_CFFI_OP_POINTER, 536), // nx_extent const *
+/* 180 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 181 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 182 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 183 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 184 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nx_fault const *)
+/* 185 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 186 */ _CFFI_OP(_CFFI_OP_POINTER, 537), // nx_fault const *
+/* 187 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 188 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nxp_cache_policy const *, nx_error *)
+/* 189 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 190 */ _CFFI_OP(_CFFI_OP_POINTER, 554), // nxp_cache_policy const *
+/* 191 */ _CFFI_OP(_CFFI_OP_NOOP, 93),
+/* 192 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 193 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nxp_kernel const *, uint32_t const *, size_t, uint32_t *, nx_error *)
+/* 194 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 195 */ _CFFI_OP(_CFFI_OP_POINTER, 558), // nxp_kernel const *
+/* 196 */ _CFFI_OP(_CFFI_OP_POINTER, 32), // uint32_t const *
+/* 197 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 198 */ _CFFI_OP(_CFFI_OP_NOOP, 111),
+/* 199 */ _CFFI_OP(_CFFI_OP_NOOP, 93),
+/* 200 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 201 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, nxp_predictor const *, int, nx_error *)
+/* 202 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 203 */ _CFFI_OP(_CFFI_OP_POINTER, 561), // nxp_predictor const *
+/* 204 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
+/* 205 */ _CFFI_OP(_CFFI_OP_NOOP, 93),
+/* 206 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 207 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t)
+/* 208 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 209 */ _CFFI_OP(_CFFI_OP_NOOP, 196),
+/* 210 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 211 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 212 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, int(*)(void *), void *, uint64_t *)
+/* 213 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 214 */ _CFFI_OP(_CFFI_OP_NOOP, 196),
+/* 215 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 216 */ _CFFI_OP(_CFFI_OP_POINTER, 37), // int(*)(void *)
+/* 217 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 218 */ _CFFI_OP(_CFFI_OP_POINTER, 28), // uint64_t *
 /* 219 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 220 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_opencl_matrix const *, void const *, uint32_t, float *, size_t)
-/* 221 */ _CFFI_OP(_CFFI_OP_POINTER, 524), // nx_opencl_matrix const *
-/* 222 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
-/* 223 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 224 */ _CFFI_OP(_CFFI_OP_NOOP, 98),
-/* 225 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 226 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 227 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ternary_type, uint32_t, uint32_t, nx_ternary *)
-/* 228 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 220 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t const *, size_t, uint64_t *)
+/* 221 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 222 */ _CFFI_OP(_CFFI_OP_NOOP, 196),
+/* 223 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 224 */ _CFFI_OP(_CFFI_OP_NOOP, 218),
+/* 225 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 226 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model *, uint32_t, uint32_t)
+/* 227 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 228 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 229 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 230 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 231 */ _CFFI_OP(_CFFI_OP_POINTER, 531), // nx_ternary *
-/* 232 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 233 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ternary_type, void const *, size_t, uint32_t, uint32_t, nx_opencl_matrix * *)
-/* 234 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
-/* 235 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
-/* 236 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 237 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 238 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 239 */ _CFFI_OP(_CFFI_OP_POINTER, 416), // nx_opencl_matrix * *
-/* 240 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 241 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nxp_cache_policy const *, uint32_t, uint32_t, uint32_t, int32_t const *, size_t, size_t, uint64_t *, nx_plugin_info *, nx_error *)
-/* 242 */ _CFFI_OP(_CFFI_OP_NOOP, 174),
-/* 243 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 244 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 230 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 231 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_model const *, uint32_t, nx_file_info *)
+/* 232 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 233 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 234 */ _CFFI_OP(_CFFI_OP_POINTER, 539), // nx_file_info *
+/* 235 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 236 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_opencl_matrix const *, void const *, uint32_t, float *, size_t)
+/* 237 */ _CFFI_OP(_CFFI_OP_POINTER, 544), // nx_opencl_matrix const *
+/* 238 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 239 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 240 */ _CFFI_OP(_CFFI_OP_NOOP, 103),
+/* 241 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 242 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 243 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ternary_type, uint32_t, uint32_t, nx_ternary *)
+/* 244 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
 /* 245 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 246 */ _CFFI_OP(_CFFI_OP_POINTER, 509), // int32_t const *
-/* 247 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 248 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 249 */ _CFFI_OP(_CFFI_OP_NOOP, 202),
-/* 250 */ _CFFI_OP(_CFFI_OP_POINTER, 525), // nx_plugin_info *
-/* 251 */ _CFFI_OP(_CFFI_OP_NOOP, 88),
-/* 252 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 253 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nxp_codec const *, int, nx_error *)
-/* 254 */ _CFFI_OP(_CFFI_OP_POINTER, 536), // nxp_codec const *
-/* 255 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
-/* 256 */ _CFFI_OP(_CFFI_OP_NOOP, 88),
-/* 257 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 258 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nxp_kernel const *, nxp_kernel *, nx_error *)
-/* 259 */ _CFFI_OP(_CFFI_OP_NOOP, 179),
-/* 260 */ _CFFI_OP(_CFFI_OP_POINTER, 538), // nxp_kernel *
-/* 261 */ _CFFI_OP(_CFFI_OP_NOOP, 88),
-/* 262 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 263 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(void const *, size_t, void *, size_t)
-/* 264 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
-/* 265 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 266 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 267 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 246 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 247 */ _CFFI_OP(_CFFI_OP_POINTER, 551), // nx_ternary *
+/* 248 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 249 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nx_ternary_type, void const *, size_t, uint32_t, uint32_t, nx_opencl_matrix * *)
+/* 250 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 251 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 252 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 253 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 254 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 255 */ _CFFI_OP(_CFFI_OP_POINTER, 435), // nx_opencl_matrix * *
+/* 256 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 257 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nxp_cache_policy const *, uint32_t, uint32_t, uint32_t, int32_t const *, size_t, size_t, uint64_t *, nx_plugin_info *, nx_error *)
+/* 258 */ _CFFI_OP(_CFFI_OP_NOOP, 190),
+/* 259 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 260 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 261 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 262 */ _CFFI_OP(_CFFI_OP_POINTER, 528), // int32_t const *
+/* 263 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 264 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 265 */ _CFFI_OP(_CFFI_OP_NOOP, 218),
+/* 266 */ _CFFI_OP(_CFFI_OP_POINTER, 545), // nx_plugin_info *
+/* 267 */ _CFFI_OP(_CFFI_OP_NOOP, 93),
 /* 268 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 269 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(void)
-/* 270 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 271 */ _CFFI_OP(_CFFI_OP_FUNCTION, 35), // nx_ternary_type()(char const *)
-/* 272 */ _CFFI_OP(_CFFI_OP_NOOP, 73),
+/* 269 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nxp_codec const *, int, nx_error *)
+/* 270 */ _CFFI_OP(_CFFI_OP_POINTER, 556), // nxp_codec const *
+/* 271 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 272 */ _CFFI_OP(_CFFI_OP_NOOP, 93),
 /* 273 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 274 */ _CFFI_OP(_CFFI_OP_FUNCTION, 174), // nxp_cache_policy const *()(char const *)
-/* 275 */ _CFFI_OP(_CFFI_OP_NOOP, 73),
-/* 276 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 277 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(float const *, uint32_t, uint32_t, float, float, uint32_t *)
-/* 278 */ _CFFI_OP(_CFFI_OP_NOOP, 91),
-/* 279 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 280 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 281 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13), // float
-/* 282 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13),
-/* 283 */ _CFFI_OP(_CFFI_OP_NOOP, 125),
+/* 274 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(nxp_kernel const *, nxp_kernel *, nx_error *)
+/* 275 */ _CFFI_OP(_CFFI_OP_NOOP, 195),
+/* 276 */ _CFFI_OP(_CFFI_OP_POINTER, 558), // nxp_kernel *
+/* 277 */ _CFFI_OP(_CFFI_OP_NOOP, 93),
+/* 278 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 279 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(void const *, size_t, void *, size_t)
+/* 280 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 281 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 282 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 283 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 284 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 285 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(float const *, uint32_t, uint32_t, uint32_t *)
-/* 286 */ _CFFI_OP(_CFFI_OP_NOOP, 91),
-/* 287 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 288 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 289 */ _CFFI_OP(_CFFI_OP_NOOP, 125),
-/* 290 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 291 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(nx_imatrix const *)
-/* 292 */ _CFFI_OP(_CFFI_OP_NOOP, 119),
-/* 293 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 294 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(nx_model *, int32_t *, size_t)
-/* 295 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 296 */ _CFFI_OP(_CFFI_OP_NOOP, 43),
-/* 297 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 298 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 299 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(nx_model *, nx_event *, size_t)
-/* 300 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 301 */ _CFFI_OP(_CFFI_OP_POINTER, 514), // nx_event *
-/* 302 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 303 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 304 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(nx_model *, uint32_t *)
-/* 305 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 306 */ _CFFI_OP(_CFFI_OP_NOOP, 125),
-/* 307 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 308 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(size_t)
-/* 309 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 310 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 311 */ _CFFI_OP(_CFFI_OP_FUNCTION, 32), // uint32_t()(nx_model const *)
-/* 312 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 313 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 314 */ _CFFI_OP(_CFFI_OP_FUNCTION, 32), // uint32_t()(nx_model const *, uint32_t, uint32_t *)
-/* 315 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 316 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 317 */ _CFFI_OP(_CFFI_OP_NOOP, 125),
-/* 318 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 319 */ _CFFI_OP(_CFFI_OP_FUNCTION, 32), // uint32_t()(nx_ternary_type)
-/* 320 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
-/* 321 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 322 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_model const *)
-/* 323 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 324 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 325 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_model const *, nx_own_kind)
-/* 326 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 327 */ _CFFI_OP(_CFFI_OP_ENUM, 4), // nx_own_kind
-/* 328 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 329 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_model const *, uint32_t)
-/* 330 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
-/* 331 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 332 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 333 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_opencl_matrix const *)
-/* 334 */ _CFFI_OP(_CFFI_OP_NOOP, 221),
-/* 335 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 336 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_ternary_type, uint32_t)
-/* 337 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
-/* 338 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 339 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 340 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_ternary_type, uint32_t, uint32_t)
-/* 341 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
-/* 342 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 343 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 285 */ _CFFI_OP(_CFFI_OP_FUNCTION, 14), // nx_status()(void)
+/* 286 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 287 */ _CFFI_OP(_CFFI_OP_FUNCTION, 35), // nx_ternary_type()(char const *)
+/* 288 */ _CFFI_OP(_CFFI_OP_NOOP, 78),
+/* 289 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 290 */ _CFFI_OP(_CFFI_OP_FUNCTION, 190), // nxp_cache_policy const *()(char const *)
+/* 291 */ _CFFI_OP(_CFFI_OP_NOOP, 78),
+/* 292 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 293 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(float const *, uint32_t, uint32_t, float, float, uint32_t *)
+/* 294 */ _CFFI_OP(_CFFI_OP_NOOP, 96),
+/* 295 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 296 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 297 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13), // float
+/* 298 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 13),
+/* 299 */ _CFFI_OP(_CFFI_OP_NOOP, 111),
+/* 300 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 301 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(float const *, uint32_t, uint32_t, uint32_t *)
+/* 302 */ _CFFI_OP(_CFFI_OP_NOOP, 96),
+/* 303 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 304 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 305 */ _CFFI_OP(_CFFI_OP_NOOP, 111),
+/* 306 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 307 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(nx_imatrix const *)
+/* 308 */ _CFFI_OP(_CFFI_OP_NOOP, 135),
+/* 309 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 310 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(nx_model *, int32_t *, size_t)
+/* 311 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 312 */ _CFFI_OP(_CFFI_OP_NOOP, 43),
+/* 313 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 314 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 315 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(nx_model *, nx_event *, size_t)
+/* 316 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 317 */ _CFFI_OP(_CFFI_OP_POINTER, 534), // nx_event *
+/* 318 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 319 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 320 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(nx_model *, uint32_t *)
+/* 321 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 322 */ _CFFI_OP(_CFFI_OP_NOOP, 111),
+/* 323 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 324 */ _CFFI_OP(_CFFI_OP_FUNCTION, 53), // size_t()(size_t)
+/* 325 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 326 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 327 */ _CFFI_OP(_CFFI_OP_FUNCTION, 32), // uint32_t()(nx_model const *)
+/* 328 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 329 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 330 */ _CFFI_OP(_CFFI_OP_FUNCTION, 32), // uint32_t()(nx_model const *, uint32_t, uint32_t *)
+/* 331 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 332 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 333 */ _CFFI_OP(_CFFI_OP_NOOP, 111),
+/* 334 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 335 */ _CFFI_OP(_CFFI_OP_FUNCTION, 32), // uint32_t()(nx_ternary_type)
+/* 336 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 337 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 338 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_model const *)
+/* 339 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 340 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 341 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_model const *, nx_own_kind)
+/* 342 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 343 */ _CFFI_OP(_CFFI_OP_ENUM, 4), // nx_own_kind
 /* 344 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 345 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(uint32_t)
-/* 346 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 347 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 348 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(void const *, size_t)
-/* 349 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
-/* 350 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 345 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_model const *, uint32_t)
+/* 346 */ _CFFI_OP(_CFFI_OP_NOOP, 11),
+/* 347 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 348 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 349 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_opencl_matrix const *)
+/* 350 */ _CFFI_OP(_CFFI_OP_NOOP, 237),
 /* 351 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 352 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // void *()(void *, nxp_cache_layer const *)
-/* 353 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 354 */ _CFFI_OP(_CFFI_OP_POINTER, 533), // nxp_cache_layer const *
+/* 352 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_ternary_type, uint32_t)
+/* 353 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 354 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 355 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 356 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // void *()(void *, nxp_layers const *)
-/* 357 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 358 */ _CFFI_OP(_CFFI_OP_POINTER, 539), // nxp_layers const *
-/* 359 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 360 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(FILE *)
-/* 361 */ _CFFI_OP(_CFFI_OP_POINTER, 491), // FILE *
-/* 362 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 363 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(float const *, uint32_t const *, size_t, float *)
-/* 364 */ _CFFI_OP(_CFFI_OP_NOOP, 91),
-/* 365 */ _CFFI_OP(_CFFI_OP_NOOP, 180),
+/* 356 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(nx_ternary_type, uint32_t, uint32_t)
+/* 357 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 358 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 359 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 360 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 361 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(uint32_t)
+/* 362 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 363 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 364 */ _CFFI_OP(_CFFI_OP_FUNCTION, 28), // uint64_t()(void const *, size_t)
+/* 365 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
 /* 366 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 367 */ _CFFI_OP(_CFFI_OP_NOOP, 98),
-/* 368 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 369 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(int)
-/* 370 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 367 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 368 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // void *()(void *, nxp_cache_layer const *)
+/* 369 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 370 */ _CFFI_OP(_CFFI_OP_POINTER, 553), // nxp_cache_layer const *
 /* 371 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 372 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_file *)
-/* 373 */ _CFFI_OP(_CFFI_OP_POINTER, 518), // nx_file *
-/* 374 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 375 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_file const *, nx_file_info *)
-/* 376 */ _CFFI_OP(_CFFI_OP_POINTER, 518), // nx_file const *
-/* 377 */ _CFFI_OP(_CFFI_OP_NOOP, 218),
+/* 372 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // void *()(void *, nxp_layers const *)
+/* 373 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 374 */ _CFFI_OP(_CFFI_OP_POINTER, 559), // nxp_layers const *
+/* 375 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 376 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(FILE *)
+/* 377 */ _CFFI_OP(_CFFI_OP_POINTER, 510), // FILE *
 /* 378 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 379 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_imatrix *)
-/* 380 */ _CFFI_OP(_CFFI_OP_POINTER, 520), // nx_imatrix *
-/* 381 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 382 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_model *)
-/* 383 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 379 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(float const *, uint32_t const *, size_t, float *)
+/* 380 */ _CFFI_OP(_CFFI_OP_NOOP, 96),
+/* 381 */ _CFFI_OP(_CFFI_OP_NOOP, 196),
+/* 382 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 383 */ _CFFI_OP(_CFFI_OP_NOOP, 103),
 /* 384 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 385 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_model *, int)
-/* 386 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 387 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
-/* 388 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 389 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_model *, nx_error *)
-/* 390 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 391 */ _CFFI_OP(_CFFI_OP_NOOP, 88),
-/* 392 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 393 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_model *, nx_plugin_info *)
-/* 394 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 395 */ _CFFI_OP(_CFFI_OP_NOOP, 250),
-/* 396 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 397 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_model *, nx_prediction *)
-/* 398 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 399 */ _CFFI_OP(_CFFI_OP_POINTER, 526), // nx_prediction *
+/* 385 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(int)
+/* 386 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 387 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 388 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(nx_activations *)
+/* 389 */ _CFFI_OP(_CFFI_OP_POINTER, 530), // nx_activations *
+/* 390 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 391 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(nx_file *)
+/* 392 */ _CFFI_OP(_CFFI_OP_POINTER, 538), // nx_file *
+/* 393 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 394 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(nx_file const *, nx_file_info *)
+/* 395 */ _CFFI_OP(_CFFI_OP_POINTER, 538), // nx_file const *
+/* 396 */ _CFFI_OP(_CFFI_OP_NOOP, 234),
+/* 397 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 398 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(nx_imatrix *)
+/* 399 */ _CFFI_OP(_CFFI_OP_POINTER, 540), // nx_imatrix *
 /* 400 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 401 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_model *, nx_stats *)
+/* 401 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(nx_model *)
 /* 402 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 403 */ _CFFI_OP(_CFFI_OP_POINTER, 530), // nx_stats *
-/* 404 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 405 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_model *, uint32_t, uint64_t *)
-/* 406 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 407 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 408 */ _CFFI_OP(_CFFI_OP_NOOP, 202),
-/* 409 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 410 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_model *, uint32_t, uint64_t const *)
-/* 411 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 412 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 413 */ _CFFI_OP(_CFFI_OP_POINTER, 28), // uint64_t const *
-/* 414 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 415 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_opencl_matrix *)
-/* 416 */ _CFFI_OP(_CFFI_OP_POINTER, 524), // nx_opencl_matrix *
-/* 417 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 418 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_residual_matrix const *, uint32_t const *, float const *, size_t, uint32_t, uint32_t, float *, float *)
-/* 419 */ _CFFI_OP(_CFFI_OP_POINTER, 529), // nx_residual_matrix const *
-/* 420 */ _CFFI_OP(_CFFI_OP_NOOP, 180),
-/* 421 */ _CFFI_OP(_CFFI_OP_NOOP, 91),
-/* 422 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 423 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 424 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 425 */ _CFFI_OP(_CFFI_OP_NOOP, 98),
-/* 426 */ _CFFI_OP(_CFFI_OP_NOOP, 98),
-/* 427 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 428 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_residual_matrix const *, uint32_t, uint32_t, float *, size_t)
-/* 429 */ _CFFI_OP(_CFFI_OP_NOOP, 419),
-/* 430 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 403 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 404 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(nx_model *, int)
+/* 405 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 406 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 407 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 408 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(nx_model *, nx_error *)
+/* 409 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 410 */ _CFFI_OP(_CFFI_OP_NOOP, 93),
+/* 411 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 412 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(nx_model *, nx_plugin_info *)
+/* 413 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 414 */ _CFFI_OP(_CFFI_OP_NOOP, 266),
+/* 415 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 416 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(nx_model *, nx_prediction *)
+/* 417 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 418 */ _CFFI_OP(_CFFI_OP_POINTER, 546), // nx_prediction *
+/* 419 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 420 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(nx_model *, nx_stats *)
+/* 421 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 422 */ _CFFI_OP(_CFFI_OP_POINTER, 550), // nx_stats *
+/* 423 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 424 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(nx_model *, uint32_t, uint64_t *)
+/* 425 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 426 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 427 */ _CFFI_OP(_CFFI_OP_NOOP, 218),
+/* 428 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 429 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(nx_model *, uint32_t, uint64_t const *)
+/* 430 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 431 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 432 */ _CFFI_OP(_CFFI_OP_NOOP, 98),
-/* 433 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 434 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 435 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_ternary *)
-/* 436 */ _CFFI_OP(_CFFI_OP_NOOP, 231),
-/* 437 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 438 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_ternary *, void const *, size_t, uint32_t, uint32_t)
-/* 439 */ _CFFI_OP(_CFFI_OP_NOOP, 231),
-/* 440 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 432 */ _CFFI_OP(_CFFI_OP_POINTER, 28), // uint64_t const *
+/* 433 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 434 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(nx_opencl_matrix *)
+/* 435 */ _CFFI_OP(_CFFI_OP_POINTER, 544), // nx_opencl_matrix *
+/* 436 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 437 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(nx_residual_matrix const *, uint32_t const *, float const *, size_t, uint32_t, uint32_t, float *, float *)
+/* 438 */ _CFFI_OP(_CFFI_OP_POINTER, 549), // nx_residual_matrix const *
+/* 439 */ _CFFI_OP(_CFFI_OP_NOOP, 196),
+/* 440 */ _CFFI_OP(_CFFI_OP_NOOP, 96),
 /* 441 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 442 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 443 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 444 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 445 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_ternary const *, uint32_t, uint32_t, float *)
-/* 446 */ _CFFI_OP(_CFFI_OP_POINTER, 531), // nx_ternary const *
-/* 447 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 448 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 449 */ _CFFI_OP(_CFFI_OP_NOOP, 98),
-/* 450 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 451 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_ternary const *, void const *, uint32_t, uint32_t, uint32_t, float *, size_t)
-/* 452 */ _CFFI_OP(_CFFI_OP_NOOP, 446),
-/* 453 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
-/* 454 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 455 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 456 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 457 */ _CFFI_OP(_CFFI_OP_NOOP, 98),
-/* 458 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 459 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 460 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_ternary_type, float const *, uint32_t, uint32_t, void *)
-/* 461 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
-/* 462 */ _CFFI_OP(_CFFI_OP_NOOP, 91),
-/* 463 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 464 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 465 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 466 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 467 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(nx_ternary_type, void const *, size_t, uint32_t, void const * const *, uint32_t, uint32_t, uint32_t, float * const *)
-/* 468 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
-/* 469 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
-/* 470 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 471 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 472 */ _CFFI_OP(_CFFI_OP_POINTER, 52), // void const * const *
+/* 444 */ _CFFI_OP(_CFFI_OP_NOOP, 103),
+/* 445 */ _CFFI_OP(_CFFI_OP_NOOP, 103),
+/* 446 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 447 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(nx_residual_matrix const *, uint32_t, uint32_t, float *, size_t)
+/* 448 */ _CFFI_OP(_CFFI_OP_NOOP, 438),
+/* 449 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 450 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 451 */ _CFFI_OP(_CFFI_OP_NOOP, 103),
+/* 452 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 453 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 454 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(nx_ternary *)
+/* 455 */ _CFFI_OP(_CFFI_OP_NOOP, 247),
+/* 456 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 457 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(nx_ternary *, void const *, size_t, uint32_t, uint32_t)
+/* 458 */ _CFFI_OP(_CFFI_OP_NOOP, 247),
+/* 459 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 460 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 461 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 462 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 463 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 464 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(nx_ternary const *, uint32_t, uint32_t, float *)
+/* 465 */ _CFFI_OP(_CFFI_OP_POINTER, 551), // nx_ternary const *
+/* 466 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 467 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 468 */ _CFFI_OP(_CFFI_OP_NOOP, 103),
+/* 469 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 470 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(nx_ternary const *, void const *, uint32_t, uint32_t, uint32_t, float *, size_t)
+/* 471 */ _CFFI_OP(_CFFI_OP_NOOP, 465),
+/* 472 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
 /* 473 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 474 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 475 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 476 */ _CFFI_OP(_CFFI_OP_POINTER, 98), // float * const *
-/* 477 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 478 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(void *)
-/* 479 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 480 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 481 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(void *, nxp_cache_use const *)
-/* 482 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 483 */ _CFFI_OP(_CFFI_OP_POINTER, 535), // nxp_cache_use const *
-/* 484 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 485 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(void *, nxp_routed const *)
-/* 486 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
-/* 487 */ _CFFI_OP(_CFFI_OP_POINTER, 542), // nxp_routed const *
-/* 488 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 489 */ _CFFI_OP(_CFFI_OP_FUNCTION, 554), // void()(void)
-/* 490 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 491 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 25), // FILE
-/* 492 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
-/* 493 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
-/* 494 */ _CFFI_OP(_CFFI_OP_ARRAY, 493), // char[128]
-/* 495 */ (_cffi_opcode_t)(128),
-/* 496 */ _CFFI_OP(_CFFI_OP_ARRAY, 493), // char[256]
-/* 497 */ (_cffi_opcode_t)(256),
-/* 498 */ _CFFI_OP(_CFFI_OP_ARRAY, 493), // char[512]
-/* 499 */ (_cffi_opcode_t)(512),
-/* 500 */ _CFFI_OP(_CFFI_OP_ARRAY, 493), // char[64]
-/* 501 */ (_cffi_opcode_t)(64),
-/* 502 */ _CFFI_OP(_CFFI_OP_ARRAY, 493), // char[96]
-/* 503 */ (_cffi_opcode_t)(96),
-/* 504 */ _CFFI_OP(_CFFI_OP_POINTER, 505), // double const *
-/* 505 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
-/* 506 */ _CFFI_OP(_CFFI_OP_POINTER, 40), // int(*)(void *, nxp_cache_ask const *, int32_t *)
-/* 507 */ _CFFI_OP(_CFFI_OP_POINTER, 50), // int(*)(void *, void const *, size_t, void *, size_t)
-/* 508 */ _CFFI_OP(_CFFI_OP_POINTER, 59), // int32_t(*)(void *, nxp_predict_ask const *, int32_t *)
-/* 509 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
-/* 510 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
-/* 511 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_ans_layout
-/* 512 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_control_state
-/* 513 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_error
-/* 514 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_event
-/* 515 */ _CFFI_OP(_CFFI_OP_POINTER, 516), // nx_extent *
-/* 516 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 26), // nx_extent
-/* 517 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_fault
-/* 518 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 27), // nx_file
-/* 519 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_file_info
-/* 520 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 28), // nx_imatrix
-/* 521 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_options
-/* 522 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_membench_result
-/* 523 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 29), // nx_model
-/* 524 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 30), // nx_opencl_matrix
-/* 525 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_plugin_info
-/* 526 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_prediction
-/* 527 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // nx_probe_options
-/* 528 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_probe_result
-/* 529 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // nx_residual_matrix
-/* 530 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // nx_stats
-/* 531 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // nx_ternary
-/* 532 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 14), // nxp_cache_ask
-/* 533 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 15), // nxp_cache_layer
-/* 534 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 16), // nxp_cache_policy
-/* 535 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 17), // nxp_cache_use
-/* 536 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 18), // nxp_codec
-/* 537 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 19), // nxp_head
-/* 538 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 20), // nxp_kernel
-/* 539 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 21), // nxp_layers
-/* 540 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 22), // nxp_predict_ask
-/* 541 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 23), // nxp_predictor
-/* 542 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 24), // nxp_routed
-/* 543 */ _CFFI_OP(_CFFI_OP_POINTER, 544), // uint16_t *
-/* 544 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 20), // uint16_t
-/* 545 */ _CFFI_OP(_CFFI_OP_POINTER, 546), // uint8_t const *
-/* 546 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
-/* 547 */ _CFFI_OP(_CFFI_OP_ARRAY, 546), // uint8_t[16]
-/* 548 */ (_cffi_opcode_t)(16),
-/* 549 */ _CFFI_OP(_CFFI_OP_POINTER, 352), // void *(*)(void *, nxp_cache_layer const *)
-/* 550 */ _CFFI_OP(_CFFI_OP_POINTER, 356), // void *(*)(void *, nxp_layers const *)
-/* 551 */ _CFFI_OP(_CFFI_OP_POINTER, 478), // void(*)(void *)
-/* 552 */ _CFFI_OP(_CFFI_OP_POINTER, 481), // void(*)(void *, nxp_cache_use const *)
-/* 553 */ _CFFI_OP(_CFFI_OP_POINTER, 485), // void(*)(void *, nxp_routed const *)
-/* 554 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
+/* 476 */ _CFFI_OP(_CFFI_OP_NOOP, 103),
+/* 477 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 478 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 479 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(nx_ternary_type, float const *, uint32_t, uint32_t, void *)
+/* 480 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 481 */ _CFFI_OP(_CFFI_OP_NOOP, 96),
+/* 482 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 483 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 484 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 485 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 486 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(nx_ternary_type, void const *, size_t, uint32_t, void const * const *, uint32_t, uint32_t, uint32_t, float * const *)
+/* 487 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 488 */ _CFFI_OP(_CFFI_OP_NOOP, 52),
+/* 489 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 490 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 491 */ _CFFI_OP(_CFFI_OP_POINTER, 52), // void const * const *
+/* 492 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 493 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 494 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 495 */ _CFFI_OP(_CFFI_OP_POINTER, 103), // float * const *
+/* 496 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 497 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(void *)
+/* 498 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 499 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 500 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(void *, nxp_cache_use const *)
+/* 501 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 502 */ _CFFI_OP(_CFFI_OP_POINTER, 555), // nxp_cache_use const *
+/* 503 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 504 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(void *, nxp_routed const *)
+/* 505 */ _CFFI_OP(_CFFI_OP_NOOP, 5),
+/* 506 */ _CFFI_OP(_CFFI_OP_POINTER, 562), // nxp_routed const *
+/* 507 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 508 */ _CFFI_OP(_CFFI_OP_FUNCTION, 574), // void()(void)
+/* 509 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 510 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 25), // FILE
+/* 511 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 1), // _Bool
+/* 512 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/* 513 */ _CFFI_OP(_CFFI_OP_ARRAY, 512), // char[128]
+/* 514 */ (_cffi_opcode_t)(128),
+/* 515 */ _CFFI_OP(_CFFI_OP_ARRAY, 512), // char[256]
+/* 516 */ (_cffi_opcode_t)(256),
+/* 517 */ _CFFI_OP(_CFFI_OP_ARRAY, 512), // char[512]
+/* 518 */ (_cffi_opcode_t)(512),
+/* 519 */ _CFFI_OP(_CFFI_OP_ARRAY, 512), // char[64]
+/* 520 */ (_cffi_opcode_t)(64),
+/* 521 */ _CFFI_OP(_CFFI_OP_ARRAY, 512), // char[96]
+/* 522 */ (_cffi_opcode_t)(96),
+/* 523 */ _CFFI_OP(_CFFI_OP_POINTER, 524), // double const *
+/* 524 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 14), // double
+/* 525 */ _CFFI_OP(_CFFI_OP_POINTER, 40), // int(*)(void *, nxp_cache_ask const *, int32_t *)
+/* 526 */ _CFFI_OP(_CFFI_OP_POINTER, 50), // int(*)(void *, void const *, size_t, void *, size_t)
+/* 527 */ _CFFI_OP(_CFFI_OP_POINTER, 59), // int32_t(*)(void *, nxp_predict_ask const *, int32_t *)
+/* 528 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
+/* 529 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
+/* 530 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 26), // nx_activations
+/* 531 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // nx_ans_layout
+/* 532 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // nx_control_state
+/* 533 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // nx_error
+/* 534 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // nx_event
+/* 535 */ _CFFI_OP(_CFFI_OP_POINTER, 536), // nx_extent *
+/* 536 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 27), // nx_extent
+/* 537 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // nx_fault
+/* 538 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 28), // nx_file
+/* 539 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // nx_file_info
+/* 540 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 29), // nx_imatrix
+/* 541 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // nx_membench_options
+/* 542 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // nx_membench_result
+/* 543 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 30), // nx_model
+/* 544 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 31), // nx_opencl_matrix
+/* 545 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // nx_plugin_info
+/* 546 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // nx_prediction
+/* 547 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // nx_probe_options
+/* 548 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // nx_probe_result
+/* 549 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // nx_residual_matrix
+/* 550 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // nx_stats
+/* 551 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // nx_ternary
+/* 552 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 14), // nxp_cache_ask
+/* 553 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 15), // nxp_cache_layer
+/* 554 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 16), // nxp_cache_policy
+/* 555 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 17), // nxp_cache_use
+/* 556 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 18), // nxp_codec
+/* 557 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 19), // nxp_head
+/* 558 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 20), // nxp_kernel
+/* 559 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 21), // nxp_layers
+/* 560 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 22), // nxp_predict_ask
+/* 561 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 23), // nxp_predictor
+/* 562 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 24), // nxp_routed
+/* 563 */ _CFFI_OP(_CFFI_OP_POINTER, 564), // uint16_t *
+/* 564 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 20), // uint16_t
+/* 565 */ _CFFI_OP(_CFFI_OP_POINTER, 566), // uint8_t const *
+/* 566 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
+/* 567 */ _CFFI_OP(_CFFI_OP_ARRAY, 566), // uint8_t[16]
+/* 568 */ (_cffi_opcode_t)(16),
+/* 569 */ _CFFI_OP(_CFFI_OP_POINTER, 368), // void *(*)(void *, nxp_cache_layer const *)
+/* 570 */ _CFFI_OP(_CFFI_OP_POINTER, 372), // void *(*)(void *, nxp_layers const *)
+/* 571 */ _CFFI_OP(_CFFI_OP_POINTER, 497), // void(*)(void *)
+/* 572 */ _CFFI_OP(_CFFI_OP_POINTER, 500), // void(*)(void *, nxp_cache_use const *)
+/* 573 */ _CFFI_OP(_CFFI_OP_POINTER, 504), // void(*)(void *, nxp_routed const *)
+/* 574 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
 
 _CFFI_UNUSED_FN
@@ -1902,6 +1923,267 @@ static void nx_python_routed(void * a0, nxp_routed const * a1)
   _cffi_call_python(&_cffi_externpy__nx_python_routed, p);
 }
 
+static nx_status _cffi_d_nx_activations_at(nx_activations const * x0, size_t x1, uint32_t * x2, size_t * x3, float const * * x4, uint32_t const * * x5)
+{
+  return nx_activations_at(x0, x1, x2, x3, x4, x5);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_activations_at(PyObject *self, PyObject *args)
+{
+  nx_activations const * x0;
+  size_t x1;
+  uint32_t * x2;
+  size_t * x3;
+  float const * * x4;
+  uint32_t const * * x5;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+  PyObject *arg4;
+  PyObject *arg5;
+
+  if (!PyArg_UnpackTuple(args, "nx_activations_at", 6, 6, &arg0, &arg1, &arg2, &arg3, &arg4, &arg5))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(106), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_activations const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(106), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, size_t);
+  if (x1 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(111), arg2, (char **)&x2);
+  if (datasize != 0) {
+    x2 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(111), arg2, (char **)&x2,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(112), arg3, (char **)&x3);
+  if (datasize != 0) {
+    x3 = ((size_t)datasize) <= 640 ? (size_t *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(112), arg3, (char **)&x3,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(113), arg4, (char **)&x4);
+  if (datasize != 0) {
+    x4 = ((size_t)datasize) <= 640 ? (float const * *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(113), arg4, (char **)&x4,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(114), arg5, (char **)&x5);
+  if (datasize != 0) {
+    x5 = ((size_t)datasize) <= 640 ? (uint32_t const * *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(114), arg5, (char **)&x5,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_activations_at(x0, x1, x2, x3, x4, x5); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_activations_at _cffi_d_nx_activations_at
+#endif
+
+static void _cffi_d_nx_activations_clear(nx_activations * x0)
+{
+  nx_activations_clear(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_activations_clear(PyObject *self, PyObject *arg0)
+{
+  nx_activations * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(389), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_activations *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(389), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_activations_clear(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_activations_clear _cffi_d_nx_activations_clear
+#endif
+
+static nx_status _cffi_d_nx_activations_create(char const * const * x0, size_t x1, nx_activations * * x2)
+{
+  return nx_activations_create(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_activations_create(PyObject *self, PyObject *args)
+{
+  char const * const * x0;
+  size_t x1;
+  nx_activations * * x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "nx_activations_create", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(73), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (char const * const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(73), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, size_t);
+  if (x1 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(75), arg2, (char **)&x2);
+  if (datasize != 0) {
+    x2 = ((size_t)datasize) <= 640 ? (nx_activations * *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(75), arg2, (char **)&x2,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_activations_create(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_activations_create _cffi_d_nx_activations_create
+#endif
+
+static void _cffi_d_nx_activations_free(nx_activations * x0)
+{
+  nx_activations_free(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_activations_free(PyObject *self, PyObject *arg0)
+{
+  nx_activations * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(389), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_activations *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(389), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { nx_activations_free(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_nx_activations_free _cffi_d_nx_activations_free
+#endif
+
+static nx_status _cffi_d_nx_activations_status(nx_activations const * x0)
+{
+  return nx_activations_status(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_nx_activations_status(PyObject *self, PyObject *arg0)
+{
+  nx_activations const * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  nx_status result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(106), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (nx_activations const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(106), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = nx_activations_status(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_deref((char *)&result, _cffi_type(14));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_nx_activations_status _cffi_d_nx_activations_status
+#endif
+
 static nx_ans_path _cffi_d_nx_ans_best(void)
 {
   return nx_ans_best();
@@ -2122,10 +2404,10 @@ _cffi_f_nx_ans_encode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(101), arg0, (char **)&x0);
+      _cffi_type(117), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ans_layout const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(101), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(117), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2157,10 +2439,10 @@ _cffi_f_nx_ans_encode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(106), arg5, (char **)&x5);
+      _cffi_type(112), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (size_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(106), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(112), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2224,10 +2506,10 @@ _cffi_f_nx_cache_builtin(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(73), arg0, (char **)&x0);
+      _cffi_type(78), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(73), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(78), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2239,7 +2521,7 @@ _cffi_f_nx_cache_builtin(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(174));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(190));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -2275,10 +2557,10 @@ _cffi_f_nx_cache_policy_get(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(250), arg1, (char **)&x1);
+      _cffi_type(266), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_plugin_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(250), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(266), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2383,10 +2665,10 @@ _cffi_f_nx_cache_replay(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(174), arg0, (char **)&x0);
+      _cffi_type(190), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nxp_cache_policy const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(174), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(190), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2404,10 +2686,10 @@ _cffi_f_nx_cache_replay(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(246), arg4, (char **)&x4);
+      _cffi_type(262), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (int32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(246), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(262), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2421,28 +2703,28 @@ _cffi_f_nx_cache_replay(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(202), arg7, (char **)&x7);
+      _cffi_type(218), arg7, (char **)&x7);
   if (datasize != 0) {
     x7 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(202), arg7, (char **)&x7,
+    if (_cffi_convert_array_argument(_cffi_type(218), arg7, (char **)&x7,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(250), arg8, (char **)&x8);
+      _cffi_type(266), arg8, (char **)&x8);
   if (datasize != 0) {
     x8 = ((size_t)datasize) <= 640 ? (nx_plugin_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(250), arg8, (char **)&x8,
+    if (_cffi_convert_array_argument(_cffi_type(266), arg8, (char **)&x8,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(88), arg9, (char **)&x9);
+      _cffi_type(93), arg9, (char **)&x9);
   if (datasize != 0) {
     x9 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(88), arg9, (char **)&x9,
+    if (_cffi_convert_array_argument(_cffi_type(93), arg9, (char **)&x9,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2492,10 +2774,10 @@ _cffi_f_nx_cache_set_policy(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(73), arg1, (char **)&x1);
+      _cffi_type(78), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(73), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(78), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2547,19 +2829,19 @@ _cffi_f_nx_cache_use_policy(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(174), arg1, (char **)&x1);
+      _cffi_type(190), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nxp_cache_policy const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(174), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(190), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(88), arg2, (char **)&x2);
+      _cffi_type(93), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(88), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(93), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2630,10 +2912,10 @@ _cffi_f_nx_codec_register(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(254), arg0, (char **)&x0);
+      _cffi_type(270), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nxp_codec const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(254), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(270), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2643,10 +2925,10 @@ _cffi_f_nx_codec_register(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(88), arg2, (char **)&x2);
+      _cffi_type(93), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(88), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(93), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2700,10 +2982,10 @@ _cffi_f_nx_demote(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(180), arg1, (char **)&x1);
+      _cffi_type(196), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(180), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(196), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2713,10 +2995,10 @@ _cffi_f_nx_demote(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(202), arg3, (char **)&x3);
+      _cffi_type(218), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(202), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(218), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2845,10 +3127,10 @@ _cffi_f_nx_file_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(373), arg0, (char **)&x0);
+      _cffi_type(392), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(373), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(392), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2887,19 +3169,19 @@ _cffi_f_nx_file_get_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(376), arg0, (char **)&x0);
+      _cffi_type(395), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_file const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(376), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(395), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(218), arg1, (char **)&x1);
+      _cffi_type(234), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_file_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(218), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(234), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2942,22 +3224,22 @@ _cffi_f_nx_file_open(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(73), arg0, (char **)&x0);
+      _cffi_type(78), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(73), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(78), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
-  if (_cffi_to_c((char *)&x1, _cffi_type(74), arg1) < 0)
+  if (_cffi_to_c((char *)&x1, _cffi_type(79), arg1) < 0)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(75), arg2, (char **)&x2);
+      _cffi_type(80), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_file * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(75), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(80), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3089,10 +3371,10 @@ _cffi_f_nx_group_experts(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(125), arg2, (char **)&x2);
+      _cffi_type(111), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(125), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(111), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3245,10 +3527,10 @@ _cffi_f_nx_imatrix_at(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(119), arg0, (char **)&x0);
+      _cffi_type(135), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(119), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(135), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3258,46 +3540,46 @@ _cffi_f_nx_imatrix_at(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(124), arg2, (char **)&x2);
+      _cffi_type(140), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(124), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(140), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(125), arg3, (char **)&x3);
+      _cffi_type(111), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(125), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(111), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(125), arg4, (char **)&x4);
+      _cffi_type(111), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(125), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(111), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(127), arg5, (char **)&x5);
+      _cffi_type(143), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (double const * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(127), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(143), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(128), arg6, (char **)&x6);
+      _cffi_type(144), arg6, (char **)&x6);
   if (datasize != 0) {
     x6 = ((size_t)datasize) <= 640 ? (uint64_t const * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(128), arg6, (char **)&x6,
+    if (_cffi_convert_array_argument(_cffi_type(144), arg6, (char **)&x6,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3332,10 +3614,10 @@ _cffi_f_nx_imatrix_count(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(119), arg0, (char **)&x0);
+      _cffi_type(135), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(119), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(135), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3370,10 +3652,10 @@ _cffi_f_nx_imatrix_create(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(116), arg0, (char **)&x0);
+      _cffi_type(132), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(116), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(132), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3406,10 +3688,10 @@ _cffi_f_nx_imatrix_free(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(380), arg0, (char **)&x0);
+      _cffi_type(399), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(380), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(399), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3444,10 +3726,10 @@ _cffi_f_nx_imatrix_status(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(119), arg0, (char **)&x0);
+      _cffi_type(135), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_imatrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(119), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(135), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3626,28 +3908,28 @@ _cffi_f_nx_io_probe(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(73), arg0, (char **)&x0);
+      _cffi_type(78), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(73), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(78), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(79), arg1, (char **)&x1);
+      _cffi_type(84), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_probe_options const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(79), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(84), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(80), arg2, (char **)&x2);
+      _cffi_type(85), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_probe_result *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(80), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(85), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3690,28 +3972,28 @@ _cffi_f_nx_kernel_check(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(179), arg0, (char **)&x0);
+      _cffi_type(195), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nxp_kernel const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(179), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(195), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(260), arg1, (char **)&x1);
+      _cffi_type(276), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nxp_kernel *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(260), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(276), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(88), arg2, (char **)&x2);
+      _cffi_type(93), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(88), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(93), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3805,7 +4087,7 @@ _cffi_f_nx_kernels_isa_name(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(73));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(78));
   return pyresult;
 }
 #else
@@ -3889,7 +4171,7 @@ _cffi_f_nx_kernels_why(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(73));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(78));
   return pyresult;
 }
 #else
@@ -3953,19 +4235,19 @@ _cffi_f_nx_membench_read(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(134), arg0, (char **)&x0);
+      _cffi_type(150), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_membench_options const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(134), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(150), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(135), arg1, (char **)&x1);
+      _cffi_type(151), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_membench_result *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(135), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(151), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4027,10 +4309,10 @@ _cffi_f_nx_model_attach_residual(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(73), arg1, (char **)&x1);
+      _cffi_type(78), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(73), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(78), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4049,10 +4331,10 @@ _cffi_f_nx_model_attach_residual(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(91), arg4, (char **)&x4);
+      _cffi_type(96), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(91), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(96), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4066,10 +4348,10 @@ _cffi_f_nx_model_attach_residual(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(88), arg7, (char **)&x7);
+      _cffi_type(93), arg7, (char **)&x7);
   if (datasize != 0) {
     x7 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(88), arg7, (char **)&x7,
+    if (_cffi_convert_array_argument(_cffi_type(93), arg7, (char **)&x7,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4265,10 +4547,10 @@ _cffi_f_nx_model_cores(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(125), arg1, (char **)&x1);
+      _cffi_type(111), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(125), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(111), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4317,10 +4599,10 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(73), arg0, (char **)&x0);
+      _cffi_type(78), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(73), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(78), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4343,19 +4625,19 @@ _cffi_f_nx_model_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(87), arg4, (char **)&x4);
+      _cffi_type(92), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (nx_model * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(87), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(92), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(88), arg5, (char **)&x5);
+      _cffi_type(93), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(88), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(93), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4407,10 +4689,10 @@ _cffi_f_nx_model_events(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(301), arg1, (char **)&x1);
+      _cffi_type(317), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_event *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(301), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(317), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4474,7 +4756,7 @@ _cffi_f_nx_model_extent(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(515));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(535));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -4518,10 +4800,10 @@ _cffi_f_nx_model_file_info(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(218), arg2, (char **)&x2);
+      _cffi_type(234), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (nx_file_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(218), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(234), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4572,7 +4854,7 @@ _cffi_f_nx_model_finish_load(PyObject *self, PyObject *args)
       return NULL;
   }
 
-  x1 = (int(*)(void *, uint64_t, uint64_t))_cffi_to_c_pointer(arg1, _cffi_type(158));
+  x1 = (int(*)(void *, uint64_t, uint64_t))_cffi_to_c_pointer(arg1, _cffi_type(174));
   if (x1 == (int(*)(void *, uint64_t, uint64_t))NULL && PyErr_Occurred())
     return NULL;
 
@@ -4628,10 +4910,10 @@ _cffi_f_nx_model_get_stats(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(403), arg1, (char **)&x1);
+      _cffi_type(422), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_stats *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(403), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(422), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4681,10 +4963,10 @@ _cffi_f_nx_model_inject(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(170), arg1, (char **)&x1);
+      _cffi_type(186), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_fault const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(170), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(186), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4734,7 +5016,7 @@ _cffi_f_nx_model_io_engine(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(73));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(78));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -4770,10 +5052,10 @@ _cffi_f_nx_model_last_error(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(88), arg1, (char **)&x1);
+      _cffi_type(93), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(88), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(93), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -4860,7 +5142,7 @@ _cffi_f_nx_model_n_own(PyObject *self, PyObject *args)
       return NULL;
   }
 
-  if (_cffi_to_c((char *)&x1, _cffi_type(327), arg1) < 0)
+  if (_cffi_to_c((char *)&x1, _cffi_type(343), arg1) < 0)
     return NULL;
 
   Py_BEGIN_ALLOW_THREADS
@@ -4952,10 +5234,10 @@ _cffi_f_nx_model_read(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(163), arg1, (char **)&x1);
+      _cffi_type(179), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_extent const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(163), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(179), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5142,10 +5424,10 @@ _cffi_f_nx_model_set_cores(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(180), arg1, (char **)&x1);
+      _cffi_type(196), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(180), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(196), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5201,10 +5483,10 @@ _cffi_f_nx_model_set_residual_k(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(73), arg1, (char **)&x1);
+      _cffi_type(78), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(73), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(78), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5273,7 +5555,7 @@ _cffi_f_nx_model_stream(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(361));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(377));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -5294,10 +5576,10 @@ _cffi_f_nx_model_stream_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(361), arg0, (char **)&x0);
+      _cffi_type(377), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (FILE *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(361), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(377), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5401,19 +5683,19 @@ _cffi_f_nx_model_use_kernel(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(179), arg1, (char **)&x1);
+      _cffi_type(195), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nxp_kernel const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(179), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(195), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(180), arg2, (char **)&x2);
+      _cffi_type(196), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(180), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(196), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5423,19 +5705,19 @@ _cffi_f_nx_model_use_kernel(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(125), arg4, (char **)&x4);
+      _cffi_type(111), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(125), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(111), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(88), arg5, (char **)&x5);
+      _cffi_type(93), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(88), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(93), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5474,7 +5756,7 @@ _cffi_f_nx_opencl_error(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(73));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(78));
   return pyresult;
 }
 #else
@@ -5496,10 +5778,10 @@ _cffi_f_nx_opencl_matrix_bytes(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(221), arg0, (char **)&x0);
+      _cffi_type(237), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_opencl_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(221), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(237), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5572,10 +5854,10 @@ _cffi_f_nx_opencl_matrix_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(239), arg5, (char **)&x5);
+      _cffi_type(255), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (nx_opencl_matrix * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(239), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(255), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5608,10 +5890,10 @@ _cffi_f_nx_opencl_matrix_free(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(416), arg0, (char **)&x0);
+      _cffi_type(435), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_opencl_matrix *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(416), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(435), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5658,10 +5940,10 @@ _cffi_f_nx_opencl_multiply(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(221), arg0, (char **)&x0);
+      _cffi_type(237), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_opencl_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(221), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(237), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5680,10 +5962,10 @@ _cffi_f_nx_opencl_multiply(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(98), arg3, (char **)&x3);
+      _cffi_type(103), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(98), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(103), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5752,7 +6034,7 @@ _cffi_f_nx_opencl_why(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(73));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(78));
   return pyresult;
 }
 #else
@@ -5793,10 +6075,10 @@ _cffi_f_nx_popularity_get(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(202), arg2, (char **)&x2);
+      _cffi_type(218), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(202), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(218), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5850,10 +6132,10 @@ _cffi_f_nx_popularity_set(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(413), arg2, (char **)&x2);
+      _cffi_type(432), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (uint64_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(413), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(432), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5901,10 +6183,10 @@ _cffi_f_nx_predict_get(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(399), arg1, (char **)&x1);
+      _cffi_type(418), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_prediction *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(399), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(418), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -5952,10 +6234,10 @@ _cffi_f_nx_predict_plugin_get(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(250), arg1, (char **)&x1);
+      _cffi_type(266), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nx_plugin_info *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(250), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(266), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6005,10 +6287,10 @@ _cffi_f_nx_predict_set(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(73), arg1, (char **)&x1);
+      _cffi_type(78), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(73), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(78), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6062,10 +6344,10 @@ _cffi_f_nx_predict_use(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(187), arg1, (char **)&x1);
+      _cffi_type(203), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (nxp_predictor const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(187), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(203), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6075,10 +6357,10 @@ _cffi_f_nx_predict_use(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(88), arg3, (char **)&x3);
+      _cffi_type(93), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (nx_error *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(88), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(93), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6136,10 +6418,10 @@ _cffi_f_nx_promote(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(180), arg1, (char **)&x1);
+      _cffi_type(196), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(180), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(196), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6148,7 +6430,7 @@ _cffi_f_nx_promote(PyObject *self, PyObject *args)
   if (x2 == (size_t)-1 && PyErr_Occurred())
     return NULL;
 
-  x3 = (int(*)(void *))_cffi_to_c_pointer(arg3, _cffi_type(200));
+  x3 = (int(*)(void *))_cffi_to_c_pointer(arg3, _cffi_type(216));
   if (x3 == (int(*)(void *))NULL && PyErr_Occurred())
     return NULL;
 
@@ -6162,10 +6444,10 @@ _cffi_f_nx_promote(PyObject *self, PyObject *args)
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(202), arg5, (char **)&x5);
+      _cffi_type(218), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(202), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(218), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6254,28 +6536,28 @@ _cffi_f_nx_residual_add(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(419), arg0, (char **)&x0);
+      _cffi_type(438), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_residual_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(419), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(438), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(180), arg1, (char **)&x1);
+      _cffi_type(196), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(180), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(196), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(91), arg2, (char **)&x2);
+      _cffi_type(96), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(91), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(96), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6293,19 +6575,19 @@ _cffi_f_nx_residual_add(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(98), arg6, (char **)&x6);
+      _cffi_type(103), arg6, (char **)&x6);
   if (datasize != 0) {
     x6 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(98), arg6, (char **)&x6,
+    if (_cffi_convert_array_argument(_cffi_type(103), arg6, (char **)&x6,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(98), arg7, (char **)&x7);
+      _cffi_type(103), arg7, (char **)&x7);
   if (datasize != 0) {
     x7 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(98), arg7, (char **)&x7,
+    if (_cffi_convert_array_argument(_cffi_type(103), arg7, (char **)&x7,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6350,10 +6632,10 @@ _cffi_f_nx_residual_decode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(419), arg0, (char **)&x0);
+      _cffi_type(438), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_residual_matrix const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(419), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(438), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6367,10 +6649,10 @@ _cffi_f_nx_residual_decode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(98), arg3, (char **)&x3);
+      _cffi_type(103), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(98), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(103), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6427,10 +6709,10 @@ _cffi_f_nx_residual_encode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(91), arg0, (char **)&x0);
+      _cffi_type(96), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(91), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(96), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6456,19 +6738,19 @@ _cffi_f_nx_residual_encode(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(97), arg6, (char **)&x6);
+      _cffi_type(102), arg6, (char **)&x6);
   if (datasize != 0) {
     x6 = ((size_t)datasize) <= 640 ? (uint8_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(97), arg6, (char **)&x6,
+    if (_cffi_convert_array_argument(_cffi_type(102), arg6, (char **)&x6,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(98), arg7, (char **)&x7);
+      _cffi_type(103), arg7, (char **)&x7);
   if (datasize != 0) {
     x7 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(98), arg7, (char **)&x7,
+    if (_cffi_convert_array_argument(_cffi_type(103), arg7, (char **)&x7,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6511,19 +6793,19 @@ _cffi_f_nx_residual_products(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(91), arg0, (char **)&x0);
+      _cffi_type(96), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(91), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(96), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(180), arg1, (char **)&x1);
+      _cffi_type(196), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(180), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(196), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6533,10 +6815,10 @@ _cffi_f_nx_residual_products(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(98), arg3, (char **)&x3);
+      _cffi_type(103), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(98), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(103), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6611,10 +6893,10 @@ _cffi_f_nx_residual_select(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(91), arg0, (char **)&x0);
+      _cffi_type(96), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(91), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(96), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6628,10 +6910,10 @@ _cffi_f_nx_residual_select(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(125), arg3, (char **)&x3);
+      _cffi_type(111), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(125), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(111), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6680,10 +6962,10 @@ _cffi_f_nx_residual_select_buckets(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(91), arg0, (char **)&x0);
+      _cffi_type(96), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(91), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(96), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6705,10 +6987,10 @@ _cffi_f_nx_residual_select_buckets(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(125), arg5, (char **)&x5);
+      _cffi_type(111), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (uint32_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(125), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(111), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -6893,7 +7175,7 @@ _cffi_f_nx_status_text(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(73));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(78));
   return pyresult;
 }
 #else
@@ -6928,10 +7210,10 @@ _cffi_f_nx_ternary_activate(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(91), arg1, (char **)&x1);
+      _cffi_type(96), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (float const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(91), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(96), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7101,10 +7383,10 @@ _cffi_f_nx_ternary_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(231), arg3, (char **)&x3);
+      _cffi_type(247), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (nx_ternary *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(231), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(247), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7137,10 +7419,10 @@ _cffi_f_nx_ternary_finish(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(231), arg0, (char **)&x0);
+      _cffi_type(247), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(231), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(247), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7173,10 +7455,10 @@ _cffi_f_nx_ternary_free(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(231), arg0, (char **)&x0);
+      _cffi_type(247), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(231), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(247), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7225,10 +7507,10 @@ _cffi_f_nx_ternary_multiply(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(446), arg0, (char **)&x0);
+      _cffi_type(465), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(446), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(465), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7255,10 +7537,10 @@ _cffi_f_nx_ternary_multiply(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(98), arg5, (char **)&x5);
+      _cffi_type(103), arg5, (char **)&x5);
   if (datasize != 0) {
     x5 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(98), arg5, (char **)&x5,
+    if (_cffi_convert_array_argument(_cffi_type(103), arg5, (char **)&x5,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7335,10 +7617,10 @@ _cffi_f_nx_ternary_multiply_stored(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(472), arg4, (char **)&x4);
+      _cffi_type(491), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (void const * const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(472), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(491), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7356,10 +7638,10 @@ _cffi_f_nx_ternary_multiply_stored(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(476), arg8, (char **)&x8);
+      _cffi_type(495), arg8, (char **)&x8);
   if (datasize != 0) {
     x8 = ((size_t)datasize) <= 640 ? (float * const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(476), arg8, (char **)&x8,
+    if (_cffi_convert_array_argument(_cffi_type(495), arg8, (char **)&x8,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7404,10 +7686,10 @@ _cffi_f_nx_ternary_pack(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(231), arg0, (char **)&x0);
+      _cffi_type(247), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(231), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(247), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7566,10 +7848,10 @@ _cffi_f_nx_ternary_type_of(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(73), arg0, (char **)&x0);
+      _cffi_type(78), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(73), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(78), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7612,10 +7894,10 @@ _cffi_f_nx_ternary_unpack(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(446), arg0, (char **)&x0);
+      _cffi_type(465), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (nx_ternary const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(446), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(465), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7629,10 +7911,10 @@ _cffi_f_nx_ternary_unpack(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(98), arg3, (char **)&x3);
+      _cffi_type(103), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (float *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(98), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(103), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -7671,7 +7953,7 @@ _cffi_f_nx_version(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(73));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(78));
   return pyresult;
 }
 #else
@@ -7928,153 +8210,158 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "NX_TERNARY_TYPES", (void *)_cffi_const_NX_TERNARY_TYPES, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_TQ1_0", (void *)_cffi_const_NX_TQ1_0, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "NX_TQ2_0", (void *)_cffi_const_NX_TQ2_0, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "nx_activations_at", (void *)_cffi_f_nx_activations_at, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 108), (void *)_cffi_d_nx_activations_at },
+  { "nx_activations_clear", (void *)_cffi_f_nx_activations_clear, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 388), (void *)_cffi_d_nx_activations_clear },
+  { "nx_activations_create", (void *)_cffi_f_nx_activations_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 72), (void *)_cffi_d_nx_activations_create },
+  { "nx_activations_free", (void *)_cffi_f_nx_activations_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 388), (void *)_cffi_d_nx_activations_free },
+  { "nx_activations_status", (void *)_cffi_f_nx_activations_status, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 105), (void *)_cffi_d_nx_activations_status },
   { "nx_ans_best", (void *)_cffi_f_nx_ans_best, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 64), (void *)_cffi_d_nx_ans_best },
-  { "nx_ans_bound", (void *)_cffi_f_nx_ans_bound, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 308), (void *)_cffi_d_nx_ans_bound },
-  { "nx_ans_decode", (void *)_cffi_f_nx_ans_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 263), (void *)_cffi_d_nx_ans_decode },
-  { "nx_ans_decode_by", (void *)_cffi_f_nx_ans_decode_by, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 108), (void *)_cffi_d_nx_ans_decode_by },
-  { "nx_ans_encode", (void *)_cffi_f_nx_ans_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 100), (void *)_cffi_d_nx_ans_encode },
+  { "nx_ans_bound", (void *)_cffi_f_nx_ans_bound, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 324), (void *)_cffi_d_nx_ans_bound },
+  { "nx_ans_decode", (void *)_cffi_f_nx_ans_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 279), (void *)_cffi_d_nx_ans_decode },
+  { "nx_ans_decode_by", (void *)_cffi_f_nx_ans_decode_by, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 124), (void *)_cffi_d_nx_ans_decode_by },
+  { "nx_ans_encode", (void *)_cffi_f_nx_ans_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 116), (void *)_cffi_d_nx_ans_encode },
   { "nx_ans_has", (void *)_cffi_f_nx_ans_has, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 20), (void *)_cffi_d_nx_ans_has },
-  { "nx_cache_builtin", (void *)_cffi_f_nx_cache_builtin, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 274), (void *)_cffi_d_nx_cache_builtin },
-  { "nx_cache_policy_get", (void *)_cffi_f_nx_cache_policy_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 393), (void *)_cffi_d_nx_cache_policy_get },
+  { "nx_cache_builtin", (void *)_cffi_f_nx_cache_builtin, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 290), (void *)_cffi_d_nx_cache_builtin },
+  { "nx_cache_policy_get", (void *)_cffi_f_nx_cache_policy_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 412), (void *)_cffi_d_nx_cache_policy_get },
   { "nx_cache_preload", (void *)_cffi_f_nx_cache_preload, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 26), (void *)_cffi_d_nx_cache_preload },
-  { "nx_cache_replay", (void *)_cffi_f_nx_cache_replay, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 241), (void *)_cffi_d_nx_cache_replay },
-  { "nx_cache_set_policy", (void *)_cffi_f_nx_cache_set_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 137), (void *)_cffi_d_nx_cache_set_policy },
-  { "nx_cache_use_policy", (void *)_cffi_f_nx_cache_use_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 172), (void *)_cffi_d_nx_cache_use_policy },
-  { "nx_codec_gate", (void *)_cffi_f_nx_codec_gate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 369), (void *)_cffi_d_nx_codec_gate },
-  { "nx_codec_register", (void *)_cffi_f_nx_codec_register, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 253), (void *)_cffi_d_nx_codec_register },
-  { "nx_demote", (void *)_cffi_f_nx_demote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 204), (void *)_cffi_d_nx_demote },
+  { "nx_cache_replay", (void *)_cffi_f_nx_cache_replay, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 257), (void *)_cffi_d_nx_cache_replay },
+  { "nx_cache_set_policy", (void *)_cffi_f_nx_cache_set_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 153), (void *)_cffi_d_nx_cache_set_policy },
+  { "nx_cache_use_policy", (void *)_cffi_f_nx_cache_use_policy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 188), (void *)_cffi_d_nx_cache_use_policy },
+  { "nx_codec_gate", (void *)_cffi_f_nx_codec_gate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 385), (void *)_cffi_d_nx_codec_gate },
+  { "nx_codec_register", (void *)_cffi_f_nx_codec_register, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 269), (void *)_cffi_d_nx_codec_register },
+  { "nx_demote", (void *)_cffi_f_nx_demote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 220), (void *)_cffi_d_nx_demote },
   { "nx_extent_is_resident", (void *)_cffi_f_nx_extent_is_resident, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 30), (void *)_cffi_d_nx_extent_is_resident },
-  { "nx_extent_span", (void *)_cffi_f_nx_extent_span, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 329), (void *)_cffi_d_nx_extent_span },
-  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 372), (void *)_cffi_d_nx_file_close },
-  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 375), (void *)_cffi_d_nx_file_get_info },
-  { "nx_file_open", (void *)_cffi_f_nx_file_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 72), (void *)_cffi_d_nx_file_open },
+  { "nx_extent_span", (void *)_cffi_f_nx_extent_span, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 345), (void *)_cffi_d_nx_extent_span },
+  { "nx_file_close", (void *)_cffi_f_nx_file_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 391), (void *)_cffi_d_nx_file_close },
+  { "nx_file_get_info", (void *)_cffi_f_nx_file_get_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 394), (void *)_cffi_d_nx_file_get_info },
+  { "nx_file_open", (void *)_cffi_f_nx_file_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 77), (void *)_cffi_d_nx_file_open },
   { "nx_flag_callback", (void *)_cffi_f_nx_flag_callback, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 4), (void *)_cffi_d_nx_flag_callback },
   { "nx_flag_stop", (void *)_cffi_f_nx_flag_stop, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 37), (void *)_cffi_d_nx_flag_stop },
-  { "nx_group_experts", (void *)_cffi_f_nx_group_experts, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 314), (void *)_cffi_d_nx_group_experts },
-  { "nx_group_resize", (void *)_cffi_f_nx_group_resize, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 210), (void *)_cffi_d_nx_group_resize },
-  { "nx_group_slot_bytes", (void *)_cffi_f_nx_group_slot_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 329), (void *)_cffi_d_nx_group_slot_bytes },
-  { "nx_imatrix_at", (void *)_cffi_f_nx_imatrix_at, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 121), (void *)_cffi_d_nx_imatrix_at },
-  { "nx_imatrix_count", (void *)_cffi_f_nx_imatrix_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 291), (void *)_cffi_d_nx_imatrix_count },
-  { "nx_imatrix_create", (void *)_cffi_f_nx_imatrix_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 115), (void *)_cffi_d_nx_imatrix_create },
-  { "nx_imatrix_free", (void *)_cffi_f_nx_imatrix_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 379), (void *)_cffi_d_nx_imatrix_free },
-  { "nx_imatrix_status", (void *)_cffi_f_nx_imatrix_status, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 118), (void *)_cffi_d_nx_imatrix_status },
-  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 489), (void *)_cffi_d_nx_interrupt_arm },
-  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 489), (void *)_cffi_d_nx_interrupt_disarm },
-  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 489), (void *)_cffi_d_nx_interrupt_request },
+  { "nx_group_experts", (void *)_cffi_f_nx_group_experts, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 330), (void *)_cffi_d_nx_group_experts },
+  { "nx_group_resize", (void *)_cffi_f_nx_group_resize, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 226), (void *)_cffi_d_nx_group_resize },
+  { "nx_group_slot_bytes", (void *)_cffi_f_nx_group_slot_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 345), (void *)_cffi_d_nx_group_slot_bytes },
+  { "nx_imatrix_at", (void *)_cffi_f_nx_imatrix_at, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 137), (void *)_cffi_d_nx_imatrix_at },
+  { "nx_imatrix_count", (void *)_cffi_f_nx_imatrix_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 307), (void *)_cffi_d_nx_imatrix_count },
+  { "nx_imatrix_create", (void *)_cffi_f_nx_imatrix_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 131), (void *)_cffi_d_nx_imatrix_create },
+  { "nx_imatrix_free", (void *)_cffi_f_nx_imatrix_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 398), (void *)_cffi_d_nx_imatrix_free },
+  { "nx_imatrix_status", (void *)_cffi_f_nx_imatrix_status, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 134), (void *)_cffi_d_nx_imatrix_status },
+  { "nx_interrupt_arm", (void *)_cffi_f_nx_interrupt_arm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 508), (void *)_cffi_d_nx_interrupt_arm },
+  { "nx_interrupt_disarm", (void *)_cffi_f_nx_interrupt_disarm, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 508), (void *)_cffi_d_nx_interrupt_disarm },
+  { "nx_interrupt_request", (void *)_cffi_f_nx_interrupt_request, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 508), (void *)_cffi_d_nx_interrupt_request },
   { "nx_interrupted", (void *)_cffi_f_nx_interrupted, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 57), (void *)_cffi_d_nx_interrupted },
   { "nx_interrupted_callback", (void *)_cffi_f_nx_interrupted_callback, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 4), (void *)_cffi_d_nx_interrupted_callback },
-  { "nx_io_probe", (void *)_cffi_f_nx_io_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 77), (void *)_cffi_d_nx_io_probe },
-  { "nx_kernel_check", (void *)_cffi_f_nx_kernel_check, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 258), (void *)_cffi_d_nx_kernel_check },
+  { "nx_io_probe", (void *)_cffi_f_nx_io_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 82), (void *)_cffi_d_nx_io_probe },
+  { "nx_kernel_check", (void *)_cffi_f_nx_kernel_check, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 274), (void *)_cffi_d_nx_kernel_check },
   { "nx_kernels_dots_per_second", (void *)_cffi_f_nx_kernels_dots_per_second, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 18), (void *)_cffi_d_nx_kernels_dots_per_second },
   { "nx_kernels_isa", (void *)_cffi_f_nx_kernels_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 70), (void *)_cffi_d_nx_kernels_isa },
   { "nx_kernels_isa_name", (void *)_cffi_f_nx_kernels_isa_name, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 7), (void *)_cffi_d_nx_kernels_isa_name },
   { "nx_kernels_isa_usable", (void *)_cffi_f_nx_kernels_isa_usable, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 23), (void *)_cffi_d_nx_kernels_isa_usable },
-  { "nx_kernels_use_isa", (void *)_cffi_f_nx_kernels_use_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 130), (void *)_cffi_d_nx_kernels_use_isa },
+  { "nx_kernels_use_isa", (void *)_cffi_f_nx_kernels_use_isa, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 146), (void *)_cffi_d_nx_kernels_use_isa },
   { "nx_kernels_why", (void *)_cffi_f_nx_kernels_why, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_kernels_why },
-  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 382), (void *)_cffi_d_nx_loading_set },
-  { "nx_membench_read", (void *)_cffi_f_nx_membench_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 133), (void *)_cffi_d_nx_membench_read },
-  { "nx_model_attach_residual", (void *)_cffi_f_nx_model_attach_residual, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 146), (void *)_cffi_d_nx_model_attach_residual },
-  { "nx_model_attached_bytes", (void *)_cffi_f_nx_model_attached_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 322), (void *)_cffi_d_nx_model_attached_bytes },
-  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 382), (void *)_cffi_d_nx_model_clear_error },
-  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 382), (void *)_cffi_d_nx_model_clear_faults },
-  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 382), (void *)_cffi_d_nx_model_close },
-  { "nx_model_cores", (void *)_cffi_f_nx_model_cores, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 304), (void *)_cffi_d_nx_model_cores },
-  { "nx_model_create", (void *)_cffi_f_nx_model_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 82), (void *)_cffi_d_nx_model_create },
-  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 299), (void *)_cffi_d_nx_model_events },
+  { "nx_loading_set", (void *)_cffi_f_nx_loading_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 401), (void *)_cffi_d_nx_loading_set },
+  { "nx_membench_read", (void *)_cffi_f_nx_membench_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 149), (void *)_cffi_d_nx_membench_read },
+  { "nx_model_attach_residual", (void *)_cffi_f_nx_model_attach_residual, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 162), (void *)_cffi_d_nx_model_attach_residual },
+  { "nx_model_attached_bytes", (void *)_cffi_f_nx_model_attached_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 338), (void *)_cffi_d_nx_model_attached_bytes },
+  { "nx_model_clear_error", (void *)_cffi_f_nx_model_clear_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 401), (void *)_cffi_d_nx_model_clear_error },
+  { "nx_model_clear_faults", (void *)_cffi_f_nx_model_clear_faults, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 401), (void *)_cffi_d_nx_model_clear_faults },
+  { "nx_model_close", (void *)_cffi_f_nx_model_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 401), (void *)_cffi_d_nx_model_close },
+  { "nx_model_cores", (void *)_cffi_f_nx_model_cores, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 320), (void *)_cffi_d_nx_model_cores },
+  { "nx_model_create", (void *)_cffi_f_nx_model_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 87), (void *)_cffi_d_nx_model_create },
+  { "nx_model_events", (void *)_cffi_f_nx_model_events, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 315), (void *)_cffi_d_nx_model_events },
   { "nx_model_extent", (void *)_cffi_f_nx_model_extent, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 66), (void *)_cffi_d_nx_model_extent },
-  { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 215), (void *)_cffi_d_nx_model_file_info },
-  { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 156), (void *)_cffi_d_nx_model_finish_load },
-  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 401), (void *)_cffi_d_nx_model_get_stats },
-  { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 168), (void *)_cffi_d_nx_model_inject },
+  { "nx_model_file_info", (void *)_cffi_f_nx_model_file_info, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 231), (void *)_cffi_d_nx_model_file_info },
+  { "nx_model_finish_load", (void *)_cffi_f_nx_model_finish_load, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 172), (void *)_cffi_d_nx_model_finish_load },
+  { "nx_model_get_stats", (void *)_cffi_f_nx_model_get_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 420), (void *)_cffi_d_nx_model_get_stats },
+  { "nx_model_inject", (void *)_cffi_f_nx_model_inject, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 184), (void *)_cffi_d_nx_model_inject },
   { "nx_model_io_engine", (void *)_cffi_f_nx_model_io_engine, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 10), (void *)_cffi_d_nx_model_io_engine },
-  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 389), (void *)_cffi_d_nx_model_last_error },
-  { "nx_model_n_groups", (void *)_cffi_f_nx_model_n_groups, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 311), (void *)_cffi_d_nx_model_n_groups },
-  { "nx_model_n_own", (void *)_cffi_f_nx_model_n_own, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 325), (void *)_cffi_d_nx_model_n_own },
-  { "nx_model_n_packed", (void *)_cffi_f_nx_model_n_packed, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 311), (void *)_cffi_d_nx_model_n_packed },
-  { "nx_model_read", (void *)_cffi_f_nx_model_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 161), (void *)_cffi_d_nx_model_read },
-  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 382), (void *)_cffi_d_nx_model_release },
-  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 382), (void *)_cffi_d_nx_model_reset_stats },
-  { "nx_model_set_columns", (void *)_cffi_f_nx_model_set_columns, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 385), (void *)_cffi_d_nx_model_set_columns },
-  { "nx_model_set_cores", (void *)_cffi_f_nx_model_set_cores, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 191), (void *)_cffi_d_nx_model_set_cores },
-  { "nx_model_set_residual_k", (void *)_cffi_f_nx_model_set_residual_k, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 141), (void *)_cffi_d_nx_model_set_residual_k },
+  { "nx_model_last_error", (void *)_cffi_f_nx_model_last_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 408), (void *)_cffi_d_nx_model_last_error },
+  { "nx_model_n_groups", (void *)_cffi_f_nx_model_n_groups, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 327), (void *)_cffi_d_nx_model_n_groups },
+  { "nx_model_n_own", (void *)_cffi_f_nx_model_n_own, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 341), (void *)_cffi_d_nx_model_n_own },
+  { "nx_model_n_packed", (void *)_cffi_f_nx_model_n_packed, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 327), (void *)_cffi_d_nx_model_n_packed },
+  { "nx_model_read", (void *)_cffi_f_nx_model_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 177), (void *)_cffi_d_nx_model_read },
+  { "nx_model_release", (void *)_cffi_f_nx_model_release, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 401), (void *)_cffi_d_nx_model_release },
+  { "nx_model_reset_stats", (void *)_cffi_f_nx_model_reset_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 401), (void *)_cffi_d_nx_model_reset_stats },
+  { "nx_model_set_columns", (void *)_cffi_f_nx_model_set_columns, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 404), (void *)_cffi_d_nx_model_set_columns },
+  { "nx_model_set_cores", (void *)_cffi_f_nx_model_set_cores, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 207), (void *)_cffi_d_nx_model_set_cores },
+  { "nx_model_set_residual_k", (void *)_cffi_f_nx_model_set_residual_k, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 157), (void *)_cffi_d_nx_model_set_residual_k },
   { "nx_model_stream", (void *)_cffi_f_nx_model_stream, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 0), (void *)_cffi_d_nx_model_stream },
-  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 360), (void *)_cffi_d_nx_model_stream_close },
-  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 385), (void *)_cffi_d_nx_model_trace },
-  { "nx_model_use_kernel", (void *)_cffi_f_nx_model_use_kernel, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 177), (void *)_cffi_d_nx_model_use_kernel },
+  { "nx_model_stream_close", (void *)_cffi_f_nx_model_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 376), (void *)_cffi_d_nx_model_stream_close },
+  { "nx_model_trace", (void *)_cffi_f_nx_model_trace, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 404), (void *)_cffi_d_nx_model_trace },
+  { "nx_model_use_kernel", (void *)_cffi_f_nx_model_use_kernel, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 193), (void *)_cffi_d_nx_model_use_kernel },
   { "nx_opencl_error", (void *)_cffi_f_nx_opencl_error, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_opencl_error },
-  { "nx_opencl_matrix_bytes", (void *)_cffi_f_nx_opencl_matrix_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 333), (void *)_cffi_d_nx_opencl_matrix_bytes },
-  { "nx_opencl_matrix_create", (void *)_cffi_f_nx_opencl_matrix_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 233), (void *)_cffi_d_nx_opencl_matrix_create },
-  { "nx_opencl_matrix_free", (void *)_cffi_f_nx_opencl_matrix_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 415), (void *)_cffi_d_nx_opencl_matrix_free },
-  { "nx_opencl_multiply", (void *)_cffi_f_nx_opencl_multiply, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 220), (void *)_cffi_d_nx_opencl_multiply },
-  { "nx_opencl_open", (void *)_cffi_f_nx_opencl_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 269), (void *)_cffi_d_nx_opencl_open },
+  { "nx_opencl_matrix_bytes", (void *)_cffi_f_nx_opencl_matrix_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 349), (void *)_cffi_d_nx_opencl_matrix_bytes },
+  { "nx_opencl_matrix_create", (void *)_cffi_f_nx_opencl_matrix_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 249), (void *)_cffi_d_nx_opencl_matrix_create },
+  { "nx_opencl_matrix_free", (void *)_cffi_f_nx_opencl_matrix_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 434), (void *)_cffi_d_nx_opencl_matrix_free },
+  { "nx_opencl_multiply", (void *)_cffi_f_nx_opencl_multiply, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 236), (void *)_cffi_d_nx_opencl_multiply },
+  { "nx_opencl_open", (void *)_cffi_f_nx_opencl_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 285), (void *)_cffi_d_nx_opencl_open },
   { "nx_opencl_why", (void *)_cffi_f_nx_opencl_why, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_opencl_why },
-  { "nx_popularity_get", (void *)_cffi_f_nx_popularity_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 405), (void *)_cffi_d_nx_popularity_get },
-  { "nx_popularity_set", (void *)_cffi_f_nx_popularity_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 410), (void *)_cffi_d_nx_popularity_set },
-  { "nx_predict_get", (void *)_cffi_f_nx_predict_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 397), (void *)_cffi_d_nx_predict_get },
-  { "nx_predict_plugin_get", (void *)_cffi_f_nx_predict_plugin_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 393), (void *)_cffi_d_nx_predict_plugin_get },
-  { "nx_predict_set", (void *)_cffi_f_nx_predict_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 137), (void *)_cffi_d_nx_predict_set },
-  { "nx_predict_use", (void *)_cffi_f_nx_predict_use, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 185), (void *)_cffi_d_nx_predict_use },
-  { "nx_promote", (void *)_cffi_f_nx_promote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 196), (void *)_cffi_d_nx_promote },
-  { "nx_python_cache_create", (void *)&_cffi_externpy__nx_python_cache_create, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 549), (void *)nx_python_cache_create },
-  { "nx_python_cache_used", (void *)&_cffi_externpy__nx_python_cache_used, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 552), (void *)nx_python_cache_used },
-  { "nx_python_cache_victims", (void *)&_cffi_externpy__nx_python_cache_victims, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 506), (void *)nx_python_cache_victims },
-  { "nx_python_decode", (void *)&_cffi_externpy__nx_python_decode, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 507), (void *)nx_python_decode },
-  { "nx_python_predict", (void *)&_cffi_externpy__nx_python_predict, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 508), (void *)nx_python_predict },
-  { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 158), (void *)nx_python_progress },
-  { "nx_python_routed", (void *)&_cffi_externpy__nx_python_routed, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 553), (void *)nx_python_routed },
-  { "nx_resident_bytes", (void *)_cffi_f_nx_resident_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 322), (void *)_cffi_d_nx_resident_bytes },
-  { "nx_residual_add", (void *)_cffi_f_nx_residual_add, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 418), (void *)_cffi_d_nx_residual_add },
-  { "nx_residual_decode", (void *)_cffi_f_nx_residual_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 428), (void *)_cffi_d_nx_residual_decode },
-  { "nx_residual_encode", (void *)_cffi_f_nx_residual_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 90), (void *)_cffi_d_nx_residual_encode },
-  { "nx_residual_products", (void *)_cffi_f_nx_residual_products, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 363), (void *)_cffi_d_nx_residual_products },
-  { "nx_residual_row_bytes", (void *)_cffi_f_nx_residual_row_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 345), (void *)_cffi_d_nx_residual_row_bytes },
-  { "nx_residual_select", (void *)_cffi_f_nx_residual_select, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 285), (void *)_cffi_d_nx_residual_select },
-  { "nx_residual_select_buckets", (void *)_cffi_f_nx_residual_select_buckets, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 277), (void *)_cffi_d_nx_residual_select_buckets },
-  { "nx_routing_lost", (void *)_cffi_f_nx_routing_lost, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 322), (void *)_cffi_d_nx_routing_lost },
-  { "nx_routing_record", (void *)_cffi_f_nx_routing_record, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 385), (void *)_cffi_d_nx_routing_record },
-  { "nx_routing_take", (void *)_cffi_f_nx_routing_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 294), (void *)_cffi_d_nx_routing_take },
+  { "nx_popularity_get", (void *)_cffi_f_nx_popularity_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 424), (void *)_cffi_d_nx_popularity_get },
+  { "nx_popularity_set", (void *)_cffi_f_nx_popularity_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 429), (void *)_cffi_d_nx_popularity_set },
+  { "nx_predict_get", (void *)_cffi_f_nx_predict_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 416), (void *)_cffi_d_nx_predict_get },
+  { "nx_predict_plugin_get", (void *)_cffi_f_nx_predict_plugin_get, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 412), (void *)_cffi_d_nx_predict_plugin_get },
+  { "nx_predict_set", (void *)_cffi_f_nx_predict_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 153), (void *)_cffi_d_nx_predict_set },
+  { "nx_predict_use", (void *)_cffi_f_nx_predict_use, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 201), (void *)_cffi_d_nx_predict_use },
+  { "nx_promote", (void *)_cffi_f_nx_promote, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 212), (void *)_cffi_d_nx_promote },
+  { "nx_python_cache_create", (void *)&_cffi_externpy__nx_python_cache_create, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 569), (void *)nx_python_cache_create },
+  { "nx_python_cache_used", (void *)&_cffi_externpy__nx_python_cache_used, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 572), (void *)nx_python_cache_used },
+  { "nx_python_cache_victims", (void *)&_cffi_externpy__nx_python_cache_victims, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 525), (void *)nx_python_cache_victims },
+  { "nx_python_decode", (void *)&_cffi_externpy__nx_python_decode, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 526), (void *)nx_python_decode },
+  { "nx_python_predict", (void *)&_cffi_externpy__nx_python_predict, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 527), (void *)nx_python_predict },
+  { "nx_python_progress", (void *)&_cffi_externpy__nx_python_progress, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 174), (void *)nx_python_progress },
+  { "nx_python_routed", (void *)&_cffi_externpy__nx_python_routed, _CFFI_OP(_CFFI_OP_EXTERN_PYTHON, 573), (void *)nx_python_routed },
+  { "nx_resident_bytes", (void *)_cffi_f_nx_resident_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 338), (void *)_cffi_d_nx_resident_bytes },
+  { "nx_residual_add", (void *)_cffi_f_nx_residual_add, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 437), (void *)_cffi_d_nx_residual_add },
+  { "nx_residual_decode", (void *)_cffi_f_nx_residual_decode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 447), (void *)_cffi_d_nx_residual_decode },
+  { "nx_residual_encode", (void *)_cffi_f_nx_residual_encode, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 95), (void *)_cffi_d_nx_residual_encode },
+  { "nx_residual_products", (void *)_cffi_f_nx_residual_products, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 379), (void *)_cffi_d_nx_residual_products },
+  { "nx_residual_row_bytes", (void *)_cffi_f_nx_residual_row_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 361), (void *)_cffi_d_nx_residual_row_bytes },
+  { "nx_residual_select", (void *)_cffi_f_nx_residual_select, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 301), (void *)_cffi_d_nx_residual_select },
+  { "nx_residual_select_buckets", (void *)_cffi_f_nx_residual_select_buckets, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 293), (void *)_cffi_d_nx_residual_select_buckets },
+  { "nx_routing_lost", (void *)_cffi_f_nx_routing_lost, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 338), (void *)_cffi_d_nx_routing_lost },
+  { "nx_routing_record", (void *)_cffi_f_nx_routing_record, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 404), (void *)_cffi_d_nx_routing_record },
+  { "nx_routing_take", (void *)_cffi_f_nx_routing_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 310), (void *)_cffi_d_nx_routing_take },
   { "nx_status_text", (void *)_cffi_f_nx_status_text, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 13), (void *)_cffi_d_nx_status_text },
-  { "nx_ternary_activate", (void *)_cffi_f_nx_ternary_activate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 460), (void *)_cffi_d_nx_ternary_activate },
-  { "nx_ternary_activation_bytes", (void *)_cffi_f_nx_ternary_activation_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 336), (void *)_cffi_d_nx_ternary_activation_bytes },
-  { "nx_ternary_block", (void *)_cffi_f_nx_ternary_block, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 319), (void *)_cffi_d_nx_ternary_block },
-  { "nx_ternary_block_bytes", (void *)_cffi_f_nx_ternary_block_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 319), (void *)_cffi_d_nx_ternary_block_bytes },
-  { "nx_ternary_create", (void *)_cffi_f_nx_ternary_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 227), (void *)_cffi_d_nx_ternary_create },
-  { "nx_ternary_finish", (void *)_cffi_f_nx_ternary_finish, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 435), (void *)_cffi_d_nx_ternary_finish },
-  { "nx_ternary_free", (void *)_cffi_f_nx_ternary_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 435), (void *)_cffi_d_nx_ternary_free },
-  { "nx_ternary_multiply", (void *)_cffi_f_nx_ternary_multiply, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 451), (void *)_cffi_d_nx_ternary_multiply },
-  { "nx_ternary_multiply_stored", (void *)_cffi_f_nx_ternary_multiply_stored, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 467), (void *)_cffi_d_nx_ternary_multiply_stored },
-  { "nx_ternary_pack", (void *)_cffi_f_nx_ternary_pack, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 438), (void *)_cffi_d_nx_ternary_pack },
-  { "nx_ternary_packed_bytes", (void *)_cffi_f_nx_ternary_packed_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 340), (void *)_cffi_d_nx_ternary_packed_bytes },
-  { "nx_ternary_row_unit", (void *)_cffi_f_nx_ternary_row_unit, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 319), (void *)_cffi_d_nx_ternary_row_unit },
+  { "nx_ternary_activate", (void *)_cffi_f_nx_ternary_activate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 479), (void *)_cffi_d_nx_ternary_activate },
+  { "nx_ternary_activation_bytes", (void *)_cffi_f_nx_ternary_activation_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 352), (void *)_cffi_d_nx_ternary_activation_bytes },
+  { "nx_ternary_block", (void *)_cffi_f_nx_ternary_block, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 335), (void *)_cffi_d_nx_ternary_block },
+  { "nx_ternary_block_bytes", (void *)_cffi_f_nx_ternary_block_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 335), (void *)_cffi_d_nx_ternary_block_bytes },
+  { "nx_ternary_create", (void *)_cffi_f_nx_ternary_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 243), (void *)_cffi_d_nx_ternary_create },
+  { "nx_ternary_finish", (void *)_cffi_f_nx_ternary_finish, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 454), (void *)_cffi_d_nx_ternary_finish },
+  { "nx_ternary_free", (void *)_cffi_f_nx_ternary_free, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 454), (void *)_cffi_d_nx_ternary_free },
+  { "nx_ternary_multiply", (void *)_cffi_f_nx_ternary_multiply, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 470), (void *)_cffi_d_nx_ternary_multiply },
+  { "nx_ternary_multiply_stored", (void *)_cffi_f_nx_ternary_multiply_stored, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 486), (void *)_cffi_d_nx_ternary_multiply_stored },
+  { "nx_ternary_pack", (void *)_cffi_f_nx_ternary_pack, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 457), (void *)_cffi_d_nx_ternary_pack },
+  { "nx_ternary_packed_bytes", (void *)_cffi_f_nx_ternary_packed_bytes, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 356), (void *)_cffi_d_nx_ternary_packed_bytes },
+  { "nx_ternary_row_unit", (void *)_cffi_f_nx_ternary_row_unit, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 335), (void *)_cffi_d_nx_ternary_row_unit },
   { "nx_ternary_stored_usable", (void *)_cffi_f_nx_ternary_stored_usable, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 34), (void *)_cffi_d_nx_ternary_stored_usable },
-  { "nx_ternary_type_of", (void *)_cffi_f_nx_ternary_type_of, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 271), (void *)_cffi_d_nx_ternary_type_of },
-  { "nx_ternary_unpack", (void *)_cffi_f_nx_ternary_unpack, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 445), (void *)_cffi_d_nx_ternary_unpack },
+  { "nx_ternary_type_of", (void *)_cffi_f_nx_ternary_type_of, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 287), (void *)_cffi_d_nx_ternary_type_of },
+  { "nx_ternary_unpack", (void *)_cffi_f_nx_ternary_unpack, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 464), (void *)_cffi_d_nx_ternary_unpack },
   { "nx_version", (void *)_cffi_f_nx_version, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 16), (void *)_cffi_d_nx_version },
-  { "nx_xxh3_64", (void *)_cffi_f_nx_xxh3_64, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 348), (void *)_cffi_d_nx_xxh3_64 },
+  { "nx_xxh3_64", (void *)_cffi_f_nx_xxh3_64, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 364), (void *)_cffi_d_nx_xxh3_64 },
 };
 
 static const struct _cffi_field_s _cffi_fields[] = {
   { "rotate", offsetof(nx_ans_layout, rotate),
               sizeof(((nx_ans_layout *)0)->rotate),
-              _CFFI_OP(_CFFI_OP_NOOP, 546) },
+              _CFFI_OP(_CFFI_OP_NOOP, 566) },
   { "block", offsetof(nx_ans_layout, block),
              sizeof(((nx_ans_layout *)0)->block),
-             _CFFI_OP(_CFFI_OP_NOOP, 546) },
+             _CFFI_OP(_CFFI_OP_NOOP, 566) },
   { "n_planes", offsetof(nx_ans_layout, n_planes),
                 sizeof(((nx_ans_layout *)0)->n_planes),
-                _CFFI_OP(_CFFI_OP_NOOP, 546) },
+                _CFFI_OP(_CFFI_OP_NOOP, 566) },
   { "offset", offsetof(nx_ans_layout, offset),
               sizeof(((nx_ans_layout *)0)->offset),
-              _CFFI_OP(_CFFI_OP_NOOP, 547) },
+              _CFFI_OP(_CFFI_OP_NOOP, 567) },
   { "width", offsetof(nx_ans_layout, width),
              sizeof(((nx_ans_layout *)0)->width),
-             _CFFI_OP(_CFFI_OP_NOOP, 547) },
+             _CFFI_OP(_CFFI_OP_NOOP, 567) },
   { "status", offsetof(nx_error, status),
               sizeof(((nx_error *)0)->status),
               _CFFI_OP(_CFFI_OP_NOOP, 14) },
   { "sys_errno", offsetof(nx_error, sys_errno),
                  sizeof(((nx_error *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 188) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 204) },
   { "offset", offsetof(nx_error, offset),
               sizeof(((nx_error *)0)->offset),
               _CFFI_OP(_CFFI_OP_NOOP, 28) },
@@ -8083,13 +8370,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "path", offsetof(nx_error, path),
             sizeof(((nx_error *)0)->path),
-            _CFFI_OP(_CFFI_OP_NOOP, 498) },
+            _CFFI_OP(_CFFI_OP_NOOP, 517) },
   { "tensor", offsetof(nx_error, tensor),
               sizeof(((nx_error *)0)->tensor),
-              _CFFI_OP(_CFFI_OP_NOOP, 494) },
+              _CFFI_OP(_CFFI_OP_NOOP, 513) },
   { "text", offsetof(nx_error, text),
             sizeof(((nx_error *)0)->text),
-            _CFFI_OP(_CFFI_OP_NOOP, 496) },
+            _CFFI_OP(_CFFI_OP_NOOP, 515) },
   { "t_ns", offsetof(nx_event, t_ns),
             sizeof(((nx_event *)0)->t_ns),
             _CFFI_OP(_CFFI_OP_NOOP, 28) },
@@ -8110,10 +8397,10 @@ static const struct _cffi_field_s _cffi_fields[] = {
                   _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "kind", offsetof(nx_fault, kind),
             sizeof(((nx_fault *)0)->kind),
-            _CFFI_OP(_CFFI_OP_NOOP, 188) },
+            _CFFI_OP(_CFFI_OP_NOOP, 204) },
   { "count", offsetof(nx_fault, count),
              sizeof(((nx_fault *)0)->count),
-             _CFFI_OP(_CFFI_OP_NOOP, 509) },
+             _CFFI_OP(_CFFI_OP_NOOP, 528) },
   { "nbytes", offsetof(nx_file_info, nbytes),
               sizeof(((nx_file_info *)0)->nbytes),
               _CFFI_OP(_CFFI_OP_NOOP, 28) },
@@ -8125,7 +8412,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "mtime_ns", offsetof(nx_file_info, mtime_ns),
                 sizeof(((nx_file_info *)0)->mtime_ns),
-                _CFFI_OP(_CFFI_OP_NOOP, 510) },
+                _CFFI_OP(_CFFI_OP_NOOP, 529) },
   { "offset_align", offsetof(nx_file_info, offset_align),
                     sizeof(((nx_file_info *)0)->offset_align),
                     _CFFI_OP(_CFFI_OP_NOOP, 32) },
@@ -8134,13 +8421,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
                  _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "direct", offsetof(nx_file_info, direct),
               sizeof(((nx_file_info *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 188) },
+              _CFFI_OP(_CFFI_OP_NOOP, 204) },
   { "reason", offsetof(nx_file_info, reason),
               sizeof(((nx_file_info *)0)->reason),
-              _CFFI_OP(_CFFI_OP_NOOP, 502) },
+              _CFFI_OP(_CFFI_OP_NOOP, 521) },
   { "sys_errno", offsetof(nx_file_info, sys_errno),
                  sizeof(((nx_file_info *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 188) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 204) },
   { "n_threads", offsetof(nx_membench_options, n_threads),
                  sizeof(((nx_membench_options *)0)->n_threads),
                  _CFFI_OP(_CFFI_OP_NOOP, 32) },
@@ -8152,7 +8439,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "bytes_s", offsetof(nx_membench_result, bytes_s),
                sizeof(((nx_membench_result *)0)->bytes_s),
-               _CFFI_OP(_CFFI_OP_NOOP, 505) },
+               _CFFI_OP(_CFFI_OP_NOOP, 524) },
   { "bytes", offsetof(nx_membench_result, bytes),
              sizeof(((nx_membench_result *)0)->bytes),
              _CFFI_OP(_CFFI_OP_NOOP, 28) },
@@ -8173,13 +8460,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
                 _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "name", offsetof(nx_plugin_info, name),
             sizeof(((nx_plugin_info *)0)->name),
-            _CFFI_OP(_CFFI_OP_NOOP, 500) },
+            _CFFI_OP(_CFFI_OP_NOOP, 519) },
   { "disabled", offsetof(nx_plugin_info, disabled),
                 sizeof(((nx_plugin_info *)0)->disabled),
-                _CFFI_OP(_CFFI_OP_NOOP, 188) },
+                _CFFI_OP(_CFFI_OP_NOOP, 204) },
   { "why", offsetof(nx_plugin_info, why),
            sizeof(((nx_plugin_info *)0)->why),
-           _CFFI_OP(_CFFI_OP_NOOP, 496) },
+           _CFFI_OP(_CFFI_OP_NOOP, 515) },
   { "calls", offsetof(nx_plugin_info, calls),
              sizeof(((nx_plugin_info *)0)->calls),
              _CFFI_OP(_CFFI_OP_NOOP, 28) },
@@ -8188,10 +8475,10 @@ static const struct _cffi_field_s _cffi_fields[] = {
           _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "state", offsetof(nx_prediction, state),
              sizeof(((nx_prediction *)0)->state),
-             _CFFI_OP(_CFFI_OP_NOOP, 512) },
+             _CFFI_OP(_CFFI_OP_NOOP, 532) },
   { "on", offsetof(nx_prediction, on),
           sizeof(((nx_prediction *)0)->on),
-          _CFFI_OP(_CFFI_OP_NOOP, 188) },
+          _CFFI_OP(_CFFI_OP_NOOP, 204) },
   { "trials", offsetof(nx_prediction, trials),
               sizeof(((nx_prediction *)0)->trials),
               _CFFI_OP(_CFFI_OP_NOOP, 28) },
@@ -8200,16 +8487,16 @@ static const struct _cffi_field_s _cffi_fields[] = {
                 _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "idle", offsetof(nx_prediction, idle),
             sizeof(((nx_prediction *)0)->idle),
-            _CFFI_OP(_CFFI_OP_NOOP, 505) },
+            _CFFI_OP(_CFFI_OP_NOOP, 524) },
   { "stall", offsetof(nx_prediction, stall),
              sizeof(((nx_prediction *)0)->stall),
-             _CFFI_OP(_CFFI_OP_NOOP, 505) },
+             _CFFI_OP(_CFFI_OP_NOOP, 524) },
   { "on_ns", offsetof(nx_prediction, on_ns),
              sizeof(((nx_prediction *)0)->on_ns),
-             _CFFI_OP(_CFFI_OP_NOOP, 505) },
+             _CFFI_OP(_CFFI_OP_NOOP, 524) },
   { "off_ns", offsetof(nx_prediction, off_ns),
               sizeof(((nx_prediction *)0)->off_ns),
-              _CFFI_OP(_CFFI_OP_NOOP, 505) },
+              _CFFI_OP(_CFFI_OP_NOOP, 524) },
   { "block_bytes", offsetof(nx_probe_options, block_bytes),
                    sizeof(((nx_probe_options *)0)->block_bytes),
                    _CFFI_OP(_CFFI_OP_NOOP, 32) },
@@ -8218,7 +8505,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "random", offsetof(nx_probe_options, random),
               sizeof(((nx_probe_options *)0)->random),
-              _CFFI_OP(_CFFI_OP_NOOP, 188) },
+              _CFFI_OP(_CFFI_OP_NOOP, 204) },
   { "max_bytes", offsetof(nx_probe_options, max_bytes),
                  sizeof(((nx_probe_options *)0)->max_bytes),
                  _CFFI_OP(_CFFI_OP_NOOP, 28) },
@@ -8227,7 +8514,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "engine", offsetof(nx_probe_options, engine),
               sizeof(((nx_probe_options *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 188) },
+              _CFFI_OP(_CFFI_OP_NOOP, 204) },
   { "seed", offsetof(nx_probe_options, seed),
             sizeof(((nx_probe_options *)0)->seed),
             _CFFI_OP(_CFFI_OP_NOOP, 28) },
@@ -8239,16 +8526,16 @@ static const struct _cffi_field_s _cffi_fields[] = {
           _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "direct", offsetof(nx_probe_result, direct),
               sizeof(((nx_probe_result *)0)->direct),
-              _CFFI_OP(_CFFI_OP_NOOP, 188) },
+              _CFFI_OP(_CFFI_OP_NOOP, 204) },
   { "engine", offsetof(nx_probe_result, engine),
               sizeof(((nx_probe_result *)0)->engine),
-              _CFFI_OP(_CFFI_OP_NOOP, 188) },
+              _CFFI_OP(_CFFI_OP_NOOP, 204) },
   { "how_cold", offsetof(nx_probe_result, how_cold),
                 sizeof(((nx_probe_result *)0)->how_cold),
-                _CFFI_OP(_CFFI_OP_NOOP, 502) },
+                _CFFI_OP(_CFFI_OP_NOOP, 521) },
   { "sys_errno", offsetof(nx_probe_result, sys_errno),
                  sizeof(((nx_probe_result *)0)->sys_errno),
-                 _CFFI_OP(_CFFI_OP_NOOP, 188) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 204) },
   { "n_in", offsetof(nx_residual_matrix, n_in),
             sizeof(((nx_residual_matrix *)0)->n_in),
             _CFFI_OP(_CFFI_OP_NOOP, 32) },
@@ -8257,10 +8544,10 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "codes", offsetof(nx_residual_matrix, codes),
              sizeof(((nx_residual_matrix *)0)->codes),
-             _CFFI_OP(_CFFI_OP_NOOP, 545) },
+             _CFFI_OP(_CFFI_OP_NOOP, 565) },
   { "scales", offsetof(nx_residual_matrix, scales),
               sizeof(((nx_residual_matrix *)0)->scales),
-              _CFFI_OP(_CFFI_OP_NOOP, 91) },
+              _CFFI_OP(_CFFI_OP_NOOP, 96) },
   { "passes", offsetof(nx_stats, passes),
               sizeof(((nx_stats *)0)->passes),
               _CFFI_OP(_CFFI_OP_NOOP, 28) },
@@ -8377,13 +8664,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "codes", offsetof(nx_ternary, codes),
              sizeof(((nx_ternary *)0)->codes),
-             _CFFI_OP(_CFFI_OP_NOOP, 97) },
+             _CFFI_OP(_CFFI_OP_NOOP, 102) },
   { "scales", offsetof(nx_ternary, scales),
               sizeof(((nx_ternary *)0)->scales),
-              _CFFI_OP(_CFFI_OP_NOOP, 543) },
+              _CFFI_OP(_CFFI_OP_NOOP, 563) },
   { "scale", offsetof(nx_ternary, scale),
              sizeof(((nx_ternary *)0)->scale),
-             _CFFI_OP(_CFFI_OP_NOOP, 281) },
+             _CFFI_OP(_CFFI_OP_NOOP, 297) },
   { "codes_bytes", offsetof(nx_ternary, codes_bytes),
                    sizeof(((nx_ternary *)0)->codes_bytes),
                    _CFFI_OP(_CFFI_OP_NOOP, 28) },
@@ -8404,16 +8691,16 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "experts", offsetof(nxp_cache_ask, experts),
                sizeof(((nxp_cache_ask *)0)->experts),
-               _CFFI_OP(_CFFI_OP_NOOP, 246) },
+               _CFFI_OP(_CFFI_OP_NOOP, 262) },
   { "ages", offsetof(nxp_cache_ask, ages),
             sizeof(((nxp_cache_ask *)0)->ages),
-            _CFFI_OP(_CFFI_OP_NOOP, 413) },
+            _CFFI_OP(_CFFI_OP_NOOP, 432) },
   { "frequencies", offsetof(nxp_cache_ask, frequencies),
                    sizeof(((nxp_cache_ask *)0)->frequencies),
-                   _CFFI_OP(_CFFI_OP_NOOP, 91) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 96) },
   { "incoming", offsetof(nxp_cache_ask, incoming),
                 sizeof(((nxp_cache_ask *)0)->incoming),
-                _CFFI_OP(_CFFI_OP_NOOP, 246) },
+                _CFFI_OP(_CFFI_OP_NOOP, 262) },
   { "layer", offsetof(nxp_cache_layer, layer),
              sizeof(((nxp_cache_layer *)0)->layer),
              _CFFI_OP(_CFFI_OP_NOOP, 32) },
@@ -8431,22 +8718,22 @@ static const struct _cffi_field_s _cffi_fields[] = {
                     _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "head", offsetof(nxp_cache_policy, head),
             sizeof(((nxp_cache_policy *)0)->head),
-            _CFFI_OP(_CFFI_OP_NOOP, 537) },
+            _CFFI_OP(_CFFI_OP_NOOP, 557) },
   { "user", offsetof(nxp_cache_policy, user),
             sizeof(((nxp_cache_policy *)0)->user),
             _CFFI_OP(_CFFI_OP_NOOP, 5) },
   { "create", offsetof(nxp_cache_policy, create),
               sizeof(((nxp_cache_policy *)0)->create),
-              _CFFI_OP(_CFFI_OP_NOOP, 549) },
+              _CFFI_OP(_CFFI_OP_NOOP, 569) },
   { "destroy", offsetof(nxp_cache_policy, destroy),
                sizeof(((nxp_cache_policy *)0)->destroy),
-               _CFFI_OP(_CFFI_OP_NOOP, 551) },
+               _CFFI_OP(_CFFI_OP_NOOP, 571) },
   { "used", offsetof(nxp_cache_policy, used),
             sizeof(((nxp_cache_policy *)0)->used),
-            _CFFI_OP(_CFFI_OP_NOOP, 552) },
+            _CFFI_OP(_CFFI_OP_NOOP, 572) },
   { "victims", offsetof(nxp_cache_policy, victims),
                sizeof(((nxp_cache_policy *)0)->victims),
-               _CFFI_OP(_CFFI_OP_NOOP, 506) },
+               _CFFI_OP(_CFFI_OP_NOOP, 525) },
   { "n_experts", offsetof(nxp_cache_use, n_experts),
                  sizeof(((nxp_cache_use *)0)->n_experts),
                  _CFFI_OP(_CFFI_OP_NOOP, 32) },
@@ -8455,19 +8742,19 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 28) },
   { "experts", offsetof(nxp_cache_use, experts),
                sizeof(((nxp_cache_use *)0)->experts),
-               _CFFI_OP(_CFFI_OP_NOOP, 246) },
+               _CFFI_OP(_CFFI_OP_NOOP, 262) },
   { "hit", offsetof(nxp_cache_use, hit),
            sizeof(((nxp_cache_use *)0)->hit),
-           _CFFI_OP(_CFFI_OP_NOOP, 545) },
+           _CFFI_OP(_CFFI_OP_NOOP, 565) },
   { "head", offsetof(nxp_codec, head),
             sizeof(((nxp_codec *)0)->head),
-            _CFFI_OP(_CFFI_OP_NOOP, 537) },
+            _CFFI_OP(_CFFI_OP_NOOP, 557) },
   { "user", offsetof(nxp_codec, user),
             sizeof(((nxp_codec *)0)->user),
             _CFFI_OP(_CFFI_OP_NOOP, 5) },
   { "decode", offsetof(nxp_codec, decode),
               sizeof(((nxp_codec *)0)->decode),
-              _CFFI_OP(_CFFI_OP_NOOP, 507) },
+              _CFFI_OP(_CFFI_OP_NOOP, 526) },
   { "struct_size", offsetof(nxp_head, struct_size),
                    sizeof(((nxp_head *)0)->struct_size),
                    _CFFI_OP(_CFFI_OP_NOOP, 32) },
@@ -8482,22 +8769,22 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "name", offsetof(nxp_head, name),
             sizeof(((nxp_head *)0)->name),
-            _CFFI_OP(_CFFI_OP_NOOP, 73) },
+            _CFFI_OP(_CFFI_OP_NOOP, 78) },
   { "head", offsetof(nxp_kernel, head),
             sizeof(((nxp_kernel *)0)->head),
-            _CFFI_OP(_CFFI_OP_NOOP, 537) },
+            _CFFI_OP(_CFFI_OP_NOOP, 557) },
   { "type", offsetof(nxp_kernel, type),
             sizeof(((nxp_kernel *)0)->type),
-            _CFFI_OP(_CFFI_OP_NOOP, 73) },
+            _CFFI_OP(_CFFI_OP_NOOP, 78) },
   { "n_layers", offsetof(nxp_layers, n_layers),
                 sizeof(((nxp_layers *)0)->n_layers),
                 _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "n_experts", offsetof(nxp_layers, n_experts),
                  sizeof(((nxp_layers *)0)->n_experts),
-                 _CFFI_OP(_CFFI_OP_NOOP, 180) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 196) },
   { "n_slots", offsetof(nxp_layers, n_slots),
                sizeof(((nxp_layers *)0)->n_slots),
-               _CFFI_OP(_CFFI_OP_NOOP, 180) },
+               _CFFI_OP(_CFFI_OP_NOOP, 196) },
   { "layer", offsetof(nxp_predict_ask, layer),
              sizeof(((nxp_predict_ask *)0)->layer),
              _CFFI_OP(_CFFI_OP_NOOP, 32) },
@@ -8515,22 +8802,22 @@ static const struct _cffi_field_s _cffi_fields[] = {
              _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "head", offsetof(nxp_predictor, head),
             sizeof(((nxp_predictor *)0)->head),
-            _CFFI_OP(_CFFI_OP_NOOP, 537) },
+            _CFFI_OP(_CFFI_OP_NOOP, 557) },
   { "user", offsetof(nxp_predictor, user),
             sizeof(((nxp_predictor *)0)->user),
             _CFFI_OP(_CFFI_OP_NOOP, 5) },
   { "create", offsetof(nxp_predictor, create),
               sizeof(((nxp_predictor *)0)->create),
-              _CFFI_OP(_CFFI_OP_NOOP, 550) },
+              _CFFI_OP(_CFFI_OP_NOOP, 570) },
   { "destroy", offsetof(nxp_predictor, destroy),
                sizeof(((nxp_predictor *)0)->destroy),
-               _CFFI_OP(_CFFI_OP_NOOP, 551) },
+               _CFFI_OP(_CFFI_OP_NOOP, 571) },
   { "routed", offsetof(nxp_predictor, routed),
               sizeof(((nxp_predictor *)0)->routed),
-              _CFFI_OP(_CFFI_OP_NOOP, 553) },
+              _CFFI_OP(_CFFI_OP_NOOP, 573) },
   { "predict", offsetof(nxp_predictor, predict),
                sizeof(((nxp_predictor *)0)->predict),
-               _CFFI_OP(_CFFI_OP_NOOP, 508) },
+               _CFFI_OP(_CFFI_OP_NOOP, 527) },
   { "layer", offsetof(nxp_routed, layer),
              sizeof(((nxp_routed *)0)->layer),
              _CFFI_OP(_CFFI_OP_NOOP, 32) },
@@ -8542,85 +8829,87 @@ static const struct _cffi_field_s _cffi_fields[] = {
               _CFFI_OP(_CFFI_OP_NOOP, 32) },
   { "experts", offsetof(nxp_routed, experts),
                sizeof(((nxp_routed *)0)->experts),
-               _CFFI_OP(_CFFI_OP_NOOP, 246) },
+               _CFFI_OP(_CFFI_OP_NOOP, 262) },
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "$nx_ans_layout", 511, _CFFI_F_CHECK_FIELDS,
+  { "$nx_ans_layout", 531, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_ans_layout), offsetof(struct _cffi_align_typedef_nx_ans_layout, y), 0, 5 },
-  { "$nx_error", 513, _CFFI_F_CHECK_FIELDS,
+  { "$nx_error", 533, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_error), offsetof(struct _cffi_align_typedef_nx_error, y), 5, 7 },
-  { "$nx_event", 514, _CFFI_F_CHECK_FIELDS,
+  { "$nx_event", 534, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_event), offsetof(struct _cffi_align_typedef_nx_event, y), 12, 4 },
-  { "$nx_fault", 517, _CFFI_F_CHECK_FIELDS,
+  { "$nx_fault", 537, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_fault), offsetof(struct _cffi_align_typedef_nx_fault, y), 16, 4 },
-  { "$nx_file_info", 519, _CFFI_F_CHECK_FIELDS,
+  { "$nx_file_info", 539, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_file_info), offsetof(struct _cffi_align_typedef_nx_file_info, y), 20, 9 },
-  { "$nx_membench_options", 521, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_options", 541, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_options), offsetof(struct _cffi_align_typedef_nx_membench_options, y), 29, 3 },
-  { "$nx_membench_result", 522, _CFFI_F_CHECK_FIELDS,
+  { "$nx_membench_result", 542, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_membench_result), offsetof(struct _cffi_align_typedef_nx_membench_result, y), 32, 7 },
-  { "$nx_plugin_info", 525, _CFFI_F_CHECK_FIELDS,
+  { "$nx_plugin_info", 545, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_plugin_info), offsetof(struct _cffi_align_typedef_nx_plugin_info, y), 39, 5 },
-  { "$nx_prediction", 526, _CFFI_F_CHECK_FIELDS,
+  { "$nx_prediction", 546, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_prediction), offsetof(struct _cffi_align_typedef_nx_prediction, y), 44, 8 },
-  { "$nx_probe_options", 527, _CFFI_F_CHECK_FIELDS,
+  { "$nx_probe_options", 547, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_probe_options), offsetof(struct _cffi_align_typedef_nx_probe_options, y), 52, 7 },
-  { "$nx_probe_result", 528, _CFFI_F_CHECK_FIELDS,
+  { "$nx_probe_result", 548, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_probe_result), offsetof(struct _cffi_align_typedef_nx_probe_result, y), 59, 6 },
-  { "$nx_residual_matrix", 529, _CFFI_F_CHECK_FIELDS,
+  { "$nx_residual_matrix", 549, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_residual_matrix), offsetof(struct _cffi_align_typedef_nx_residual_matrix, y), 65, 4 },
-  { "$nx_stats", 530, _CFFI_F_CHECK_FIELDS,
+  { "$nx_stats", 550, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_stats), offsetof(struct _cffi_align_typedef_nx_stats, y), 69, 35 },
-  { "$nx_ternary", 531, _CFFI_F_CHECK_FIELDS,
+  { "$nx_ternary", 551, _CFFI_F_CHECK_FIELDS,
     sizeof(nx_ternary), offsetof(struct _cffi_align_typedef_nx_ternary, y), 104, 8 },
-  { "$nxp_cache_ask", 532, 0,
+  { "$nxp_cache_ask", 552, 0,
     sizeof(nxp_cache_ask), offsetof(struct _cffi_align_typedef_nxp_cache_ask, y), 112, 8 },
-  { "$nxp_cache_layer", 533, 0,
+  { "$nxp_cache_layer", 553, 0,
     sizeof(nxp_cache_layer), offsetof(struct _cffi_align_typedef_nxp_cache_layer, y), 120, 5 },
-  { "$nxp_cache_policy", 534, _CFFI_F_CHECK_FIELDS,
+  { "$nxp_cache_policy", 554, _CFFI_F_CHECK_FIELDS,
     sizeof(nxp_cache_policy), offsetof(struct _cffi_align_typedef_nxp_cache_policy, y), 125, 6 },
-  { "$nxp_cache_use", 535, 0,
+  { "$nxp_cache_use", 555, 0,
     sizeof(nxp_cache_use), offsetof(struct _cffi_align_typedef_nxp_cache_use, y), 131, 4 },
-  { "$nxp_codec", 536, _CFFI_F_CHECK_FIELDS,
+  { "$nxp_codec", 556, _CFFI_F_CHECK_FIELDS,
     sizeof(nxp_codec), offsetof(struct _cffi_align_typedef_nxp_codec, y), 135, 3 },
-  { "$nxp_head", 537, _CFFI_F_CHECK_FIELDS,
+  { "$nxp_head", 557, _CFFI_F_CHECK_FIELDS,
     sizeof(nxp_head), offsetof(struct _cffi_align_typedef_nxp_head, y), 138, 5 },
-  { "$nxp_kernel", 538, 0,
+  { "$nxp_kernel", 558, 0,
     sizeof(nxp_kernel), offsetof(struct _cffi_align_typedef_nxp_kernel, y), 143, 2 },
-  { "$nxp_layers", 539, 0,
+  { "$nxp_layers", 559, 0,
     sizeof(nxp_layers), offsetof(struct _cffi_align_typedef_nxp_layers, y), 145, 3 },
-  { "$nxp_predict_ask", 540, 0,
+  { "$nxp_predict_ask", 560, 0,
     sizeof(nxp_predict_ask), offsetof(struct _cffi_align_typedef_nxp_predict_ask, y), 148, 5 },
-  { "$nxp_predictor", 541, _CFFI_F_CHECK_FIELDS,
+  { "$nxp_predictor", 561, _CFFI_F_CHECK_FIELDS,
     sizeof(nxp_predictor), offsetof(struct _cffi_align_typedef_nxp_predictor, y), 153, 6 },
-  { "$nxp_routed", 542, 0,
+  { "$nxp_routed", 562, 0,
     sizeof(nxp_routed), offsetof(struct _cffi_align_typedef_nxp_routed, y), 159, 4 },
-  { "_IO_FILE", 491, _CFFI_F_OPAQUE,
+  { "_IO_FILE", 510, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_extent", 516, _CFFI_F_OPAQUE,
+  { "nx_activations", 530, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_file", 518, _CFFI_F_OPAQUE,
+  { "nx_extent", 536, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_imatrix", 520, _CFFI_F_OPAQUE,
+  { "nx_file", 538, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_model", 523, _CFFI_F_OPAQUE,
+  { "nx_imatrix", 540, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "nx_opencl_matrix", 524, _CFFI_F_OPAQUE,
+  { "nx_model", 543, _CFFI_F_OPAQUE,
+    (size_t)-1, -1, -1, 0 /* opaque */ },
+  { "nx_opencl_matrix", 544, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
 };
 
 static const struct _cffi_enum_s _cffi_enums[] = {
   { "$nx_ans_path", 21, _cffi_prim_int(sizeof(nx_ans_path), ((nx_ans_path)-1) <= 0),
     "NX_ANS_PORTABLE,NX_ANS_AVX2,NX_ANS_AVX512,NX_ANS_NEON,NX_ANS_PATHS" },
-  { "$nx_control_state", 512, _cffi_prim_int(sizeof(nx_control_state), ((nx_control_state)-1) <= 0),
+  { "$nx_control_state", 532, _cffi_prim_int(sizeof(nx_control_state), ((nx_control_state)-1) <= 0),
     "NX_CONTROL_FIXED,NX_CONTROL_WATCHING,NX_CONTROL_NO_STALL,NX_CONTROL_NO_IDLE,NX_CONTROL_TRYING,NX_CONTROL_SLOWER,"
     "NX_CONTROL_FASTER" },
-  { "$nx_io_mode", 74, _cffi_prim_int(sizeof(nx_io_mode), ((nx_io_mode)-1) <= 0),
+  { "$nx_io_mode", 79, _cffi_prim_int(sizeof(nx_io_mode), ((nx_io_mode)-1) <= 0),
     "NX_IO_DIRECT,NX_IO_BUFFERED" },
   { "$nx_isa", 8, _cffi_prim_int(sizeof(nx_isa), ((nx_isa)-1) <= 0),
     "NX_ISA_REF,NX_ISA_AVX2,NX_ISA_AVX512,NX_ISA_NEON,NX_ISA_COUNT" },
-  { "$nx_own_kind", 327, _cffi_prim_int(sizeof(nx_own_kind), ((nx_own_kind)-1) <= 0),
+  { "$nx_own_kind", 343, _cffi_prim_int(sizeof(nx_own_kind), ((nx_own_kind)-1) <= 0),
     "NX_OWN_PACKED,NX_OWN_STORED,NX_OWN_OPENCL,NX_OWN_PLUGIN,NX_OWN_KINDS" },
   { "$nx_status", 14, _cffi_prim_int(sizeof(nx_status), ((nx_status)-1) <= 0),
     "NX_OK,NX_E_NOMEM,NX_E_IO,NX_E_TRUNCATED,NX_E_CHANGED,NX_E_INVALID,NX_E_ABORTED,NX_E_UNSUPPORTED,NX_E_ABI,"
@@ -8630,44 +8919,45 @@ static const struct _cffi_enum_s _cffi_enums[] = {
 };
 
 static const struct _cffi_typename_s _cffi_typenames[] = {
-  { "FILE", 491 },
-  { "nx_ans_layout", 511 },
+  { "FILE", 510 },
+  { "nx_activations", 530 },
+  { "nx_ans_layout", 531 },
   { "nx_ans_path", 21 },
-  { "nx_control_state", 512 },
-  { "nx_error", 513 },
-  { "nx_event", 514 },
-  { "nx_extent", 516 },
-  { "nx_fault", 517 },
-  { "nx_file", 518 },
-  { "nx_file_info", 519 },
-  { "nx_imatrix", 520 },
-  { "nx_io_mode", 74 },
+  { "nx_control_state", 532 },
+  { "nx_error", 533 },
+  { "nx_event", 534 },
+  { "nx_extent", 536 },
+  { "nx_fault", 537 },
+  { "nx_file", 538 },
+  { "nx_file_info", 539 },
+  { "nx_imatrix", 540 },
+  { "nx_io_mode", 79 },
   { "nx_isa", 8 },
-  { "nx_membench_options", 521 },
-  { "nx_membench_result", 522 },
-  { "nx_model", 523 },
-  { "nx_opencl_matrix", 524 },
-  { "nx_own_kind", 327 },
-  { "nx_plugin_info", 525 },
-  { "nx_prediction", 526 },
-  { "nx_probe_options", 527 },
-  { "nx_probe_result", 528 },
-  { "nx_residual_matrix", 529 },
-  { "nx_stats", 530 },
+  { "nx_membench_options", 541 },
+  { "nx_membench_result", 542 },
+  { "nx_model", 543 },
+  { "nx_opencl_matrix", 544 },
+  { "nx_own_kind", 343 },
+  { "nx_plugin_info", 545 },
+  { "nx_prediction", 546 },
+  { "nx_probe_options", 547 },
+  { "nx_probe_result", 548 },
+  { "nx_residual_matrix", 549 },
+  { "nx_stats", 550 },
   { "nx_status", 14 },
-  { "nx_ternary", 531 },
+  { "nx_ternary", 551 },
   { "nx_ternary_type", 35 },
-  { "nxp_cache_ask", 532 },
-  { "nxp_cache_layer", 533 },
-  { "nxp_cache_policy", 534 },
-  { "nxp_cache_use", 535 },
-  { "nxp_codec", 536 },
-  { "nxp_head", 537 },
-  { "nxp_kernel", 538 },
-  { "nxp_layers", 539 },
-  { "nxp_predict_ask", 540 },
-  { "nxp_predictor", 541 },
-  { "nxp_routed", 542 },
+  { "nxp_cache_ask", 552 },
+  { "nxp_cache_layer", 553 },
+  { "nxp_cache_policy", 554 },
+  { "nxp_cache_use", 555 },
+  { "nxp_codec", 556 },
+  { "nxp_head", 557 },
+  { "nxp_kernel", 558 },
+  { "nxp_layers", 559 },
+  { "nxp_predict_ask", 560 },
+  { "nxp_predictor", 561 },
+  { "nxp_routed", 562 },
 };
 
 static const struct _cffi_type_context_s _cffi_type_context = {
@@ -8677,12 +8967,12 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   _cffi_enums,
   _cffi_typenames,
-  184,  /* num_globals */
-  31,  /* num_struct_unions */
+  189,  /* num_globals */
+  32,  /* num_struct_unions */
   7,  /* num_enums */
-  38,  /* num_typenames */
+  39,  /* num_typenames */
   NULL,  /* no includes */
-  555,  /* num_types */
+  575,  /* num_types */
   1,  /* flags */
 };
 
