@@ -90,6 +90,7 @@ def to_nxf(
     ReadFailed, FormatError.
     """
     rules = rules or Rules()
+    rules.check([tensor.name for tensor in source.catalog.tensors])
     codecs = codecs or builtin()
     for name in rules.codecs():
         if name != RAW:

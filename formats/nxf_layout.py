@@ -6,7 +6,7 @@ Pure: from headers and wishes to an `Nxf` and the order in which its chunks are 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -49,6 +49,15 @@ class Rules:
             if re.search(pattern, name):
                 return codec
         return self.default
+
+    def check(self, names: Collection[str]) -> None:
+        """Raise UsageError for an expression that is found in none of the names of tensors."""
+        for pattern, _ in self.rules:
+            if not any(re.search(pattern, name) for name in names):
+                raise UsageError(
+                    f"the rule {pattern!r} is found in none of the {len(names)} names",
+                    hint="`nexus inspect MODEL --tensors` lists the names of tensors.",
+                )
 
     def codecs(self) -> tuple[str, ...]:
         """Return every codec that may occur; "raw" always may, it is what others fall back to."""

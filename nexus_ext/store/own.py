@@ -14,11 +14,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nexus_ext.errors import FormatError, ModelNotFound, UsageError
+from nexus_ext.errors import FormatError, ModelNotFound, NexusError, UsageError, WriteFailed
 from nexus_ext.store.model import StoredModel
 from nexus_ext.store.names import ModelName
 from nexus_ext.store.parameters import checked
@@ -86,7 +87,7 @@ class OwnStore:
         """Give the model at `path` a name; with `copy` its files come into the store.
 
         The header is read first, so that no name leads to a file that is no model. A name that
-        exists is replaced.
+        exists is replaced. Raises what opening the model raises, and WriteFailed.
         """
         # Here and not above: names are also looked up by who reads no model.
         from nexus_ext.formats import open_model
@@ -97,7 +98,8 @@ class OwnStore:
         first = files[0]
         inside = self.files.resolve()
         if copy and not first.is_relative_to(inside):
-            first = self._take(files, catalog.fingerprint)
+            with self.written():
+                first = self._take(files, catalog.fingerprint)
         kept = first.relative_to(inside) if first.is_relative_to(inside) else first
         manifest = {
             "version": VERSION,
@@ -111,7 +113,8 @@ class OwnStore:
         }
         file = self._file(name)
         text = json.dumps(manifest, indent=2, ensure_ascii=False)
-        replace_whole(file, text.encode(), durable=True)
+        with self.written():
+            replace_whole(file, text.encode(), durable=True)
         made = self.find(name)
         assert made is not None
         return made
@@ -131,7 +134,7 @@ class OwnStore:
     def remove(self, name: ModelName) -> int:
         """Remove a name, and its files if the store owns them and no other name has them.
 
-        Returns the bytes that were freed. Raises ModelNotFound.
+        Returns the bytes that were freed. Raises ModelNotFound and WriteFailed.
         """
         model = self.find(name)
         if model is None:
@@ -139,7 +142,8 @@ class OwnStore:
                 f"there is no model {name} in the store {str(self.root)!r}",
                 hint="`nexus list` shows what there is and where it comes from",
             )
-        self._file(name).unlink()
+        with self.written():
+            self._file(name).unlink()
         folder = Path(model.path).resolve().parent
         inside = self.files.resolve()
         if inside not in folder.parents:
@@ -149,8 +153,24 @@ class OwnStore:
         if any(o is not None and folder in Path(o.path).resolve().parents for o in others):
             return 0
         freed = sum(f.lstat().st_size for f in folder.rglob("*") if f.is_file())
-        shutil.rmtree(folder)
+        with self.written():
+            shutil.rmtree(folder)
         return freed
+
+    @contextmanager
+    def written(self) -> Iterator[None]:
+        """Within the block the store is written: what the system refuses is WriteFailed."""
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, NexusError):
+                raise
+            raise WriteFailed(
+                f"the store {str(self.root)!r} cannot be written: {error.strerror or error}",
+                hint="name another with --store, NEXUS_MODELS or in the configuration",
+                path=str(self.root),
+                errno=error.errno or 0,
+            ) from error
 
     def _take(self, files: list[Path], fingerprint: str) -> Path:
         """Copy files into the store (as links where the file system allows it)."""

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from nexus_ext.errors import UsageError
 from nexus_ext.store.hub import BROKEN, DownloadFailed, Hub, RemoteFile
@@ -56,7 +57,7 @@ def pull(
     """Download USER/REPOSITORY[:QUANTIZATION] and give it that name in the store.
 
     Raises ModelNotFound, DownloadFailed, UsageError (an ambiguous name, a download that somebody
-    else does, a full disk), FormatError for files that are no model.
+    else does, a full disk), WriteFailed, FormatError for files that are no model.
     """
     repository, wanted = parse_reference(name)
     hub = hub or Hub()
@@ -74,13 +75,14 @@ def pull(
             hint="what cannot be verified is not pulled: download it yourself and `nexus create`",
         )
     folder = store.files / key
-    folder.mkdir(parents=True, exist_ok=True)
     total = sum(file.nbytes for file in chosen)
-    _check_room(folder, chosen)
     before = 0
-    for file in chosen:
-        _fetch(hub, repository, commit, file, folder, before, total, report, retry_s)
-        before += file.nbytes
+    with store.written():
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_room(folder, chosen)
+        for file in chosen:
+            _fetch(hub, repository, commit, file, folder, before, total, report, retry_s)
+            before += file.nbytes
     first = folder / PurePosixPath(chosen[0].path).name
     source = f"{hub.endpoint}/{repository}@{commit}"
     return store.create(target, first, source=source)
@@ -180,7 +182,7 @@ def _fetch(
                         stream.seek(0)
                         stream.truncate()
                         digest, size = hashlib.sha256(), 0
-                    while chunk := source.read(_CHUNK):
+                    while chunk := _received(source):
                         stream.write(chunk)
                         digest.update(chunk)
                         size += len(chunk)
@@ -211,3 +213,11 @@ def _fetch(
                 hint="the bytes were thrown away: pull again",
             )
         os.replace(part, done)
+
+
+def _received(source: Any) -> bytes:
+    """Read on. Whatever the network says, TLS included, is a connection that broke off."""
+    try:
+        return bytes(source.read(_CHUNK))
+    except OSError as error:
+        raise ConnectionError(str(error)) from error

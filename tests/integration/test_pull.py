@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import resource
+import ssl
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from nexus_ext.errors import FormatError, ModelNotFound, NexusError, UsageError
+from nexus_ext.errors import FormatError, ModelNotFound, NexusError, UsageError, WriteFailed
 from nexus_ext.store.hub import DownloadFailed, Hub, RemoteFile, known_token
 from nexus_ext.store.own import OwnStore
 from nexus_ext.store.pull import Progress, choose, parse_reference, pull
@@ -180,6 +183,53 @@ def test_a_connection_that_breaks_is_made_again(
     made = pull(f"{REPO}:Q4_0", own, hub=hub(remote), retry_s=0)
     assert Path(made.path).read_bytes() == data
     assert ranges(remote) == [None, "bytes=100000-", "bytes=200000-"]
+
+
+def test_an_error_of_tls_in_the_middle_is_a_connection_that_breaks(
+    remote: Repository, own: OwnStore, data: bytes
+) -> None:
+    class Cut:
+        """An answer that ends with an error of the TLS layer."""
+
+        def __init__(self, answer: Any) -> None:
+            self._pieces = [answer.read(1000)]
+
+        def __enter__(self) -> Cut:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def read(self, size: int) -> bytes:
+            if not self._pieces:
+                raise ssl.SSLError("DECRYPTION_FAILED_OR_BAD_RECORD_MAC")
+            return self._pieces.pop()
+
+    class Flaky(Hub):
+        n_opened = 0
+
+        def open(self, *arguments: Any) -> Any:
+            answer, start = super().open(*arguments)
+            self.n_opened += 1
+            return (Cut(answer) if self.n_opened == 1 else answer), start
+
+    flaky = Flaky(f"http://127.0.0.1:{remote.port}", "")
+    made = pull(f"{REPO}:Q4_0", own, hub=flaky, retry_s=0)
+    assert Path(made.path).read_bytes() == data and flaky.n_opened == 2
+
+
+def test_a_disk_that_takes_no_more_is_no_broken_connection(
+    remote: Repository, own: OwnStore
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(WriteFailed, match="cannot be written: File too large") as failed:
+            pull(f"{REPO}:Q4_0", own, hub=hub(remote), retry_s=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert failed.value.errno == errno.EFBIG and own.names() == []
+    assert pull(f"{REPO}:Q4_0", own, hub=hub(remote)).nbytes > 100_000, "it goes on"
 
 
 def test_a_server_that_brings_nothing_is_given_up_and_the_part_kept(

@@ -163,6 +163,7 @@ def test_optimize_refuses_what_does_not_belong_together(gguf: Path, tmp_path: Pa
         (("m.bin",), "the ending does not say what it shall become"),
         (("m.nxf", "--rule", "ffn"), "is not an expression, '=' and a codec"),
         (("m.nxf", "--rule", "(=ans"), "the regular expression '(' is wrong"),
+        (("m.nxf", "--rule", "fnn=ans"), "the rule 'fnn' is found in none"),
         (("m.nxf", "--codec", "lz77"), "there is no codec 'lz77'"),
         (("m.gguf",), "there is no conversion of"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nexus_ext.errors import FormatError, ModelNotFound, UsageError
+from nexus_ext.errors import FormatError, ModelNotFound, UsageError, WriteFailed
 from nexus_ext.store import Library, ModelName
 from nexus_ext.store.library import default_root
 from nexus_ext.store.lm_studio import LmStudioStore
@@ -125,6 +126,27 @@ def test_a_file_that_is_no_model_gets_no_name(own: OwnStore, tmp_path: Path) -> 
     with pytest.raises(FormatError):
         own.create(ModelName.parse("x"), tmp_path / "x.gguf")
     assert own.names() == []
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_a_store_that_cannot_be_written_is_named(tmp_path: Path, model: Path, copy: bool) -> None:
+    (tmp_path / "file").touch()
+    own = OwnStore(tmp_path / "file" / "store")
+    with pytest.raises(WriteFailed, match=r"file/store' cannot be written: Not a directory"):
+        own.create(ModelName.parse("x"), model, copy=copy)
+
+
+def test_a_name_that_cannot_be_removed_is_an_error(
+    own: OwnStore, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    own.create(ModelName.parse("x"), model)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(WriteFailed, match="Permission denied"):
+        own.remove(ModelName.parse("x"))
+    assert own.names() == [ModelName.parse("x")]
 
 
 @pytest.mark.parametrize(
