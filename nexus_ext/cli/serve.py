@@ -86,7 +86,7 @@ from nexus_ext.cli.output import Output
 @click.option("--example", is_flag=True, help="Print a configuration with every key, and end.")
 @output_options
 def serve(config_file: str | None, example: bool, output: Output, **flags: Any) -> None:
-    """Serve models over HTTP, as OpenAI, Ollama and llama.cpp do.
+    """Serve models over HTTP with the APIs of OpenAI and Ollama.
 
     Flags override the environment (NEXUS_SERVER_PORT), which overrides the configuration
     (~/.config/nexus/nexus.toml). SIGTERM lets running requests end, within a deadline.

@@ -75,7 +75,12 @@ def serve(
             _log.warning("everyone who reaches %s may ask: api_keys is empty", url_of(listening))
         # Streams end with their requests, not with the first signal.
         AppStatus.enable_automatic_graceful_drain = False
-        asyncio.run(_serve(make_engine, library, config, listening, ready))
+        log = logging.getLogger("uvicorn.error")
+        log.addFilter(_says_more)
+        try:
+            asyncio.run(_serve(make_engine, library, config, listening, ready))
+        finally:
+            log.removeFilter(_says_more)
 
 
 async def _serve(
@@ -94,6 +99,11 @@ async def _serve(
         timeout_graceful_shutdown=config.server.shutdown_s,
     )
     await _Server(settings, lambda: ready(url_of(listening))).serve(sockets=[listening])
+
+
+def _says_more(record: logging.LogRecord) -> bool:
+    """Whether a record is of more than a request that was given up because the server ends."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 class _Server(uvicorn.Server):
@@ -116,6 +126,15 @@ class _Server(uvicorn.Server):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End requests in good order, or at once at a second Ctrl-C; then close the engine."""
+        await super().shutdown(sockets)
+        if self.force_exit:  # where uvicorn leaves out what comes after requests
+            for task in self.server_state.tasks:
+                task.cancel()
+            await asyncio.gather(*self.server_state.tasks, return_exceptions=True)
+            await self.lifespan.shutdown()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -43,10 +43,17 @@ class Library:
     ) -> Library:
         """Open the stores at these places; None: where they are by default, "": none.
 
-        Stores of plugins come last: they add names and take none away.
+        Stores of plugins come last: they add names and take none away. Raises UsageError when
+        there is something else than a directory at `root`.
         """
+        own = Path(root or default_root())
+        if own.exists() and not own.is_dir():
+            raise UsageError(
+                f"the store {str(own)!r} is no directory",
+                hint="name another with --store, NEXUS_MODELS or in the configuration",
+            )
         places = StorePlaces(_text(ollama), _text(lm_studio))
-        return cls(OwnStore(root or default_root()), other_stores(places))
+        return cls(OwnStore(own), other_stores(places))
 
     def find(self, name: str | ModelName) -> StoredModel:
         """Return the model of that name. Raises ModelNotFound, or FormatError if it is broken."""

@@ -326,16 +326,35 @@ print("closed", engine.closed, engine.n_running, flush=True)
 """
 
 
-@pytest.mark.parametrize(("n", "shutdown", "finishes"), [(20, 10, True), (10_000, 1, False)])
-def test_sigterm_lets_requests_finish_or_cancels_them_at_the_deadline(
-    tmp_path: Path, repository: Path, n: int, shutdown: int, finishes: bool
+def refuses_connections(url: str) -> bool:
+    try:
+        httpx.get(url, trust_env=False)
+    except httpx.ConnectError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("n", "shutdown", "signals", "finishes"),
+    [
+        (20, 10, [signal.SIGTERM], True),
+        (10_000, 1, [signal.SIGTERM], False),
+        (10_000, 60, [signal.SIGINT, signal.SIGINT], False),
+    ],
+)
+def test_a_signal_lets_requests_finish_until_the_deadline_or_a_second_ctrl_c(
+    tmp_path: Path, repository: Path, n: int, shutdown: int, signals: list[int], finishes: bool
 ) -> None:
     program = textwrap.dedent(PROGRAM).format(
         root=str(repository), store=str(tmp_path), model=str(find_model("stories260K-q4_0.gguf")),
         n=n, pause=0.02, shutdown=shutdown,
     )  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env={**os.environ}
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ},
     )
     try:
         assert process.stdout is not None
@@ -358,9 +377,13 @@ def test_sigterm_lets_requests_finish_or_cancels_them_at_the_deadline(
         reader = threading.Thread(target=read)
         reader.start()
         assert began.wait(20)
-        process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=20)
+        process.send_signal(signals[0])
+        for number in signals[1:]:
+            until(lambda: refuses_connections(url), "the end to begin")
+            process.send_signal(number)
+        out, err = process.communicate(timeout=20)
         reader.join()
+        assert "Traceback" not in err
         assert process.returncode == 0 and out.strip() == "closed True 0"
         assert (b"[DONE]" in b"".join(parts)) is finishes
     finally:

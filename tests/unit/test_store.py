@@ -136,6 +136,12 @@ def test_a_store_that_cannot_be_written_is_named(tmp_path: Path, model: Path, co
         own.create(ModelName.parse("x"), model, copy=copy)
 
 
+def test_a_store_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="file' is no directory"):
+        Library.at(tmp_path / "file", ollama="", lm_studio="")
+
+
 def test_a_name_that_cannot_be_removed_is_an_error(
     own: OwnStore, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
