@@ -126,7 +126,14 @@ class _Closed:
 
 
 def _size(value: int | str | None, what: str) -> int | None:
-    return parse_bytes(value, what=what) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return parse_bytes(value, what=what)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise UsageError(
+            f"{what} is {value!r}, neither a whole number of bytes nor a text",
+            hint='write for instance "4G", "1.5G" or 4 << 30',
+        )
+    return value
 
 
 def _request(arguments: dict[str, Any], **budget: Any) -> PlanRequest:
@@ -134,7 +141,13 @@ def _request(arguments: dict[str, Any], **budget: Any) -> PlanRequest:
 
     def kv_type(name: str) -> str:
         value = arguments.get(name)
-        return "f16" if value is None else _KV_TYPES.get(value, "f16")
+        if value is not None and value not in _KV_TYPES:
+            known = ", ".join(f"{number} ({kind})" for number, kind in sorted(_KV_TYPES.items()))
+            raise UsageError(
+                f"{name} is {value!r}, which is no type of a KV cache",
+                hint=f"use one of the numbers {known}, or leave it out",
+            )
+        return "f16" if value is None else _KV_TYPES[value]
 
     embedding = bool(arguments.get("embedding", False))
     n_ctx = arguments.get("n_ctx", 512)
@@ -208,7 +221,20 @@ class Llama(llama_cpp.Llama):
         n_gpu_layers: int | None = None,
         **arguments: Any,
     ) -> None:
-        path = os.fspath(model_path)
+        path = os.fsdecode(model_path)
+        self._wishes = {
+            "ram": ram,
+            "weights": weights,
+            "plan": plan,
+            "policy": policy,
+            "pins": (pins := tuple(pins)),
+            "hardware": hardware,
+            "kernels": kernels,
+            "pin_cores": pin_cores,
+            "warm_start": warm_start,
+            "residual": residual,
+            "residual_share": residual_share,
+        }
         self._nexus: NexusHandle | None = None
         self._stack = contextlib.ExitStack()  # what close() unwinds, also if we fail before super
         request = _request(
@@ -251,6 +277,12 @@ class Llama(llama_cpp.Llama):
                     super().__init__(path, n_gpu_layers=layers, **arguments)
                 except ValueError as error:
                     raise _load_error(path, model, error) from error
+            if self._lora_adapter is not None and not self._lora_adapter:
+                # A null pointer, which llama-cpp-python takes for an adapter.
+                raise FormatError(
+                    f"llama.cpp cannot load {self.lora_path} as a LoRA adapter of {path}",
+                    hint="verbose=True shows what it says",
+                )
             self._nexus = handle
             if model is not None and pin_cores:
                 handle.pinning = pin_threads(model, max(self.n_threads, self.n_threads_batch))
@@ -275,6 +307,10 @@ class Llama(llama_cpp.Llama):
         if self._nexus is None:
             raise ModelClosed("the model is closed", hint="open it again")
         return self._nexus
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What opens an equal model: the arguments of `llama_cpp.Llama`, and ours."""
+        return {**super().__getstate__(), **self._wishes}
 
     def _watch_context(self) -> None:
         """Give errors of this context their names, and let Ctrl-C stop it within a token."""

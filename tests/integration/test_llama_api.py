@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import pickle
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,42 @@ def test_of_a_load_that_was_stopped_nobody_hears(
     assert told == []
     Llama(path, weights="1500K", verbose=False, **ARGUMENTS).close()
     assert told == ["model_loaded", "model_closed"]
+
+
+def test_a_copy_through_pickle_keeps_to_the_same_budget(path: Path) -> None:
+    wishes: dict[str, Any] = {"weights": "1500K", "pins": [("attn_q", "nvme")], "kernels": "ggml"}
+    with closing(Llama(path, **wishes, verbose=False, **ARGUMENTS)) as llm:
+        with closing(pickle.loads(pickle.dumps(llm))) as other:
+            mine, its = llm.nexus.plan, other.nexus.plan
+            assert (its.budget, its.tiers) == (mine.budget, mine.tiers)
+            assert its.streamed_bytes_per_token > 0 and other.nexus.own_kernels == ()
+            assert (
+                other("Once", max_tokens=4, temperature=0)["choices"]
+                == (llm("Once", max_tokens=4, temperature=0)["choices"])
+            )
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        ({"ram": 4.5}, r"ram is 4\.5, neither"),
+        ({"weights": True}, "weights is True, neither"),
+        ({"ram": b"4G"}, "ram is b'4G', neither"),
+        ({"type_k": 999}, "type_k is 999"),
+        ({"type_v": "q8_0"}, "type_v is 'q8_0'"),
+    ],
+)
+def test_what_means_nothing_is_refused_before_llama_cpp_sees_it(
+    path: Path, wishes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        Llama(path, verbose=False, **{**ARGUMENTS, **wishes})
+
+
+@pytest.mark.parametrize("weights", ["1500K", None])
+def test_an_adapter_that_cannot_be_loaded_is_refused(path: Path, weights: str | None) -> None:
+    with pytest.raises(FormatError, match=r"nowhere\.gguf as a LoRA adapter"):
+        Llama(path, weights=weights, verbose=False, lora_path="nowhere.gguf", **ARGUMENTS)
 
 
 def test_sampled_completions_are_the_same(path: Path) -> None:
