@@ -6,10 +6,11 @@ import asyncio
 import functools
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from nexus_ext.errors import ModelClosed, UsageError
+from nexus_ext.errors import FormatError, ModelClosed, ReadFailed, UsageError
 from nexus_ext.multiplexer.api import (
     ContextTooLong,
     Done,
@@ -21,6 +22,7 @@ from nexus_ext.multiplexer.api import (
 from nexus_ext.multiplexer.embedding import EmbedJob
 from nexus_ext.multiplexer.entry import Entry
 from nexus_ext.multiplexer.events import EventLog
+from nexus_ext.multiplexer.files import Identity, identity
 from nexus_ext.multiplexer.job import Job, Outlet
 from nexus_ext.multiplexer.scheduler import Scheduler
 from nexus_ext.multiplexer.settings import Find, ModelSpec, Settings
@@ -124,9 +126,10 @@ class Multiplexer:
 
     async def unload(self, model: str) -> None:
         """Unload a model once its running requests are done. One that is not loaded is fine."""
-        await asyncio.to_thread(self._find, model)  # ModelNotFound for what there is not
         entry = self._scheduler.entries.get(model)
         if entry is None:
+            with suppress(FormatError, ReadFailed):  # a file that is gone holds no memory either
+                await asyncio.to_thread(self._find, model)  # ModelNotFound for what there is not
             return
         future, tell = _promise()
         self._post(lambda: self._scheduler.unwant(entry, tell))
@@ -158,18 +161,27 @@ class Multiplexer:
         self._scheduler.post(command)
 
     async def _entry(self, name: str) -> Entry:
-        """Return what is known of a model, reading its header the first time."""
+        """Return what is known of a model. Its header is read the first time, and anew when its
+        files are others than they were.
+        """
         if self._closed:
             raise ModelClosed("the multiplexer is closed")
-        spec = await asyncio.to_thread(self._find, name)
+        spec, stale = await asyncio.to_thread(self._look, name)
         async with self._opening:
             entry = self._scheduler.entries.get(name)
-            if entry is not None and entry.spec == spec:
+            if entry is not None and entry.spec == spec and entry is not stale:
                 return entry
             return await self._open(spec)
 
+    def _look(self, name: str) -> tuple[ModelSpec, Entry | None]:
+        """Return what a name stands for, and what is known of it if that is of other files."""
+        spec, known = self._find(name), self._scheduler.entries.get(name)
+        if known is not None and known.files != identity(known.plan.catalog):
+            return spec, known
+        return spec, None
+
     async def _open(self, spec: ModelSpec) -> Entry:
-        plan = await asyncio.to_thread(self._plan, spec)
+        plan, files = await asyncio.to_thread(self._plan, spec)
         nbytes = plan.vocabulary_bytes
         future, tell = _promise()
         self._post(lambda: self._scheduler.keeper.claim(spec.name, nbytes, tell))
@@ -180,7 +192,8 @@ class Multiplexer:
             self._scheduler.post(lambda: self._scheduler.keeper.unclaim(nbytes))
             raise
         keep = spec.keep_alive_s
-        entry = Entry(spec, plan, vocabulary, self.settings.keep_alive_s if keep is None else keep)
+        keep = self.settings.keep_alive_s if keep is None else keep
+        entry = Entry(spec, plan, vocabulary, keep, files)
         gpus = self.settings.gpus
         entry.gpu_is_unified = bool(gpus) and gpus[spec.gpu].unified
         future, tell = _promise()
@@ -188,7 +201,7 @@ class Multiplexer:
         await future
         return entry
 
-    def _plan(self, spec: ModelSpec) -> Blueprint:
+    def _plan(self, spec: ModelSpec) -> tuple[Blueprint, Identity]:
         settings = self.settings
         if spec.gpu >= max(1, len(settings.gpus)) or (spec.gpu_layers and not settings.gpus):
             raise UsageError(
@@ -214,7 +227,8 @@ class Multiplexer:
         )
         if spec.residual_share is not None:
             options = replace(options, residual_share=spec.residual_share)
-        return blueprint(spec.path, shape, options)
+        plan = blueprint(spec.path, shape, options)
+        return plan, identity(plan.catalog)
 
 
 def _promise() -> tuple[asyncio.Future[Any], Callable[[Any], None]]:

@@ -11,6 +11,7 @@ from nexus_ext import core
 from nexus_ext.multiplexer.api import ModelState, ModelStatus
 from nexus_ext.multiplexer.embedding import EmbedJob
 from nexus_ext.multiplexer.eviction import Holder
+from nexus_ext.multiplexer.files import Identity
 from nexus_ext.multiplexer.job import Job
 from nexus_ext.multiplexer.runner import Runner
 from nexus_ext.multiplexer.settings import ModelSpec
@@ -28,6 +29,7 @@ class Entry:
     plan: Blueprint
     vocabulary: OwnVocabulary
     keep_alive_s: float  # as configured
+    files: Identity  # when its header was read
     kept_s: float = field(init=False)  # as the last request asked
     units: tuple[int, ...] = field(init=False)  # bytes
     runner: Runner | None = None

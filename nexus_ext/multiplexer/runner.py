@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from nexus_ext.errors import Interrupted, NexusError
 from nexus_ext.multiplexer import announce
+from nexus_ext.multiplexer.files import identity
 from nexus_ext.multiplexer.job import Job
 from nexus_ext.multiplexer.prefix import chunk_end, prefilled, reusable, shared_chunk
 from nexus_ext.multiplexer.sessions import Saved, SessionStore, common_prefix
@@ -43,7 +44,9 @@ class Runner:
         """Allocate the context. Raises OutOfMemory."""
         self.model = model
         self.shape: Shape = model.blueprint.shape
-        self.key = f"{model.blueprint.catalog.fingerprint} {self.shape}"
+        # A fingerprint is of the header: the same for weights that were trained on.
+        catalog = model.blueprint.catalog
+        self.key = f"{catalog.fingerprint} {identity(catalog)} {self.shape}"
         on_gpu = model.blueprint.gpu.n_layers > 0
         self.context = BatchContext(model.pointer, model.core, self.shape, on_gpu=on_gpu)
         self.slots = [Slot(i) for i in range(self.shape.n_seq)]

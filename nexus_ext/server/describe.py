@@ -23,8 +23,14 @@ def _opened(path: str, size: int, modified_ns: int) -> Catalog:
 
 
 def catalog_of(model: StoredModel) -> Catalog:
-    """Return the header of a model's file, read again when the file is another one."""
-    status = os.stat(model.path)
+    """Return the header of a model's file, read again when the file is another one.
+
+    Raises FormatError, ReadFailed.
+    """
+    try:
+        status = os.stat(model.path)
+    except OSError:
+        return open_model(model.path)  # which says what is wrong
     return _opened(model.path, status.st_size, status.st_mtime_ns)
 
 

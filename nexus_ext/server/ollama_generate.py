@@ -49,10 +49,10 @@ async def generate_text(service: Service, body: GenerateBody) -> Response:
     if body.template:
         raise HttpError(400, _GO, param="template")
     keep = keep_alive_s(body.keep_alive)
-    model = await service.model(body.model)
     if not body.prompt:
-        done = await _load_or_unload(service, model, keep)
+        done = await _load_or_unload(service, body.model, keep)
         return JSONResponse({**_head(body.model), "response": "", **done})
+    model = await service.model(body.model)
     prompt = await _prompt(service, model, body, body.prompt)
     request = await request_of(
         service, model, prompt.tokens, body.options, body.format, grammar=prompt.grammar
@@ -84,12 +84,13 @@ async def _prompt(service: Service, model: Model, body: GenerateBody, text: str)
     return ChatPrompt(service.checked(model, [*before, *prompt.tokens]), None, None, ())
 
 
-async def _load_or_unload(service: Service, model: Model, keep: float | None) -> dict[str, Any]:
-    if keep == 0:
-        await service.engine.unload(model.name)
+async def _load_or_unload(service: Service, asked: str, keep: float | None) -> dict[str, Any]:
+    name = str(service.library.find(asked).name)
+    if keep == 0:  # also a model whose file is gone or broken
+        await service.engine.unload(name)
         return {"done": True, "done_reason": "unload"}
     begin = time.monotonic_ns()
-    await service.engine.load(model.name, keep_alive_s=keep)
+    await service.engine.load(name, keep_alive_s=keep)
     elapsed = time.monotonic_ns() - begin
     return {
         "done": True,
@@ -104,10 +105,10 @@ async def chat(service: Service, body: OllamaChatBody) -> Response:
     keep = keep_alive_s(body.keep_alive)
     for message in body.messages or ():
         no_images(message.images)
-    model = await service.model(body.model)
     if not body.messages:
-        done = await _load_or_unload(service, model, keep)
+        done = await _load_or_unload(service, body.model, keep)
         return JSONResponse({**_head(body.model), "message": _message(""), **done})
+    model = await service.model(body.model)
     prompt = await chat_prompt(
         service,
         model,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nexus_ext.errors import FormatError, ModelClosed, ReadFailed, UsageError
+from nexus_ext.formats import open_gguf
 from nexus_ext.multiplexer.api import (
     ContextTooLong,
     GenerateRequest,
@@ -263,5 +266,44 @@ def test_a_name_that_gets_another_model_answers_with_it() -> None:
             alone.close()
             while len(mux._scheduler.entries) > 1:
                 await asyncio.sleep(0.01)
+
+    run(test())
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_file_that_becomes_another_model_is_opened_again(
+    tmp_path: Path, loaded: bool, in_place: bool
+) -> None:
+    """The other has the same header: weights that were trained on, of the same types."""
+    path, other = tmp_path / "m.gguf", tmp_path / "other.gguf"
+    shutil.copyfile(PATHS["tiny"], path)
+    data = bytearray(PATHS["tiny"].read_bytes())
+    tensor = next(t for t in open_gguf(path).tensors if t.name == "blk.0.ffn_norm.weight")
+    place = slice(tensor.offset, tensor.offset + tensor.nbytes)
+    data[place] = np.negative(np.frombuffer(data[place], np.float32)).tobytes()
+    other.write_bytes(data)
+    prompt = a_prompt(1, 40)  # long enough for its state to be kept
+    expected = []
+    for file in (path, other):
+        alone = Alone(file, N_CTX, N_UBATCH)
+        expected.append(alone.tokens(prompt, 8))
+        alone.close()
+    assert expected[0] != expected[1]
+
+    async def test() -> None:
+        async with multiplexer(find=lambda name: ModelSpec(name, str(path))) as mux:
+            assert (await answer(mux, "m", prompt))[0] == expected[0]
+            if not loaded:
+                await mux.unload("m")
+            if in_place:
+                path.write_bytes(data)
+            else:
+                other.replace(path)
+            assert (await answer(mux, "m", prompt))[0] == expected[1]
+            path.unlink()
+            with pytest.raises(ReadFailed, match="No such file"):
+                await answer(mux, "m", prompt)
+            await mux.unload("m")
 
     run(test())

@@ -221,6 +221,19 @@ def test_models_are_listed_shown_copied_made_and_deleted(
     wrong(client.post("/api/create", json={"model": "x"}))
 
 
+def test_a_model_whose_file_is_gone_can_be_put_out_of_memory_and_deleted(
+    engine: FakeEngine, tmp_path: Path
+) -> None:
+    file = tmp_path / "m.gguf"
+    file.write_bytes(find_model("stories260K-q4_0.gguf").read_bytes())
+    library = library_with(tmp_path / "store", file)
+    with client_of(engine, library) as client:
+        file.unlink()
+        assert good(post(client, "generate", keep_alive=0))["done_reason"] == "unload"
+        assert client.request("DELETE", "/api/delete", json={"model": "tiny"}).status_code == 200
+    assert library.names() == []
+
+
 def test_a_model_of_another_store_is_not_deleted(
     tmp_path: Path, engine: FakeEngine, library: Library
 ) -> None:
