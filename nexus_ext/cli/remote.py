@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import urllib.error
+import urllib.parse
 import urllib.request
 from typing import Any, Final
 
@@ -17,7 +18,8 @@ from nexus_ext.cli.output import Output
 from nexus_ext.errors import ModelNotFound, NexusError, UsageError
 from nexus_ext.units import format_bytes
 
-DEFAULT_HOST: Final = "http://127.0.0.1:11435"
+DEFAULT_PORT: Final = 11435
+DEFAULT_HOST: Final = f"http://127.0.0.1:{DEFAULT_PORT}"
 _TIMEOUT_S = 60
 _BAR = 40
 
@@ -28,14 +30,27 @@ class ServerUnreachable(NexusError, ConnectionError):
     code = "server_unreachable"
 
 
+def url_of(named: str) -> str:
+    """Return the address of a server: of HOST, HOST:PORT or :PORT, or a whole URL as it is."""
+    whole = "://" in named
+    try:
+        parts = urllib.parse.urlsplit(named if whole else f"http://{named}")
+        scheme, host, port = parts.scheme, parts.hostname, parts.port
+    except ValueError:  # a port that is none
+        scheme, host, port = "", None, None
+    if scheme not in ("http", "https") or (whole and not host) or any(c.isspace() for c in named):
+        raise UsageError(f"the server {named!r} is no http address", hint="write HOST:PORT")
+    if whole:
+        return named.rstrip("/")
+    host = host or "127.0.0.1"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port or DEFAULT_PORT}"
+
+
 class Server:
     """A server that runs somewhere."""
 
     def __init__(self, host: str | None) -> None:
-        named = host or os.environ.get("NEXUS_HOST") or DEFAULT_HOST
-        self.url = (named if "://" in named else f"http://{named}").rstrip("/")
-        if not self.url.startswith(("http://", "https://")):
-            raise UsageError(f"the server {named!r} is no http address", hint="HOST:PORT")
+        self.url = url_of(host or os.environ.get("NEXUS_HOST") or DEFAULT_HOST)
         self._key = os.environ.get("NEXUS_API_KEY")
         # No proxy: the server is this machine's, or one in its network.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

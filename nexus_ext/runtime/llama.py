@@ -277,7 +277,8 @@ class Llama(llama_cpp.Llama):
                     super().__init__(path, n_gpu_layers=layers, **arguments)
                 except ValueError as error:
                     raise _load_error(path, model, error) from error
-            if self._lora_adapter is not None and not self._lora_adapter:
+            adapter: Any = self._lora_adapter
+            if adapter is not None and not adapter:
                 # A null pointer, which llama-cpp-python takes for an adapter.
                 raise FormatError(
                     f"llama.cpp cannot load {self.lora_path} as a LoRA adapter of {path}",
@@ -310,7 +311,8 @@ class Llama(llama_cpp.Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         """What opens an equal model: the arguments of `llama_cpp.Llama`, and ours."""
-        return {**super().__getstate__(), **self._wishes}
+        known: Any = super()
+        return {**known.__getstate__(), **self._wishes}
 
     def _watch_context(self) -> None:
         """Give errors of this context their names, and let Ctrl-C stop it within a token."""

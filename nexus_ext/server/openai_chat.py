@@ -25,6 +25,10 @@ async def chat(service: Service, body: ChatBody) -> Response:
     ]
     if body.top_logprobs is not None and not body.logprobs:
         raise HttpError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+    if body.functions:
+        raise HttpError(400, "functions are offered as tools", hint="send tools", param="functions")
+    if set(body.modalities or ()) - {"text"}:
+        raise HttpError(400, "this server answers in text only", param="modalities")
     prompt = await chat_prompt(
         service,
         model,

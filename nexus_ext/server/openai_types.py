@@ -119,6 +119,8 @@ class ChatBody(AnswerBody):
     tools: list[Tool] | None = Field(None, max_length=256)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    functions: list[Any] | None = Field(None, description="refused: use tools")
+    modalities: list[str] | None = Field(None, description="text and nothing else")
     response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nexus_ext.cli.models import ago
-from nexus_ext.cli.remote import bar
+from nexus_ext.cli.remote import bar, url_of
 from nexus_ext.store import Library
 from tests.cli_support import Done, call, run, with_template
 from tests.fake_engine import FakeEngine
@@ -181,3 +181,24 @@ def test_the_example_of_a_configuration_is_printed() -> None:
 def test_times_are_said_in_their_largest_unit() -> None:
     said = [ago(s) for s in (5, 60, 7200, 86400, 3 * 86400)]
     assert said == ["just now", "1 minute ago", "2 hours ago", "1 day ago", "3 days ago"]
+
+
+@pytest.mark.parametrize(
+    ("named", "url"),
+    [
+        ("box", "http://box:11435"),
+        ("box:8080", "http://box:8080"),
+        (":8080", "http://127.0.0.1:8080"),
+        ("[::1]", "http://[::1]:11435"),
+        ("https://box/", "https://box"),
+        ("http://box:1/prefix", "http://box:1/prefix"),
+    ],
+)
+def test_a_server_is_named_as_shortly_as_its_address_allows(named: str, url: str) -> None:
+    assert url_of(named) == url
+
+
+@pytest.mark.parametrize("named", ["box:99999", "box:x", "a box", "ftp://box", "http://"])
+def test_what_is_no_address_of_a_server_is_wrong_usage(named: str) -> None:
+    done = call("ps", "--host", named)
+    assert done.status == 2 and "no http address" in done.err

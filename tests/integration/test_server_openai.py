@@ -279,6 +279,21 @@ def test_forms_of_answers_become_grammars(client: httpx.Client, engine: FakeEngi
     assert "bogus" in wrong(chat(client, response_format=bad))["message"]
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("functions", [{"name": "f", "parameters": {}}]), ("modalities", ["text", "audio"])],
+)
+def test_what_would_change_an_answer_is_not_left_out_silently(
+    client: httpx.Client, key: str, value: Any
+) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+    url = "/v1/chat/completions"
+    error = wrong(client.post(url, json={**body, key: value}))
+    assert error["param"] == key
+    for harmless in (None, [], ["text"][: key == "modalities"]):
+        assert client.post(url, json={**body, "max_tokens": 1, key: harmless}).status_code == 200
+
+
 def test_content_in_parts_is_text_and_images_are_refused(
     client: httpx.Client, engine: FakeEngine
 ) -> None:
