@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nexus_ext.cli.library import MODEL
 from nexus_ext.cli.options import SIZE, PlanOptions, output_options, plan_options
 from nexus_ext.cli.output import Output
 from nexus_ext.units import format_bytes
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @plan_options
 @click.option("--plan", "plan_file", metavar="FILE", help="Use this plan (`nexus plan -o`).")
 @click.option(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from nexus_ext.cli.convert import Meter
+from nexus_ext.cli.library import MODEL
 from nexus_ext.cli.live import Live
 from nexus_ext.cli.options import output_options
 from nexus_ext.cli.output import Output
@@ -15,7 +16,7 @@ _MOST_LINES = 50
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @output_options
 def check(model: str, output: Output) -> int:
     """Read the NXF MODEL from its first to its last byte and report what is damaged.

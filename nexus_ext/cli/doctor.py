@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import click
 
+from nexus_ext.cli.library import MODEL
 from nexus_ext.cli.options import output_options
 from nexus_ext.cli.output import Output
 from nexus_ext.errors import BackendUnavailable
 
 
 @click.command()
-@click.argument("model", required=False)
+@click.argument("model", type=MODEL, required=False)
 @output_options
 def doctor(model: str | None, output: Output) -> int:
     """Check that this installation can work, and with MODEL if one is given.

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import click
 
 from nexus_ext.cli.convert import Meter
+from nexus_ext.cli.library import MODEL
 from nexus_ext.cli.live import Live
 from nexus_ext.cli.options import output_options
 from nexus_ext.cli.output import Output
@@ -14,7 +15,7 @@ from nexus_ext.units import format_bytes
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @click.argument("target")
 @click.option(
     "--tensors",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nexus_ext.cli.library import MODEL
 from nexus_ext.cli.options import output_options
 from nexus_ext.cli.output import Output
 from nexus_ext.units import format_bytes
@@ -19,7 +20,7 @@ _LONGEST_VALUE = 80  # characters of metadata that a line shows; JSON has it all
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--metadata", is_flag=True, help="List every key and value.")
 @output_options

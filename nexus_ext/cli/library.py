@@ -7,11 +7,11 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from nexus_ext.cli.options import Function
+from nexus_ext.cli.options import Function, ParamType
 from nexus_ext.errors import ModelNotFound, UsageError
 
 if TYPE_CHECKING:
@@ -69,3 +69,16 @@ def model_at(text: str, stores: StoreOptions | None = None) -> StoredModel | Non
         raise ModelNotFound(
             f"{text!r} is no file, and {error}", hint=error.hint or "name a file or a model"
         ) from error
+
+
+class ModelPath(ParamType):
+    """The file of a model, which may be given by the name that it has in a store."""
+
+    name = "model"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        stored = model_at(str(value))
+        return str(value) if stored is None else stored.path
+
+
+MODEL: Final = ModelPath()

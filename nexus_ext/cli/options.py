@@ -31,12 +31,12 @@ _KV_TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 if TYPE_CHECKING:
-    _ParamType = click.ParamType[Any]  # generic for the checker, not in every click that runs
+    ParamType = click.ParamType[Any]  # generic for the checker, not in every click that runs
 else:
-    _ParamType = click.ParamType
+    ParamType = click.ParamType
 
 
-class Size(_ParamType):
+class Size(ParamType):
     """A size in bytes, as people write it."""
 
     name = "size"
@@ -47,7 +47,7 @@ class Size(_ParamType):
         return parse_bytes(value, what=param.opts[-1] if param is not None else "the size")
 
 
-class PinType(_ParamType):
+class PinType(ParamType):
     """REGEX=TIER: tensors whose name the expression is found in stay in that memory."""
 
     name = "regex=tier"

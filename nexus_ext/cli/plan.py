@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nexus_ext.cli.library import MODEL
 from nexus_ext.cli.options import PlanOptions, output_options, plan_options, save
 from nexus_ext.cli.output import Output
 from nexus_ext.units import format_bytes
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @plan_options
 @click.option("-o", "--output", "file", metavar="FILE", help="Write the plan, for `run --plan`.")
 @click.option(

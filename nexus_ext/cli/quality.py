@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nexus_ext.cli.library import MODEL
 from nexus_ext.cli.live import Live
 from nexus_ext.cli.options import PlanOptions, output_options, plan_options
 from nexus_ext.cli.output import Output
@@ -19,8 +20,10 @@ DEFAULT_CTX = 512  # tokens: what published perplexities are measured with
 
 
 @click.command()
-@click.argument("model")
-@click.option("--against", metavar="REF", help="The model to compare with, usually in F16.")
+@click.argument("model", type=MODEL)
+@click.option(
+    "--against", type=MODEL, metavar="REF", help="The model to compare with, usually in F16."
+)
 @click.option("-f", "--text", "text_file", metavar="FILE", required=True, help="Text to predict.")
 @click.option(
     "--windows",

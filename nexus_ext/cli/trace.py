@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nexus_ext.cli.library import MODEL
 from nexus_ext.cli.live import Live
 from nexus_ext.cli.options import PlanOptions, output_options, plan_options
 from nexus_ext.cli.output import Output
@@ -30,7 +31,7 @@ DEFAULT_N = 64
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @click.argument("prompt", required=False)
 @click.option("-o", "--output", "file", metavar="FILE", required=True, help="Write the trace here.")
 @click.option(

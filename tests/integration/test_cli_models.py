@@ -11,7 +11,7 @@ import pytest
 from nexus_ext.cli.models import ago
 from nexus_ext.cli.remote import bar, url_of
 from nexus_ext.store import Library
-from tests.cli_support import Done, call, run, with_template
+from tests.cli_support import Done, call, hardware_file, run, with_template
 from tests.fake_engine import FakeEngine
 from tests.models_folder import find_model
 from tests.server_support import MODEL, library_with, live
@@ -69,6 +69,21 @@ def test_create_takes_from_a_name_what_it_is_not_told(model: Path, tmp_path: Pat
     shown = call("show", "mine", "--json").json
     assert shown["parameters"] == {"temperature": 0.5, "stop": ["A", "B"]}
     assert (shown["system"], shown["template"]) == ("S", "{{ messages[0].content }}")
+
+
+def test_a_name_goes_wherever_a_file_does(model: Path, tmp_path: Path) -> None:
+    good(call("create", "mine", model))
+    hardware = hardware_file(tmp_path)
+    for command in (
+        ["inspect", "mine", "--json"],
+        ["plan", "mine", "--hardware", hardware, "--json"],
+        ["export", "mine", tmp_path / "norms.safetensors", "--tensors", "norm", "--json"],
+    ):
+        force = ["--force"] if command[0] == "export" else []
+        by_name = good(call(*command)).json
+        assert by_name == good(call(command[0], model, *command[2:], *force)).json
+        missing = call(command[0], "other", *command[2:])
+        assert missing.status == 1 and "'other' is no file" in missing.out
 
 
 def test_a_copied_model_is_freed_with_its_name(model: Path, store: Path) -> None:
