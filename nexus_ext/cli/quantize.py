@@ -115,8 +115,7 @@ def quantize(
     Examples:
       nexus quantize model-F16.gguf -o model-Q4_K_M.gguf --base q4_k_m --calibrate text.txt
       nexus quantize model-F16.gguf -o model.gguf --base q4_k_m --calibrate text.txt --allocate 4.5
-      nexus quantize model-F16.gguf -o model.gguf --base q3_k_m --calibrate text.txt \\
-        --rounding compensated
+      nexus quantize model-F16.gguf -o q.gguf --base q3_k_m --calibrate t.txt --rounding compensated
       nexus quantize model-F16.gguf -o model.gguf --base q3_k_m --residual
       nexus quantize model-F16.gguf -o model.nxf --base q3_k_m --residual
     """
