@@ -15,14 +15,14 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import click
 
 from nexus_ext._version import __version__
-from nexus_ext.cli.output import Mode, Output
-from nexus_ext.errors import Interrupted, NexusError, UsageError
+from nexus_ext.cli.output import Mode, Output, OutputLost, write
+from nexus_ext.errors import Interrupted, NexusError, UsageError, WriteFailed
 
 INTERRUPTED = Interrupted.exit_status
 BROKEN_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
@@ -127,6 +127,7 @@ class NexusGroup(click.Group):
         **extra: Any,
     ) -> NoReturn:
         """Run a command line and leave the process with its exit status."""
+        _open_missing_streams()
         arguments = list(sys.argv[1:] if args is None else args)
         _complete_for_a_shell(self)
         sys.exit(self._run(arguments))
@@ -141,6 +142,11 @@ class NexusGroup(click.Group):
         except BrokenPipeError:  # also one that writing an error met
             _drop_stdout()
             return BROKEN_PIPE
+        except OutputLost as lost:
+            _drop_stdout()
+            with suppress(OutputLost, BrokenPipeError):
+                write(sys.stderr, f"error: {lost}\n")
+            return WriteFailed.exit_status
 
     def _reported(self, arguments: list[str], output: Output) -> int:
         try:
@@ -159,7 +165,7 @@ class NexusGroup(click.Group):
         except (KeyboardInterrupt, click.Abort):
             output.error(Interrupted("interrupted"))
             return INTERRUPTED
-        except BrokenPipeError:
+        except (BrokenPipeError, OutputLost):
             raise
         except Exception as error:
             _show_traceback(output)
@@ -181,6 +187,22 @@ class NexusGroup(click.Group):
             from nexus_ext.plugins import plugins
 
             plugins().register_commands(self)
+
+
+def _open_missing_streams() -> None:
+    """Give stdin, stdout and stderr a place if this process was started without them.
+
+    Else the next files that are opened, a model among them, would be what libraries print to.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # the lowest that is free, so it gets this number
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            stream = open(number, "r" if name == "stdin" else "w", encoding="utf-8", closefd=False)
+            setattr(sys, name, stream)
 
 
 def _complete_for_a_shell(command: click.Command) -> None:

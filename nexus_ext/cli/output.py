@@ -154,14 +154,26 @@ def visible(text: str) -> str:
     return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
 
+class OutputLost(Exception):
+    """What stdout or stderr goes to takes no more: a disk that is full, for instance."""
+
+
 def write(stream: IO[str], text: str) -> None:
-    """Write at once, whatever encoding the stream has. BrokenPipeError is the caller's."""
+    """Write at once, whatever encoding the stream has. BrokenPipeError is the caller's.
+
+    Raises OutputLost for everything else that the system says.
+    """
     try:
-        stream.write(text)
-    except UnicodeEncodeError:
-        encoding = getattr(stream, "encoding", None) or "ascii"
-        stream.write(text.encode(encoding, "replace").decode(encoding))
-    stream.flush()
+        try:
+            stream.write(text)
+        except UnicodeEncodeError:
+            encoding = getattr(stream, "encoding", None) or "ascii"
+            stream.write(text.encode(encoding, "replace").decode(encoding))
+        stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputLost(f"the output cannot be written: {error.strerror}") from error
 
 
 def is_terminal(stream: IO[str]) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import shlex
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from nexus_ext.cli.output import Output, error_fields, json_text, write
 from nexus_ext.cli.text import TextStream
 from nexus_ext.errors import DoesNotFit, ReadFailed
 from nexus_ext.types import Role
+from tests.cli_support import COMMAND
+from tests.models_folder import find_model
 
 
 @dataclass(frozen=True)
@@ -207,3 +211,29 @@ def test_progress_is_for_terminals_only(
     quiet.status("loading")
     assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
     assert capsys.readouterr().out == "answer"
+
+
+COMMANDS = [
+    ["inspect", str(find_model("stories260K-q4_0.gguf"))],
+    ["inspect", str(find_model("stories260K-q4_0.gguf")), "--json"],
+    ["plugins"],
+]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_full_disk_behind_stdout_is_one_sentence(command: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, *command], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == "error: the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("closed", ["<&- >&-", "<&- >&- 2>&-"])
+def test_a_command_without_streams_does_its_work(command: list[str], closed: str) -> None:
+    line = " ".join(map(shlex.quote, [*COMMAND, *command]))
+    done = subprocess.run(["sh", "-c", f"{line} {closed}"], stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
