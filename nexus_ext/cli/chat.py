@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nexus_ext.cli import accounting
-from nexus_ext.errors import NexusError
+from nexus_ext.errors import NexusError, UsageError
 
 if TYPE_CHECKING:
     from nexus_ext.cli.live import Live
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 HELP = """/clear   forget what was said
 /stats   show what the last answer cost
-/exit    leave (also Ctrl-D)
+/exit    leave (also /bye, Ctrl-D)
 Ctrl-C   end the answer"""
 
 
@@ -60,7 +60,7 @@ def chat(
     output: Output,
     live: Live,
 ) -> int:
-    """Chat until /exit, Ctrl-D or the end of stdin. Returns the exit status."""
+    """Chat until /exit, /bye, Ctrl-D or the end of stdin. Returns the exit status."""
     from nexus_ext.cli.run import answer_live
 
     grammar = choosing.grammar(session)
@@ -72,7 +72,7 @@ def chat(
     turn = 0
     while True:
         text, first = (first, None) if first is not None else (_ask(output), None)
-        if text is None or text.strip() == "/exit":
+        if text is None or text.strip() in ("/exit", "/bye"):
             return 0
         if text.strip().startswith("/"):
             last = _command(text.strip(), conversation, last, output)
@@ -86,6 +86,8 @@ def chat(
             # The model is still there: a failed read or a full context ends one answer only.
             live.end_line()
             output.error(error)
+            if last is not None and isinstance(error, UsageError):
+                output.note("What was said before counts as well: /clear forgets it.")
             continue
         live.text("\n")
         conversation.keep(text, tokens, answer)

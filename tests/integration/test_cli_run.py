@@ -193,6 +193,16 @@ def test_an_error_ends_an_answer_and_not_the_chat(options: list[str]) -> None:
     long = PROMPT * 20
     done = answer(options, "-i", "-n", "4", "-c", "64", stdin=f"{long}\n{PROMPT}\n")
     assert done.status == 0 and "--ctx" in done.err and done.out.startswith(",")
+    assert "/clear forgets" not in done.err, "nothing was said before"
+
+
+def test_a_chat_that_has_filled_its_context_goes_on_when_it_is_cleared(options: list[str]) -> None:
+    lines = [*[PROMPT] * 8, "/clear", PROMPT, "/bye", "never said"]
+    done = answer(options, "-i", "-n", "4", "-c", "32", stdin="\n".join(lines))
+    assert done.status == 0 and "--ctx" in done.err and "/clear forgets it" in done.err
+    answers = done.out.splitlines()
+    assert 1 < len(answers) < 10, "some did not fit, and nothing is said after /bye"
+    assert answers[-1] == answers[0] and done.err.rstrip().endswith("Forgotten.")
 
 
 def test_a_chat_has_no_json(options: list[str]) -> None:
