@@ -36,13 +36,16 @@ Tick = Callable[[str, int, int], None]
 
 PRODUCTS_NBYTES: Final = 1 << 30  # of sums of products that are held at once
 _SLAB = 1 << 22  # weights that are rounded at once, by each thread
+_FEWEST_ROWS = 512  # of a slab: with fewer, numpy's calls cost more than what they compute
 _PLAIN = ("F32", "F16", "BF16")
 
 
-def encode(kind: GgmlType, rows: Floats, order: Feedback) -> bytes:
+def encode(kind: GgmlType, rows: Floats, known: Feedback) -> bytes:
     """Quantize `rows` (n_rows, n) with compensation, to the bytes that `tensor_codec` makes.
 
-    `kind` must be one of `block_codes`. Scales are ggml's own, of what is left to be rounded.
+    `kind` must be one of `block_codes`, and `known` for blocks of its size. Scales are ggml's own,
+    of what is left to be rounded: weighed by what an error costs when later columns adapt, or by
+    the squares of the inputs, whichever suits a row.
     """
     n_rows, n = rows.shape
     width, codes_of = kind.block_elements, block_codes()[kind.name]
@@ -50,25 +53,33 @@ def encode(kind: GgmlType, rows: Floats, order: Feedback) -> bytes:
     ascending = values.argsort()
     to_code, rank = ascending.astype(np.uint8), ascending.argsort().astype(np.uint8)
     levels = values[ascending]
+    importance = np.empty((2, n), np.float32)
+    importance[:, known.order] = known.remaining, known.products.diagonal()
+    proposed: dict[int, list[Bytes]] = {}
     out = np.empty((n_rows, n // width, kind.block_nbytes), np.uint8)
 
-    def grid(begin: int, targets: Floats) -> Grid:
-        columns = slice(begin, begin + width)
-        data = tensor_codec.encode(kind, targets.T, order.remaining[columns])
-        blocks = np.frombuffer(data, np.uint8).reshape(n_rows, kind.block_nbytes)
-        out[:, begin // width] = blocks
+    def grid(blocks: Bytes) -> Grid:
         lowest, highest = (_at(kind, blocks, int(to_code[i])) for i in (0, -1))
         step = (highest - lowest) / (levels[-1] - levels[0])
         base = lowest - step * levels[0]
-        nearest = rank[codes_of.take(blocks)]
-        return Grid(np.ascontiguousarray(base.T), np.ascontiguousarray(step.T), nearest.T)
+        return Grid(base.T, step.T, rank[codes_of.take(blocks)].T)
 
-    def put(begin: int, codes: Codes) -> None:
-        blocks = np.ascontiguousarray(out[:, begin // width])
+    def propose(begin: int, targets: Floats) -> list[Grid]:
+        there = np.ascontiguousarray(targets.T)
+        proposed[begin] = [
+            np.frombuffer(
+                tensor_codec.encode(kind, there, weights[begin : begin + width]), np.uint8
+            ).reshape(n_rows, kind.block_nbytes)
+            for weights in importance
+        ]
+        return [grid(blocks) for blocks in proposed[begin]]
+
+    def put(begin: int, pick: npt.NDArray[np.intp], codes: Codes) -> None:
+        blocks = np.stack(proposed.pop(begin))[pick, np.arange(n_rows)]
         codes_of.put(blocks, to_code[codes.T])
         out[:, begin // width] = blocks
 
-    rounded(np.ascontiguousarray(rows.T), order, width, levels, grid, put)
+    rounded(np.ascontiguousarray(rows.T), known, width, levels, propose, put)
     return out.tobytes()
 
 
@@ -121,7 +132,8 @@ def compensate(
     passes = _passes(list(groups.values()), products_nbytes)
     n = sum(len(tensors) for tensors in groups.values())
     done: list[str] = []
-    with open(path, "r+b") as file, ThreadPoolExecutor(n_threads or os.cpu_count() or 1) as pool:
+    n_threads = n_threads or os.cpu_count() or 1
+    with open(path, "r+b") as file, ThreadPoolExecutor(n_threads) as pool:
         for number, parts in enumerate(passes):
             what = f"products of channels, pass {number + 1} of {len(passes)}"
             products = collect_products(
@@ -136,10 +148,13 @@ def compensate(
             )
             for i, (inputs, tensors) in enumerate(parts):
                 for matrix in range(inputs.first, inputs.last):
-                    order = feedback(products[i][matrix - inputs.first])
+                    known: dict[int, Feedback] = {}
                     for tensor in tensors:
                         tick("rounding", len(done), n)
-                        _write(file, pool, exact, tensor, matrix, order)
+                        width = kind_of(tensor).block_elements
+                        if width not in known:
+                            known[width] = feedback(products[i][matrix - inputs.first], width)
+                        _write(file, pool, exact, tensor, matrix, known[width], n_threads)
                 products[i] = np.zeros(0, np.float32)  # its memory is free again
                 done += [t.name for t in tensors if inputs.last == _matrices(t)]
     return Compensated(tuple(done), left, len(passes))
@@ -196,17 +211,18 @@ def _write(
     exact: Weights,
     tensor: TensorInfo,
     matrix: int,
-    order: Feedback,
+    known: Feedback,
+    n_threads: int,
 ) -> None:
     """Round one matrix of a tensor in slabs of rows, which do not depend on one another."""
     kind, original = kind_of(tensor), exact.tensors[tensor.name]
     n_rows = tensor.n_rows // _matrices(tensor)
-    step = max(1, min(_SLAB // tensor.shape[0], -(-n_rows // pool._max_workers)))
+    step = max(_FEWEST_ROWS, min(_SLAB // tensor.shape[0], -(-n_rows // n_threads)))
 
     def slab(begin: int) -> bytes:
         first = matrix * n_rows + begin
         rows = exact.rows(original, slice(first, first + min(step, n_rows - begin)))
-        return encode(kind, rows, order)
+        return encode(kind, rows, known)
 
     file.seek(tensor.offset + matrix * n_rows * tensor.row_nbytes)
     for data in pool.map(slab, range(0, n_rows, step)):
