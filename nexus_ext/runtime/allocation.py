@@ -136,7 +136,9 @@ def measure(
             raise UsageError(
                 f"{tensor.name} has rows of {tensor.shape[0]} weights, which none of "
                 f"{', '.join(types)} can pack",
-                hint="add Q8_0 to the types",
+                hint="leave --allocate out: what cannot be packed stays in F16 then"
+                if "Q8_0" in types
+                else "add Q8_0 to the types",
             )
         return found
 

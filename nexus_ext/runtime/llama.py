@@ -272,9 +272,11 @@ class Llama(llama_cpp.Llama):
             if model is not None:
                 plugin_kernels.attach(model, catalog, claimed, kernels)
             extra = model is None and amx_works() is not False
+            # Without us llama.cpp opens a split model by its first part only.
+            first = path if model is not None else catalog.files[0].path
             with loads(model, extra_buffers=extra), interrupts_kept():
                 try:
-                    super().__init__(path, n_gpu_layers=layers, **arguments)
+                    super().__init__(first, n_gpu_layers=layers, **arguments)
                 except ValueError as error:
                     raise _load_error(path, model, error) from error
             adapter: Any = self._lora_adapter

@@ -173,7 +173,7 @@ def quantize(
     ) as file:
         with tempfile.TemporaryDirectory(prefix="nexus-") as directory:
             job = QuantizeJob(
-                source=os.path.abspath(source),
+                source=os.path.abspath(catalog.files[0].path),  # of a split model the first part
                 target=os.path.abspath(file.part_path),
                 file_type=name,
                 types=numbers,
@@ -202,7 +202,7 @@ def planned_types(source: str | os.PathLike[str], base: str) -> dict[str, str]:
     name = base_name(base)
     with tempfile.TemporaryDirectory(prefix="nexus-") as directory:
         job = QuantizeJob(
-            source=os.path.abspath(source),
+            source=os.path.abspath(open_gguf(source).files[0].path),
             target=os.path.join(directory, "none.gguf"),
             file_type=name,
             types={},

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from nexus_ext.formats.new_file import check_space
 from nexus_ext.quality.importance import ImportanceMatrix
 from nexus_ext.runtime import tensor_codec
 from nexus_ext.runtime.quality import record_reference, scores_against
+from nexus_ext.runtime.scratch import scratch_directory
 from nexus_ext.runtime.stock import stock_llama
 from nexus_ext.runtime.weights import Weights
 from nexus_ext.types import TensorInfo
@@ -128,7 +128,7 @@ class ModelCopy:
     def __init__(self, weights: Weights, directory: str | None, n_ctx: int, n_threads: int) -> None:
         [source] = weights.catalog.files
         self._weights = weights
-        self._directory = tempfile.TemporaryDirectory(prefix="nexus-quality-", dir=directory)
+        self._directory = scratch_directory("nexus-quality-", directory)
         try:
             check_space(self._directory.name, source.nbytes)
             path = Path(self._directory.name) / "model.gguf"

@@ -12,6 +12,7 @@ from nexus_ext.formats import open_model
 from nexus_ext.runtime.amx import amx_works
 from nexus_ext.runtime.loading import loads
 from nexus_ext.runtime.manifest import manifest_text
+from nexus_ext.types import Catalog
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +29,19 @@ def stock_llama(path: str, *, repack: bool = False, **arguments: Any) -> Any:
 
     By default llama.cpp may repack weights for the CPU at hand, and products of repacked weights
     round differently: `repack` lets it, where that works. Everything else is as the user would get
-    it. An NXF, which llama.cpp cannot open, is decoded into its buffers.
+    it. An NXF, which llama.cpp cannot open, is decoded into its buffers. Of a split model `path`
+    may be any part.
     """
     import llama_cpp
 
     extra_buffers = repack and amx_works() is not False
-    with _decoded(path) as model, loads(model, extra_buffers=extra_buffers, paged=False):
-        return llama_cpp.Llama(path, **arguments)
+    catalog = open_model(path)
+    with _decoded(catalog) as model, loads(model, extra_buffers=extra_buffers, paged=False):
+        return llama_cpp.Llama(path if model is not None else catalog.files[0].path, **arguments)
 
 
 @contextlib.contextmanager
-def _decoded(path: str) -> Iterator[core.Model | None]:
-    catalog = open_model(path)
+def _decoded(catalog: Catalog) -> Iterator[core.Model | None]:
     if catalog.container == "gguf":
         yield None
         return

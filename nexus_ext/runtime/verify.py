@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from nexus_ext.hardware import HardwareProfile
 from nexus_ext.placement import Plan, PlanRequest
 from nexus_ext.runtime.interrupts import cleaned_up_when_ended
 from nexus_ext.runtime.planning import Planned, hardware_profile, plan_model
+from nexus_ext.runtime.scratch import scratch_directory
 from nexus_ext.runtime.worker import Job, run_worker, session_of
 from nexus_ext.units import format_bytes
 
@@ -188,7 +188,7 @@ def verify_model(
             f"of {session.n_ctx}",
             hint="give a larger --ctx, or fewer tokens",
         )
-    with tempfile.TemporaryDirectory(prefix="nexus-verify-", dir=scratch_dir) as directory:
+    with scratch_directory("nexus-verify-", scratch_dir) as directory:
         _check_space(directory, planned, n_prompt if prompt is None else len(prompt), n_decode)
         files = [str(Path(directory, name)) for name in ("reference", "streamed")]
         job = Job(path, "stock", session, prompt, n_prompt, n_decode, logits=files[0])

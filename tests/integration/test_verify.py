@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 
+from nexus_ext import Llama
 from nexus_ext.errors import UsageError
 from nexus_ext.formats import open_gguf
 from nexus_ext.placement import PlanRequest
 from nexus_ext.runtime import verify
+from nexus_ext.runtime.quantize import planned_types, quantize
 from nexus_ext.runtime.verify import Verification, plan_to_verify, verify_model
 from nexus_ext.runtime.worker import Job, run_worker
-from nexus_ext.testing.synthetic import MoeDims, write_moe
+from nexus_ext.testing.synthetic import MoeDims, write_llama, write_moe
 from tests.cli_support import COMMAND, hardware_file
 from tests.models_folder import find_model
 
@@ -114,3 +116,26 @@ def test_a_signal_that_ends_it_leaves_no_worker_and_no_file(tmp_path: Path, numb
     assert child.returncode == -number and workers
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     assert list(scratch.iterdir()) == []
+
+
+def test_any_part_of_a_split_model_names_it(tmp_path: Path) -> None:
+    """Paged, and by llama.cpp alone, which opens a model by its first part only."""
+    parts = write_llama(
+        tmp_path / "m.gguf", n_layers=2, n_embd=256, n_ff=512, n_heads=4, n_heads_kv=2,
+        n_vocab=512, quant="F16", split=3,
+    )  # fmt: skip
+    request = replace(REQUEST, weights_bytes=open_gguf(parts[0]).nbytes * 3 // 4)
+    assert check(parts[1], request).identical
+    whole = Llama(parts[2], ram="2G", n_ctx=64, verbose=False)
+    assert not whole.nexus.active and whole.n_ctx() >= 64
+    whole.close()
+    made = quantize(parts[1], tmp_path / "q8.gguf", "q8_0")
+    assert set(made.tensor_types.values()) == {"Q8_0", "F32"}
+    assert planned_types(parts[2], "q8_0").keys() < made.tensor_types.keys()
+
+
+@pytest.mark.parametrize("place", ["nowhere", "file"])
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=f"{place}': No"):
+        check(find_model("stories260K-q4_0.gguf"), scratch_dir=str(tmp_path / place))
