@@ -13,7 +13,6 @@ from typing import Any
 import llama_cpp.llama_cpp as bindings
 
 from nexus_ext import core
-from nexus_ext.errors import FormatError
 from nexus_ext.placement.plan import ExpertCache
 from nexus_ext.runtime import backend, ggml
 from nexus_ext.runtime.blueprint import Blueprint
@@ -21,6 +20,7 @@ from nexus_ext.runtime.loading import load_paged
 from nexus_ext.runtime.manifest import manifest_text
 from nexus_ext.runtime.paged import PagedModel
 from nexus_ext.runtime.popularity import wanted
+from nexus_ext.runtime.reasons import load_failed, reasons_heard
 from nexus_ext.runtime.vocabulary import Vocabulary
 
 
@@ -66,13 +66,11 @@ class ElasticModel:
             if plan.gpu.n_layers and ggml.gpus():
                 params.main_gpu = plan.options.gpu
                 params.split_mode = bindings.LLAMA_SPLIT_MODE_NONE
-            self.pointer = load_paged(self.core, params)
+            with reasons_heard() as reasons:
+                self.pointer = load_paged(self.core, params)
             if not self.pointer:
                 named = self.core.take_error("loading the model")
-                raise named or FormatError(
-                    f"llama.cpp cannot load {plan.path}",
-                    hint="`nexus run` shows what it says; a newer llama-cpp-python may know it",
-                )
+                raise named or load_failed(plan.path, reasons, "it does not say why")
             self.core.finish_load()
             self.vocabulary = Vocabulary(self.pointer)
             if plan.residuals is not None:

@@ -20,7 +20,7 @@ import llama_cpp
 import llama_cpp.llama_cpp as bindings
 
 from nexus_ext import core
-from nexus_ext.errors import FormatError, Interrupted, ModelClosed, NexusError, UsageError
+from nexus_ext.errors import FormatError, Interrupted, ModelClosed, UsageError
 from nexus_ext.formats.residuals import holds_residuals, read_residuals
 from nexus_ext.placement import Pin, Plan, PlanRequest
 from nexus_ext.plugins import plugins
@@ -35,6 +35,7 @@ from nexus_ext.runtime.paged import PagedModel
 from nexus_ext.runtime.pinning import pin_threads
 from nexus_ext.runtime.planning import Planned
 from nexus_ext.runtime.popularity import WarmStart, wanted
+from nexus_ext.runtime.reasons import load_failed, reasons_heard
 from nexus_ext.runtime.residual import Residuals, plan_with_room
 from nexus_ext.runtime.stats import RunStats
 from nexus_ext.runtime.watching import RequestWatch, RouterWatch, watch_routers
@@ -274,11 +275,12 @@ class Llama(llama_cpp.Llama):
             extra = model is None and amx_works() is not False
             # Without us llama.cpp opens a split model by its first part only.
             first = path if model is not None else catalog.files[0].path
-            with loads(model, extra_buffers=extra), interrupts_kept():
+            with loads(model, extra_buffers=extra), interrupts_kept(), reasons_heard() as reasons:
                 try:
                     super().__init__(first, n_gpu_layers=layers, **arguments)
                 except ValueError as error:
-                    raise _load_error(path, model, error) from error
+                    named = model.take_error("loading the model") if model else None
+                    raise named or load_failed(path, reasons, str(error)) from error
             adapter: Any = self._lora_adapter
             if adapter is not None and not adapter:
                 # A null pointer, which llama-cpp-python takes for an adapter.
@@ -402,11 +404,3 @@ def _interruption() -> BaseException:
     if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         return KeyboardInterrupt()
     return Interrupted("the computation was interrupted")
-
-
-def _load_error(path: str, model: core.Model | None, error: ValueError) -> NexusError:
-    named = model.take_error("loading the model") if model else None
-    return named or FormatError(
-        f"llama.cpp cannot load {path}: {error}",
-        hint="verbose=True shows what it says; the model may need a newer llama-cpp-python",
-    )

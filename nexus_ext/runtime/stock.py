@@ -12,6 +12,7 @@ from nexus_ext.formats import open_model
 from nexus_ext.runtime.amx import amx_works
 from nexus_ext.runtime.loading import loads
 from nexus_ext.runtime.manifest import manifest_text
+from nexus_ext.runtime.reasons import load_failed, reasons_heard
 from nexus_ext.types import Catalog
 
 
@@ -30,14 +31,22 @@ def stock_llama(path: str, *, repack: bool = False, **arguments: Any) -> Any:
     By default llama.cpp may repack weights for the CPU at hand, and products of repacked weights
     round differently: `repack` lets it, where that works. Everything else is as the user would get
     it. An NXF, which llama.cpp cannot open, is decoded into its buffers. Of a split model `path`
-    may be any part.
+    may be any part. Raises FormatError for what llama.cpp cannot load.
     """
     import llama_cpp
 
     extra_buffers = repack and amx_works() is not False
     catalog = open_model(path)
-    with _decoded(catalog) as model, loads(model, extra_buffers=extra_buffers, paged=False):
-        return llama_cpp.Llama(path if model is not None else catalog.files[0].path, **arguments)
+    with (
+        _decoded(catalog) as model,
+        loads(model, extra_buffers=extra_buffers, paged=False),
+        reasons_heard() as reasons,
+    ):
+        first = path if model is not None else catalog.files[0].path
+        try:
+            return llama_cpp.Llama(first, **arguments)
+        except ValueError as error:
+            raise load_failed(path, reasons, str(error)) from error
 
 
 @contextlib.contextmanager

@@ -11,10 +11,11 @@ from typing import Any
 import llama_cpp.llama_cpp as bindings
 
 from nexus_ext import core
-from nexus_ext.errors import FormatError, UsageError
+from nexus_ext.errors import UsageError
 from nexus_ext.runtime import backend
 from nexus_ext.runtime.loading import load_paged
 from nexus_ext.runtime.manifest import manifest_text
+from nexus_ext.runtime.reasons import load_failed, reasons_heard
 from nexus_ext.types import Catalog
 
 
@@ -121,12 +122,10 @@ class OwnVocabulary(Vocabulary):
             params = bindings.llama_model_default_params()
             params.vocab_only = True
             params.n_gpu_layers = 0
+            reasons = stack.enter_context(reasons_heard())
             self._model: Any = load_paged(model, params)
         if not self._model:
-            raise FormatError(
-                f"llama.cpp cannot read the vocabulary of {catalog.files[0].path}",
-                hint="a newer llama-cpp-python may know it",
-            )
+            raise load_failed(catalog.files[0].path, reasons, "its vocabulary cannot be read")
         super().__init__(self._model)
 
     def __del__(self) -> None:

@@ -14,10 +14,14 @@ import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp import _internals
+from llama_cpp import llama_cpp as bindings
 
 from nexus_ext import Llama, Plan
 from nexus_ext.errors import FormatError, Interrupted, UsageError
+from nexus_ext.formats import open_gguf
 from nexus_ext.plugins import plugins
+from nexus_ext.runtime.stock import stock_llama
+from nexus_ext.runtime.vocabulary import OwnVocabulary
 from tests.integration.streaming import logits, paged, prompt, stock
 from tests.models_folder import find_model
 
@@ -87,6 +91,45 @@ def test_what_means_nothing_is_refused_before_llama_cpp_sees_it(
 def test_an_adapter_that_cannot_be_loaded_is_refused(path: Path, weights: str | None) -> None:
     with pytest.raises(FormatError, match=r"nowhere\.gguf as a LoRA adapter"):
         Llama(path, weights=weights, verbose=False, lora_path="nowhere.gguf", **ARGUMENTS)
+
+
+def unknown_model(path: Path, target: Path) -> Path:
+    """Write a copy that is of an architecture which there is not."""
+    data = path.read_bytes()
+    start = open_gguf(path).tensors[0].offset
+    target.write_bytes(data[:start].replace(b"llama", b"zorgl") + data[start:])
+    return target
+
+
+@pytest.mark.parametrize("weights", ["1500K", None])
+def test_what_llama_cpp_says_of_a_model_that_it_cannot_load_is_told(
+    path: Path, tmp_path: Path, weights: str | None
+) -> None:
+    heard: list[bytes] = []
+
+    @bindings.llama_log_callback
+    def mine(level: int, text: bytes, data: Any) -> None:
+        heard.append(text)
+
+    before, data = bindings.llama_log_callback(), ctypes.c_void_p()
+    bindings.llama_log_get(ctypes.byref(before), ctypes.byref(data))
+    model = unknown_model(path, tmp_path / "m.gguf")
+    try:
+        bindings.llama_log_set(mine, ctypes.c_void_p())
+        with pytest.raises(FormatError, match=r"m\.gguf: unknown model architecture: 'zorgl'"):
+            Llama(model, weights=weights, verbose=False, **ARGUMENTS)
+        # Who listens besides hears all of it, and is there afterwards.
+        assert any(b"zorgl" in text for text in heard)
+        now = bindings.llama_log_callback()
+        bindings.llama_log_get(ctypes.byref(now), ctypes.byref(data))
+        address = ctypes.cast(now, ctypes.c_void_p).value
+        assert address == ctypes.cast(mine, ctypes.c_void_p).value
+    finally:
+        bindings.llama_log_set(before, ctypes.c_void_p())
+    with pytest.raises(FormatError, match="unknown model architecture"):
+        stock_llama(str(model), **{**ARGUMENTS, "verbose": False})
+    with pytest.raises(FormatError, match="unknown model architecture"):
+        OwnVocabulary(open_gguf(model))
 
 
 def test_sampled_completions_are_the_same(path: Path) -> None:
