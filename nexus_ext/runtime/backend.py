@@ -105,8 +105,3 @@ def quiet_llama_log() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def silence_llama_log() -> None:
-    """Let llama.cpp log errors only, for good: where several threads run models."""
-    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)

@@ -14,13 +14,13 @@ import llama_cpp.llama_cpp as bindings
 
 from nexus_ext import core
 from nexus_ext.placement.plan import ExpertCache
-from nexus_ext.runtime import backend, ggml
+from nexus_ext.runtime import ggml
 from nexus_ext.runtime.blueprint import Blueprint
+from nexus_ext.runtime.llama_log import load_failed, reasons_heard, silence_llama_log
 from nexus_ext.runtime.loading import load_paged
 from nexus_ext.runtime.manifest import manifest_text
 from nexus_ext.runtime.paged import PagedModel
 from nexus_ext.runtime.popularity import wanted
-from nexus_ext.runtime.reasons import load_failed, reasons_heard
 from nexus_ext.runtime.vocabulary import Vocabulary
 
 
@@ -59,7 +59,7 @@ class ElasticModel:
         try:
             for group in range(len(plan.caches)):
                 self.core.resize_cache(group, 0)
-            backend.silence_llama_log()
+            silence_llama_log()
             bindings.llama_backend_init()
             params = bindings.llama_model_default_params()
             params.n_gpu_layers = plan.gpu.n_layers

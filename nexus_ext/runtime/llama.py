@@ -28,6 +28,7 @@ from nexus_ext.policies import ModelInfo
 from nexus_ext.runtime import plugin_kernels
 from nexus_ext.runtime.amx import amx_works
 from nexus_ext.runtime.interrupts import interrupts_kept
+from nexus_ext.runtime.llama_log import load_failed, reasons_heard
 from nexus_ext.runtime.loading import loads
 from nexus_ext.runtime.manifest import manifest
 from nexus_ext.runtime.own_kernels import in_reach, own_types, usable_mode
@@ -35,7 +36,6 @@ from nexus_ext.runtime.paged import PagedModel
 from nexus_ext.runtime.pinning import pin_threads
 from nexus_ext.runtime.planning import Planned
 from nexus_ext.runtime.popularity import WarmStart, wanted
-from nexus_ext.runtime.reasons import load_failed, reasons_heard
 from nexus_ext.runtime.residual import Residuals, plan_with_room
 from nexus_ext.runtime.stats import RunStats
 from nexus_ext.runtime.watching import RequestWatch, RouterWatch, watch_routers

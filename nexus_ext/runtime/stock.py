@@ -10,9 +10,9 @@ from typing import Any
 from nexus_ext import core
 from nexus_ext.formats import open_model
 from nexus_ext.runtime.amx import amx_works
+from nexus_ext.runtime.llama_log import load_failed, reasons_heard
 from nexus_ext.runtime.loading import loads
 from nexus_ext.runtime.manifest import manifest_text
-from nexus_ext.runtime.reasons import load_failed, reasons_heard
 from nexus_ext.types import Catalog
 
 

@@ -13,9 +13,9 @@ import llama_cpp.llama_cpp as bindings
 from nexus_ext import core
 from nexus_ext.errors import UsageError
 from nexus_ext.runtime import backend
+from nexus_ext.runtime.llama_log import load_failed, reasons_heard, silence_llama_log
 from nexus_ext.runtime.loading import load_paged
 from nexus_ext.runtime.manifest import manifest_text
-from nexus_ext.runtime.reasons import load_failed, reasons_heard
 from nexus_ext.types import Catalog
 
 
@@ -117,7 +117,7 @@ class OwnVocabulary(Vocabulary):
                 manifest_text(catalog, tiers, _NoAreas(), "direct", ()), catalog.header
             )
             stack.callback(model.release)
-            backend.silence_llama_log()
+            silence_llama_log()
             bindings.llama_backend_init()
             params = bindings.llama_model_default_params()
             params.vocab_only = True

@@ -7,7 +7,7 @@ from pathlib import Path
 import llama_cpp.llama_cpp as bindings
 import numpy as np
 
-from nexus_ext.runtime import backend
+from nexus_ext.runtime.llama_log import silence_llama_log
 
 
 class Alone:
@@ -16,7 +16,7 @@ class Alone:
     def __init__(
         self, path: str | Path, n_ctx: int = 512, n_ubatch: int = 64, n_threads: int = 2
     ) -> None:
-        backend.silence_llama_log()
+        silence_llama_log()
         self._n_ubatch = n_ubatch
         params = bindings.llama_model_default_params()
         params.use_extra_bufts, params.n_gpu_layers = False, 0
