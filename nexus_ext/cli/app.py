@@ -281,8 +281,8 @@ def _drop_stdout() -> None:
 @click.group(
     cls=NexusGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Sizes are written 4G, 512M or 1.5GiB and are binary. Every command takes --help, "
-    "--json, --quiet and --debug.",
+    epilog="MODEL is a file, or a name of `nexus list`. Sizes are written 4G, 512M or 1.5GiB and "
+    "are binary. Every command takes --help, --json, --quiet and --debug.",
 )
 @click.version_option(__version__, prog_name="nexus")
 def cli() -> None:

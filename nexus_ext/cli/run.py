@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -105,6 +106,9 @@ def run(
     if stored is not None:
         choosing = choosing.with_parameters(stored.parameters)
         system = system if system is not None else stored.system
+        n_ctx = stored.parameters.get("num_ctx")
+        if planning.n_ctx is None and isinstance(n_ctx, int):
+            planning = replace(planning, n_ctx=n_ctx)
     path = model if stored is None else stored.path
     residual = (residual_file, residual_share)
     opened = open_session(

@@ -127,12 +127,14 @@ def test_run_takes_a_name_with_all_it_brings_along(model: Path, tmp_path: Path) 
     (tmp_path / "t.jinja").write_text(template)
     good(
         call("create", "tale", model, "--template", tmp_path / "t.jinja", "--system", "Once upon",
-             "-p", "temperature=0", "-p", "num_predict=6")
+             "-p", "temperature=0", "-p", "num_predict=6", "-p", "num_ctx=96")
     )  # fmt: skip
     by_name = good(run("run", "tale", "a time", "--json", "-c", "64")).out
     given = ("--temp", "0", "-n", "6", "--system", "Once upon")
     by_path = good(run("run", in_file, "a time", "--json", "-c", "64", *given)).out
     assert json.loads(by_name)["text"] == json.loads(by_path)["text"] != ""
+    assert json.loads(by_name)["n_ctx"] == 64
+    assert json.loads(good(run("run", "tale", "a time", "--json")).out)["n_ctx"] == 96
     longer = good(run("run", "tale", "a time", "--json", "-c", "64", "-n", "9")).out
     assert json.loads(longer)["accounting"]["tokens"] == 9
 
