@@ -64,10 +64,10 @@ def serve(
     *,
     ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; running requests get `shutdown_s` to end. Closes the engine.
+    """Serve until SIGTERM, SIGINT or SIGHUP; running requests get `shutdown_s` to end.
 
-    `make_engine` is called inside of the event loop, `ready` with the address once connections
-    are taken.
+    Closes the engine. `make_engine` is called inside of the event loop, `ready` with the address
+    once connections are taken.
     """
     server = config.server
     with bind(server.host, server.port, server.send_timeout_s) as listening:
@@ -119,7 +119,9 @@ class _Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        signals = (signal.SIGINT, signal.SIGTERM)
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # else it was started with nohup
+            signals.append(signal.SIGHUP)
         before = {number: signal.signal(number, self.handle_exit) for number in signals}
         try:
             yield

@@ -331,6 +331,8 @@ def refuses_connections(url: str) -> bool:
         httpx.get(url, trust_env=False)
     except httpx.ConnectError:
         return True
+    except httpx.HTTPError:  # it was taken, and not answered any more
+        return False
     return False
 
 
@@ -338,6 +340,7 @@ def refuses_connections(url: str) -> bool:
     ("n", "shutdown", "signals", "finishes"),
     [
         (20, 10, [signal.SIGTERM], True),
+        (20, 10, [signal.SIGHUP], True),
         (10_000, 1, [signal.SIGTERM], False),
         (10_000, 60, [signal.SIGINT, signal.SIGINT], False),
     ],
