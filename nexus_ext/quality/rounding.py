@@ -31,9 +31,10 @@ Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]
 T = TypeVar("T", bound=np.generic)
 
-# Of the mean of H's diagonal, added to all of it. More than GPTQ's 0.01: with ten thousand tokens
-# and not a quarter of a million, less of what channels seem to have in common is to be relied on.
-DAMPING = 0.1
+# What is added to the diagonal of H: a share of itself, since not all that channels had in common
+# in a short text is to be relied on; and GPTQ's share of its mean, for channels hardly seen.
+SHRINKAGE = 0.1
+DAMPING = 0.01
 SWEEPS = 2
 _TOGETHER = 32  # columns whose errors move the columns behind them in one product
 
@@ -48,7 +49,7 @@ class Feedback:
     remaining: Floats  # (n_in,): R_jj^2, what an error in column j costs when all later ones adapt
 
 
-def feedback(gram: Floats, n_block: int, damping: float = DAMPING) -> Feedback:
+def feedback(gram: Floats, n_block: int) -> Feedback:
     """Return the feedback for inputs with these sums of products, shape (n_in, n_in).
 
     Inputs that were never seen count alike, and as little as damping is. Takes 30 n_in^2 bytes
@@ -60,7 +61,7 @@ def feedback(gram: Floats, n_block: int, damping: float = DAMPING) -> Feedback:
     inside = np.argsort(-blocks, axis=1, kind="stable")
     order = (first[:, None] * n_block + inside[first]).ravel()
     h = gram[np.ix_(order, order)].astype(np.float64)
-    h[np.diag_indices_from(h)] += damping * (float(diagonal.mean()) or 1.0)
+    h[np.diag_indices_from(h)] += SHRINKAGE * diagonal[order] + DAMPING * (diagonal.mean() or 1.0)
     r = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
     scale = r.diagonal().copy()
     weights = np.triu(r / scale, 1).astype(np.float32)

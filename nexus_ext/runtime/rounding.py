@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 Tick = Callable[[str, int, int], None]
 
-PRODUCTS_NBYTES: Final = 1 << 30  # of sums of products that are held at once
+FEWEST_NBYTES: Final = 256 << 20  # of sums of products that are held at once, however tight it is
 _SLAB = 1 << 22  # weights that are rounded at once, by each thread
 _FEWEST_ROWS = 512  # of a slab: with fewer, numpy's calls cost more than what they compute
 _PLAIN = ("F32", "F16", "BF16")
@@ -110,13 +110,15 @@ def compensate(
     n_ctx: int,
     most: int | None = None,
     n_threads: int = 0,
-    products_nbytes: int = PRODUCTS_NBYTES,
+    products_nbytes: int | None = None,
     tick: Tick = lambda what, done, total: None,
 ) -> Compensated:
     """Round the tensors of `path`, a GGUF that was made of `source`, with compensation.
 
-    `planned` and `request` are how `source` is run; `imatrix` is of the same text. Changes `path`
-    in place. Raises UsageError when the text is too short, and what a run may raise.
+    `planned` and `request` are how `source` is run; `imatrix` is of the same text. Holds sums of
+    products of at most `products_nbytes` (half of what the plan leaves free) or those of a single
+    matrix; factoring the products of n channels takes another 30 n^2 bytes. Changes `path` in
+    place. Raises UsageError when the text is too short, and what a run may raise.
     """
     exact, catalog = Weights(open_gguf(source)), open_gguf(path)
     left: dict[str, str] = {}
@@ -129,6 +131,8 @@ def compensate(
             left[tensor.name] = reason
         else:
             groups.setdefault(_input_of(tensor, imatrix), []).append(tensor)
+    if products_nbytes is None:
+        products_nbytes = max(FEWEST_NBYTES, planned.plan.breakdown["free"] // 2)
     passes = _passes(list(groups.values()), products_nbytes)
     n = sum(len(tensors) for tensors in groups.values())
     done: list[str] = []
@@ -165,7 +169,7 @@ def _reason(tensor: TensorInfo, imatrix: ImportanceMatrix) -> str:
     if tensor.type_name not in block_codes():
         return f"{tensor.type_name} has codes for several weights at once"
     if tensor.name not in imatrix.entries:
-        return "nothing is multiplied by it"
+        return "no input of it was seen"
     if tensor.role is Role.TOKEN_EMBEDDING:
         return "its rows are also taken as they are"
     return ""

@@ -12,63 +12,27 @@ windows, and what one window is harder than another cancels. The interval is tha
 windows (1.96 standard errors); one that holds 0 says that this text cannot tell the two apart.
 Windows are cut twice, the second time half a window later, so that every token but the first and
 last few is predicted once; two neighbours, which are 512 tokens in a row, count as one value.
+What the figures depend on is in `held_out`.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from nexus_ext.formats import open_gguf
 from nexus_ext.placement import PlanRequest
 from nexus_ext.quality.allocation import Allocation
 from nexus_ext.quality.metrics import Scores
-from nexus_ext.quality.report import QualityReport, summarize
-from nexus_ext.quality.text import Window
 from nexus_ext.runtime.allocation import measure, types_named
 from nexus_ext.runtime.imatrix import collect_imatrix
 from nexus_ext.runtime.planning import plan_model
-from nexus_ext.runtime.predictions import opened, predictions, text_windows
-from nexus_ext.runtime.quality import scores_against
-from nexus_ext.runtime.quantize import Quantized, quantize
-from nexus_ext.runtime.reference import ReferenceFile
+from nexus_ext.runtime.quantize import quantize
 from nexus_ext.runtime.refinement import ROUNDS, refine
 from nexus_ext.runtime.weights import Weights
-
-
-def split_text(text: bytes) -> tuple[bytes, bytes]:
-    """Return (calibration, evaluation), cut between two lines."""
-    at = text.index(b"\n", len(text) // 3) + 1
-    return text[:at], text[at:]
-
-
-def cut_twice(llm: Any, text: bytes, n_ctx: int, most: int | None) -> list[Window]:
-    """Return windows whose scored halves lie side by side: pairs of them score n_ctx tokens."""
-    first = text_windows(llm, text, n_ctx, most)
-    tokens = [t for window in first for t in window.tokens]
-    half, found = n_ctx // 2, []
-    for i, window in enumerate(first[:-1]):
-        begin = i * n_ctx + half
-        later = (window.tokens[0], *tokens[begin + 1 : begin + n_ctx])
-        found += [window, Window(later, window.first)]
-    return found
-
-
-def paired(ours: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64], n: int) -> str:
-    """Return the mean of ours - theirs over `n` stretches of text, with its 95 % interval."""
-    each = (ours - theirs).reshape(n, -1).mean(axis=1)
-    error = float(each.std(ddof=1)) / math.sqrt(n)
-    halves = (float(part.mean()) for part in np.array_split(each, 2))
-    return (
-        f"{each.mean():+.5f} ± {1.96 * error:.5f} (halves {next(halves):+.5f} {next(halves):+.5f})"
-    )
+from tests.bench.held_out import HeldOut, split_text
 
 
 def main() -> int:
@@ -110,37 +74,11 @@ def compare(
     args: argparse.Namespace,
 ) -> None:
     target = str(Path(directory) / "quantized.gguf")
-    planned = plan_model(model, request)
-    imatrix = collect_imatrix(model, calibration, planned, request, n_ctx=args.ctx)
-    with opened(model, planned, request) as llm:
-        parts = cut_twice(llm, evaluation, args.ctx, args.windows)
-        reference = ReferenceFile(parts, llm.n_vocab(), directory)
-        for block in predictions(llm, parts):
-            reference.add(block)
-
-    def report(name: str, made: Quantized, against: Scores | None = None) -> Scores:
-        plan = plan_model(target, request)
-        with opened(target, plan, request) as llm:
-            scores = scores_against(llm, reference)
-        found: QualityReport = summarize(scores, n_windows=len(reference.windows), n_ctx=args.ctx)
-        ratio, kl = found.log_perplexity_ratio, found.kl_mean
-        print(
-            f"  {name:<28} {made.weight_nbytes:>10} bytes {made.bits_per_weight:5.2f} bpw  "
-            f"PPL {found.perplexity.value:8.4f}  ln ratio {ratio.value:+.5f} ± {ratio.error:.5f}  "
-            f"KL {kl.value:.6f} ± {kl.error:.6f}  p99 {found.kl_p99.value:.4f}  "
-            f"same top {100 * found.same_top.value:.2f} %",
-            flush=True,
-        )
-        if against is not None:
-            n = len(parts) // 2
-            print(
-                f"      minus the mixture: ln PPL {paired(scores.nll, against.nll, n)}  "
-                f"KL {paired(scores.kl, against.kl, n)}",
-                flush=True,
-            )
-        return scores
-
-    with reference:
+    imatrix = collect_imatrix(
+        model, calibration, plan_model(model, request), request, n_ctx=args.ctx
+    )
+    with HeldOut(model, target, evaluation, request, directory, args.windows) as held_out:
+        report = held_out.report
         sizes: dict[str, tuple[float, Scores]] = {}
         for base in args.sizes.split(","):
             made = quantize(model, target, base, overwrite=True)

@@ -216,7 +216,7 @@ def test_a_model_predicts_more_like_its_original(trained: Model, tmp_path: Path)
     matrices = {t.name for t in open_gguf(made.path).tensors if len(t.shape) == 2}
     assert sorted([*what.rounded, *what.left]) == sorted(matrices)
     assert what.left == {
-        "token_embd.weight": "nothing is multiplied by it",
+        "token_embd.weight": "no input of it was seen",
         UP: "IQ3_S has codes for several weights at once",
     }
     for name in what.left:

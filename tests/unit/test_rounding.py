@@ -6,7 +6,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from nexus_ext.quality.rounding import DAMPING, Codes, Floats, Grid, feedback, rounded
+from nexus_ext.quality.rounding import (
+    DAMPING,
+    SHRINKAGE,
+    Codes,
+    Floats,
+    Grid,
+    feedback,
+    rounded,
+)
 
 LEVELS = np.arange(-8, 8, dtype=np.float32)
 
@@ -51,7 +59,8 @@ def cost(errors: npt.NDArray[np.float32], gram: Floats) -> float:
 
 
 def damped(gram: Floats) -> Floats:
-    return gram + np.float32(DAMPING * gram.diagonal().mean()) * np.eye(len(gram), dtype=np.float32)
+    diagonal = gram.diagonal()
+    return gram + np.diag(SHRINKAGE * diagonal + DAMPING * diagonal.mean()).astype(np.float32)
 
 
 def products(n: int, n_vectors: int = 300) -> Floats:
