@@ -1,171 +1,44 @@
-/* products.c: products with many columns, computed by kernels of ours (nexus_products.h).
+/* products.c: products with quantized weights, computed otherwise than the delegate would.
  *
- * For the quantizations that our kernels know, the delegate multiplies the tokens of an expert one at a time,
- * and so it does with sequences that are decoded together (columns.c). Such a node is replaced by two
- * custom ones, when there are enough columns; a plain matrix counts as the only expert:
+ * Such a node is replaced by two custom ones; a plain matrix counts as the only expert:
  *
  *   pack      the tokens, rounded to 8 bits by ggml's own function; list which of them go to which expert
- *   multiply  rows of an expert, unpacked once, with all its tokens; ranges of rows are taken by whichever
- *             thread is free
+ *   multiply  rows of an expert with all its tokens; ranges of rows are taken by whichever thread is free
  *
- * The result is bit by bit the delegate's. Whether that is so is found out before the first use, by comparing
- * our kernels with this ggml's dot products; a type that differs stays with the delegate, and so do all with
- * NEXUS_BATCH_KERNELS=0 in the environment.
+ * There are two ways to multiply:
+ *
+ *   many columns  For the types that our kernels know (nexus_products.h), the delegate multiplies the tokens of
+ *                 an expert one at a time, and so it does with sequences that are decoded together (columns.c).
+ *                 Here some rows are unpacked once for all tokens. Bit by bit the delegate's result: whether that
+ *                 is so is found out before the first use, by comparing our kernels with this ggml's dot products;
+ *                 a type that differs stays with the delegate.
+ *   few columns   ggml's own dot products, with the rows that follow fetched meanwhile. A row is short, and what
+ *                 processors fetch by themselves does not keep memory busy where it is far away.
+ *
+ * With NEXUS_BATCH_KERNELS=0 in the environment all stays with the delegate.
  */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE /* dladdr */
-#endif
-#include <dlfcn.h>
-#include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "nexus_products.h"
 #include "groups.h"
-#include "walk.h"
+#include "products.h"
 
 #define LEAST_SHARE 2 /* columns for each expert on average; with more there is something to share */
 #define COLUMNS_AT_ONCE 32
 #define DEFAULT_THREADS 4 /* ggml's, where nobody has said how many */
+#define FETCHED 4608      /* bytes between the row that is computed with and the one that is fetched */
+#define LINE 64           /* bytes that one instruction fetches */
+#define MOST_ROWS 64      /* of one weight that a thread takes at once */
 
-/* What ggml_get_type_traits_cpu returns. */
-typedef struct gx_cpu_traits {
-    void (*from_float)(const float *, void *, int64_t);
-    void (*vec_dot)(int, float *, size_t, const void *, size_t, const void *, size_t, int);
-    int32_t vec_dot_type;
-    int64_t n_rows; /* that one call computes */
-} gx_cpu_traits;
+static uint64_t n_computed; /* atomic */
 
-/* What this process's ggml lets us do; found out once. */
-static struct {
-    pthread_once_t once;
-    int32_t types[NX_PRODUCT_COUNT]; /* ggml's number of each type that is computed here, or -1 */
-    void (*round[NX_PRODUCT_COUNT])(const float *, void *, int64_t); /* columns, to 8 bits */
-    char names[64];
-    uint64_t n_computed; /* atomic */
-} known = {.once = PTHREAD_ONCE_INIT};
-
-/* -- does this ggml sum as we do? ---------------------------------------------------------------- */
-
-#define TEST_IN 512
-#define TEST_COLUMNS 5
-
-static uint32_t next_bits(uint64_t *state) {
-    *state = *state * 6364136223846793005u + 1442695040888963407u;
-    return (uint32_t)(*state >> 33);
-}
-
-/* Somewhere in a block: two bytes of any half that is neither infinite nor NaN. */
-static void any_half(uint8_t *at, uint64_t *state) {
-    at[1] = (uint8_t)((next_bits(state) & 0x80) | (0x18 + next_bits(state) % 24));
-}
-
-/* A row of any bits, with scales that are numbers. */
-static void any_row(nx_product_type type, uint8_t *row, uint64_t *state) {
-    const size_t n_bytes = nx_product_row_bytes(type, TEST_IN), block = nx_product_block_bytes(type);
-    for (size_t i = 0; i < n_bytes; i++) row[i] = (uint8_t)next_bits(state);
-    for (size_t at = 0; at < n_bytes; at += block) {
-        if (type == NX_PRODUCT_MXFP4) row[at] = (uint8_t)(next_bits(state) % 16 + (at % 7 ? 118 : 0));
-        else any_half(row + at + (type == NX_PRODUCT_Q6_K ? 208 : 0), state);
-        if (type == NX_PRODUCT_Q4_K) any_half(row + at + 2, state);
-    }
-}
-
-static bool same_bits(nx_product_type type, const gx_cpu_traits *traits) {
-    uint64_t state = 42;
-    uint8_t any[NX_PRODUCT_ROWS][TEST_IN * 2], rounded[TEST_COLUMNS][TEST_IN * 2];
-    char *packed = malloc(TEST_COLUMNS * nx_column_bytes(type, TEST_IN));
-    void *unpacked = NULL;
-    bool same = packed && posix_memalign(&unpacked, 64, nx_unpacked_bytes(type, TEST_IN)) == 0;
-    const void *rows[NX_PRODUCT_ROWS], *columns[TEST_COLUMNS];
-    float values[TEST_COLUMNS][NX_PRODUCT_ROWS], *out[TEST_COLUMNS];
-    for (int repeat = 0; repeat < 4 && same; repeat++) {
-        for (size_t r = 0; r < NX_PRODUCT_ROWS; r++) {
-            any_row(type, any[r], &state);
-            rows[r] = any[r];
-        }
-        for (size_t c = 0; c < TEST_COLUMNS; c++) {
-            float x[TEST_IN];
-            for (int i = 0; i < TEST_IN; i++) x[i] = ldexpf((float)(next_bits(&state) % 65536) - 32768.0f, -12 - (int)c);
-            known.round[type](x, rounded[c], TEST_IN);
-            columns[c] = packed + c * nx_column_bytes(type, TEST_IN);
-            nx_column_pack(type, rounded[c], TEST_IN, packed + c * nx_column_bytes(type, TEST_IN));
-            out[c] = values[c];
-        }
-        nx_product_unpack(type, rows, TEST_IN, unpacked);
-        nx_product_multiply(type, unpacked, NX_PRODUCT_ROWS, TEST_IN, columns, TEST_COLUMNS, out);
-        for (size_t i = 0; i < TEST_COLUMNS * NX_PRODUCT_ROWS && same; i++) {
-            const size_t c = i / NX_PRODUCT_ROWS, r = i % NX_PRODUCT_ROWS;
-            float theirs;
-            traits->vec_dot(TEST_IN, &theirs, 0, rows[r], 0, rounded[c], 0, 1);
-            same = memcmp(&theirs, &values[c][r], sizeof theirs) == 0;
-        }
-    }
-    free(packed);
-    free(unpacked);
-    return same;
-}
-
-static int32_t type_named(const char *name) {
-    for (int32_t i = 0; i < 64; i++) {
-        const char *candidate = gx.type_name(i);
-        if (candidate && strcmp(candidate, name) == 0) return i;
-    }
-    return -1;
-}
-
-/* The CPU backend may be part of the library that we know, or lie in one of its own. */
-static void *cpu_function(const char *name) {
-    void *symbol = dlsym(gx.host, name);
-    Dl_info info;
-    const gx_reg *reg = gx.backend_dev_backend_reg(nxb_delegate.device);
-    void *inside = NULL;
-    memcpy(&inside, &reg->iface.get_name, sizeof inside);
-    if (symbol || !dladdr(inside, &info) || !info.dli_fname) return symbol;
-    void *library = dlopen(info.dli_fname, RTLD_NOLOAD | RTLD_LAZY);
-    if (!library) return NULL;
-    symbol = dlsym(library, name);
-    dlclose(library); /* a backend stays loaded as long as its device is in use */
-    return symbol;
-}
-
-static void find_out(void) {
-    for (int t = 0; t < NX_PRODUCT_COUNT; t++) known.types[t] = -1;
-    const char *wanted = getenv("NEXUS_BATCH_KERNELS");
-    if (gx.op_custom < 0 || !gx.view_nodes || !nx_products_usable() || (wanted && strcmp(wanted, "0") == 0)) return;
-    const gx_cpu_traits *(*traits_of)(int32_t) = NULL;
-    void *symbol = cpu_function("ggml_get_type_traits_cpu");
-    if (!symbol) return;
-    memcpy(&traits_of, &symbol, sizeof traits_of);
-    for (int t = 0; t < NX_PRODUCT_COUNT; t++) {
-        const int32_t number = type_named(nx_product_name((nx_product_type)t));
-        const int32_t column = type_named(nx_product_column_name((nx_product_type)t));
-        const gx_cpu_traits *traits = number < 0 ? NULL : traits_of(number);
-        known.round[t] = column < 0 ? NULL : traits_of(column)->from_float;
-        if (traits && traits->vec_dot && traits->vec_dot_type == column && traits->n_rows == 1 && known.round[t] &&
-            same_bits((nx_product_type)t, traits))
-            known.types[t] = number;
-        if (known.types[t] < 0) continue;
-        const size_t length = strlen(known.names);
-        snprintf(known.names + length, sizeof known.names - length, "%s%s", length ? " " : "",
-                 nx_product_name((nx_product_type)t));
-    }
-}
-
-NX_API const char *nx_backend_batch_types(void) {
-    if (nxb_delegate.device) pthread_once(&known.once, find_out);
-    return known.names;
-}
-
-NX_API uint64_t nx_backend_batch_products(void) { return __atomic_load_n(&known.n_computed, __ATOMIC_RELAXED); }
+NX_API uint64_t nx_backend_batch_products(void) { return __atomic_load_n(&n_computed, __ATOMIC_RELAXED); }
 
 /* NX_PRODUCT_COUNT: not one of ours. */
 static nx_product_type type_of(const gx_tensor *weight) {
-    pthread_once(&known.once, find_out);
     if (!nx_products_usable()) return NX_PRODUCT_COUNT; /* somebody has chosen other instructions since */
     int t = 0;
-    while (t < NX_PRODUCT_COUNT && known.types[t] != weight->type) t++;
+    while (t < NX_PRODUCT_COUNT && nxb_products_ways()->types[t] != weight->type) t++;
     return (nx_product_type)t;
 }
 
@@ -190,7 +63,9 @@ struct nxb_products {
 
 typedef struct job {
     struct nxb_products *shared;
-    nx_product_type type;
+    nx_product_type type;    /* NX_PRODUCT_COUNT: */
+    const nxb_dots *dots; /* few columns; else NULL */
+    int64_t rows;            /* that are taken at once */
     uint32_t next; /* range of rows that no thread has taken; atomic */
 } job;
 
@@ -209,7 +84,13 @@ static int64_t n_picked(const gx_tensor *node) {
 }
 static uint32_t n_in(const gx_tensor *node) { return (uint32_t)node->src[0]->ne[0]; }
 /* Of one thread. A token that is rounded is smaller than rows that are unpacked. */
-static size_t scratch_bytes(const gx_tensor *node, nx_product_type type) { return nx_unpacked_bytes(type, n_in(node)); }
+static size_t scratch_bytes(const gx_tensor *node, nx_product_type type) {
+    return type == NX_PRODUCT_COUNT ? 0 : nx_unpacked_bytes(type, n_in(node));
+}
+/* Of a token, packed. */
+static size_t column_bytes(const gx_tensor *node, nx_product_type type, const nxb_dots *dots) {
+    return dots ? n_in(node) / dots->block * dots->block_bytes : nx_column_bytes(type, n_in(node));
+}
 
 /* What nxb_products_some noted, in parameters that ggml has no use for here; 0 rows: nothing. */
 typedef struct some {
@@ -225,18 +106,45 @@ static bool is_by_column(const gx_tensor *node) {
     return node->op == gx.op_mul_mat && !ids && w->ne[2] == 1 && x->ne[1] == 1 && node->op_params[1] == 0;
 }
 
-static bool is_ours(const gx_tensor *node) {
+/* How a product is computed here; neither: not at all. */
+typedef struct way {
+    nx_product_type type;    /* many columns; else NX_PRODUCT_COUNT */
+    const nxb_dots *dots; /* few */
+} way;
+
+static bool has_our_form(const gx_tensor *node) {
     if (node->op != gx.op_mul_mat_id && node->op != gx.op_mul_mat) return false;
     const gx_tensor *w = node->src[0], *x = node->src[1];
+    return is_by_column(node) && n_picked(node) <= INT32_MAX && !w->extra && w->ne[3] == 1 && w->ne[0] <= INT32_MAX &&
+           x->type == gx.type_f32 && x->nb[0] == sizeof(float) && x->ne[3] == 1 && node->type == gx.type_f32 &&
+           node->nb[0] == sizeof(float);
+}
+
+/* One token, of which no router picks an expert twice. */
+static const nxb_dots *dots_of(const gx_tensor *node) {
+    const gx_tensor *w = node->src[0], *x = node->src[1], *ids = node->src[2];
+    if ((ids ? ids->ne[1] : x->ne[2]) != 1 || w->type < 0 || w->type >= NXB_TYPES) return NULL;
+    const nxb_dots *dots = &nxb_products_ways()->dots[w->type];
+    return dots->dot && w->ne[0] % dots->block == 0 ? dots : NULL;
+}
+
+static way way_of(const gx_tensor *node) {
+    way none = {.type = NX_PRODUCT_COUNT};
+    if (!has_our_form(node)) return none;
+    const nxb_dots *dots = dots_of(node);
+    if (dots) return (way){.type = NX_PRODUCT_COUNT, .dots = dots};
     const some s = some_of(node);
-    const int64_t n_rows = s.n_rows ? s.n_rows : n_picked(node), n_experts = s.n_rows ? s.n_experts : w->ne[2];
-    if (!is_by_column(node) || n_rows <= LEAST_SHARE * n_experts || n_picked(node) > INT32_MAX || w->extra ||
-        w->ne[3] != 1 || w->ne[0] > INT32_MAX || x->type != gx.type_f32 || x->nb[0] != sizeof(float) || x->ne[3] != 1 ||
-        node->type != gx.type_f32 || node->nb[0] != sizeof(float))
-        return false;
-    const nx_product_type type = type_of(w);
-    if (type == NX_PRODUCT_COUNT || nx_product_row_bytes(type, (uint32_t)w->ne[0]) == 0) return false;
-    return node->op == gx.op_mul_mat || !nx_product_is_k(type); /* ggml has tiles for experts of K types */
+    const int64_t n_rows = s.n_rows ? s.n_rows : n_picked(node), n_experts = s.n_rows ? s.n_experts : node->src[0]->ne[2];
+    const nx_product_type type = type_of(node->src[0]);
+    if (n_rows <= LEAST_SHARE * n_experts || type == NX_PRODUCT_COUNT || nx_product_row_bytes(type, n_in(node)) == 0)
+        return none;
+    if (node->op == gx.op_mul_mat_id && nx_product_is_k(type)) return none; /* ggml has tiles for these */
+    return (way){.type = type};
+}
+
+static bool is_ours(const gx_tensor *node) {
+    const way w = way_of(node);
+    return w.dots || w.type != NX_PRODUCT_COUNT;
 }
 
 bool nxb_products_some(gx_tensor *node, int64_t n_rows, int64_t n_experts) {
@@ -261,13 +169,18 @@ static void pack(gx_tensor *node, int ith, int nth, void *argument) {
     if (nth > s->n_threads) nth = s->n_threads;
     if (ith >= nth) return;
     const gx_tensor *x = node->src[1];
-    const size_t column_bytes = nx_column_bytes(j->type, n_in(node));
+    const size_t bytes = column_bytes(node, j->type, j->dots);
     char *rounded = s->scratch + (size_t)ith * scratch_bytes(node, j->type);
     for (int64_t i = ith; i < x->ne[1] * x->ne[2]; i += nth) {
         if (!is_wanted(node, i)) continue;
         const char *from = (const char *)x->data + (size_t)(i % x->ne[1]) * x->nb[1] + (size_t)(i / x->ne[1]) * x->nb[2];
-        known.round[j->type]((const float *)from, rounded, x->ne[0]);
-        nx_column_pack(j->type, rounded, n_in(node), s->packed + (size_t)i * column_bytes);
+        char *packed = s->packed + (size_t)i * bytes;
+        if (j->dots) {
+            j->dots->round((const float *)from, packed, x->ne[0]);
+            continue;
+        }
+        nxb_products_ways()->round[j->type]((const float *)from, rounded, x->ne[0]);
+        nx_column_pack(j->type, rounded, n_in(node), packed);
     }
     if (ith == nth - 1)
         nxb_groups_sort(&s->groups, node, n_picked(node), some_of(node).n_rows != 0, &s->own->failure);
@@ -280,7 +193,7 @@ static void find_columns(const gx_tensor *node, const job *j, const uint32_t *gr
     const size_t wide = (size_t)node->src[1]->ne[1];
     for (size_t i = 0; i < n; i++) { /* x has one row for all picks, or one for each */
         const uint32_t token = group[i] / n_picks, k = group[i] % n_picks;
-        columns[i] = j->shared->packed + (token * wide + k % wide) * nx_column_bytes(j->type, n_in(node));
+        columns[i] = j->shared->packed + (token * wide + k % wide) * column_bytes(node, j->type, j->dots);
         out[i] = (float *)(void *)((char *)node->data + k * node->nb[1] + token * node->nb[2]) + row;
     }
 }
@@ -302,19 +215,38 @@ static void multiply_rows(const gx_tensor *node, const job *j, char *unpacked, s
     }
 }
 
+/* The same by ggml's dot products, with what comes next fetched. */
+static void dot_rows(const gx_tensor *node, const job *j, size_t e, int64_t first, int64_t n_rows) {
+    const struct nxb_products *s = j->shared;
+    const gx_tensor *w = node->src[0];
+    const size_t row_bytes = w->nb[1];
+    const char *row = (const char *)w->data + s->groups.experts[e] * w->nb[2] + (size_t)first * row_bytes;
+    for (uint32_t at = s->groups.starts[e]; at < s->groups.starts[e + 1]; at++) {
+        const void *column;
+        float *out;
+        find_columns(node, j, s->groups.rows + at, 1, first, &column, &out);
+        for (int64_t r = 0; r < n_rows; r++) {
+            const char *from = row + (size_t)r * row_bytes;
+            for (size_t i = 0; i < row_bytes; i += LINE) __builtin_prefetch(from + FETCHED + i);
+            j->dots->dot((int)w->ne[0], &out[r], 0, from, 0, column, 0, 1);
+        }
+    }
+}
+
 static void multiply(gx_tensor *node, int ith, int nth, void *argument) {
     (void)nth;
     job *j = argument;
-    if (ith >= j->shared->n_threads) return;
+    if (ith >= j->shared->n_threads && !j->dots) return;
     char *unpacked = j->shared->scratch + (size_t)ith * scratch_bytes(node, j->type);
     const int64_t n_rows = node->src[0]->ne[1];
-    const uint32_t ranges = (uint32_t)((n_rows + NX_PRODUCT_ROWS - 1) / NX_PRODUCT_ROWS);
+    const uint32_t ranges = (uint32_t)((n_rows + j->rows - 1) / j->rows);
     for (;;) {
         const uint32_t at = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED);
         if (at / ranges >= j->shared->groups.n_experts) return;
         if (ith == 0) nxb_reads_go_on(j->shared->own);
-        const int64_t first = (int64_t)(at % ranges) * NX_PRODUCT_ROWS, left = n_rows - first;
-        multiply_rows(node, j, unpacked, at / ranges, first, left < NX_PRODUCT_ROWS ? left : NX_PRODUCT_ROWS);
+        const int64_t first = (int64_t)(at % ranges) * j->rows, left = n_rows - first;
+        if (j->dots) dot_rows(node, j, at / ranges, first, left < j->rows ? left : j->rows);
+        else multiply_rows(node, j, unpacked, at / ranges, first, left < j->rows ? left : j->rows);
     }
 }
 
@@ -322,17 +254,24 @@ static void multiply(gx_tensor *node, int ith, int nth, void *argument) {
 
 static bool reserve(struct nxb_products *s, const gx_tensor *node) {
     const gx_tensor *x = node->src[1];
-    const nx_product_type type = type_of(node->src[0]);
+    const way w = way_of(node);
     const size_t n_experts = (size_t)node->src[0]->ne[2];
-    return grow(&s->packed, &s->packed_capacity, (size_t)(x->ne[1] * x->ne[2]) * nx_column_bytes(type, n_in(node))) &&
-           grow(&s->scratch, &s->scratch_capacity, (size_t)s->n_threads * scratch_bytes(node, type)) &&
+    return grow(&s->packed, &s->packed_capacity, (size_t)(x->ne[1] * x->ne[2]) * column_bytes(node, w.type, w.dots)) &&
+           grow(&s->scratch, &s->scratch_capacity, (size_t)s->n_threads * scratch_bytes(node, w.type)) &&
            nxb_groups_reserve(&s->groups, (size_t)n_picked(node), n_experts);
+}
+
+/* Many, since what is fetched behind the last of them is another thread's; but something for every thread. */
+static int64_t rows_at_once(const struct nxb_products *s, const gx_tensor *node) {
+    const int64_t share = node->src[0]->ne[1] * n_picked(node) / (4 * s->n_threads);
+    return share < NX_PRODUCT_ROWS ? NX_PRODUCT_ROWS : share > MOST_ROWS ? MOST_ROWS : share;
 }
 
 static gx_tensor *custom(struct nxb_products *s, const gx_tensor *node, nxb_custom_function function) {
     job *j = &s->jobs[s->n_jobs];
     gx_tensor *t = &s->tensors[s->n_jobs++];
-    *j = (job){.shared = s, .type = type_of(node->src[0])};
+    const way w = way_of(node);
+    *j = (job){.shared = s, .type = w.type, .dots = w.dots, .rows = w.dots ? rows_at_once(s, node) : NX_PRODUCT_ROWS};
     *t = *node;
     nxb_make_custom(t, function, j);
     return t;
@@ -382,7 +321,7 @@ int nxb_products_replace(nxb_backend *own, gx_tensor ***nodes, int *n) {
         !grow(&s->jobs, &s->jobs_capacity, most_jobs * sizeof *s->jobs))
         return GX_ALLOC_FAILED;
     s->n_jobs = 0;
-    __atomic_fetch_add(&known.n_computed, (uint64_t)n_ours, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&n_computed, (uint64_t)n_ours, __ATOMIC_RELAXED);
     *n = expand(s, *nodes, *n, s->nodes);
     *nodes = s->nodes;
     return GX_SUCCESS;
