@@ -83,8 +83,8 @@ def bench(
 ) -> None:
     """Measure prefill and decode of MODEL, and what part of the physical bound is reached.
 
-    The bound is the bytes read per token divided by the disk's cold bandwidth, measured right after
-    each paged run: in sequence, or at random places and an expert at a time where experts are
+    The bound is the bytes read per token divided by the disk's cold bandwidth, measured in pauses
+    of decoding: in sequence, or at random places and an expert at a time where experts are
     streamed. With --limit and no budget, --ram is the limit.
 
     \b
@@ -170,7 +170,8 @@ def show(result: Bench, output: Output) -> None:
         bound = result.bound
         output.line(
             f"{format_bytes(bound.read_per_token_bytes)} per token / "
-            f"{_rate(bound.disk_bytes_s)} = {bound.tok_s:.2f} tok/s; reached: {bound.fraction:.0%}"
+            f"{_rate(bound.disk_bytes_s)} = {bound.tok_s:.2f} tok/s; reached: "
+            f"{bound.fraction.median:.0%} ({bound.fraction.low:.0%}..{bound.fraction.high:.0%})"
         )
     if result.shares:
         output.heading("Overlap of reading and computing, of the median run")

@@ -1,11 +1,11 @@
 """Measure a model that is streamed, beside stock llama.cpp and beside the physical bound.
 
 Runs are interleaved, A B A B, each in a process of its own, so that a slow minute of the machine
-hits both sides; the disk is measured in between, on the model's own file, because a bound from
-another day bounds nothing. The bound is the bytes that a token had to read, divided by that
-bandwidth, and nothing else: in sequence, or, where experts are read when a router has picked them,
-at random places and a record at a time. Bytes are counted twice: by the engine, and by the kernel
-(/proc/self/io).
+hits both sides; the disk is measured in pauses of decoding, on the model's own file, because some
+disks change from second to second. The bound is the bytes that a token had to read, divided by the
+median of that, and nothing else: in sequence, or, where experts are read when a router has picked
+them, at random places and a record at a time. Bytes are counted twice: by the engine, and by the
+kernel (/proc/self/io).
 
 "Cold" means: the page cache of the model's files was dropped before the run, and how much of it was
 still there is told. What a drive, a controller or a hypervisor keeps cannot be dropped from here.
@@ -29,11 +29,12 @@ from nexus_ext.runtime.interrupts import cleaned_up_when_ended
 from nexus_ext.runtime.memory_limit import MemoryGroup, memory_group
 from nexus_ext.runtime.own_kernels import takes_over
 from nexus_ext.runtime.planning import Planned
-from nexus_ext.runtime.worker import Job, Session, Side, WorkerDied, run_worker
+from nexus_ext.runtime.worker import Job, Session, Side, WorkerDied, part_sizes, run_worker
 
 _log = logging.getLogger("nexus_ext.bench")
 
 _CTX_STEP: Final = 256
+_DECODE_PARTS: Final = 6  # with a measurement of the disk before, between and after them
 _LIBGOMP_SPIN_COUNT: Final = "300000"  # its documented default
 # Reading around the page cache, and reading the same bytes twice, differ by less than this.
 _AGREE: Final = 0.02
@@ -83,6 +84,7 @@ class Run:
     prefill: Phase | None = None
     decode: Phase | None = None
     token_s: tuple[float, ...] = ()
+    disk: tuple[DiskSample, ...] = ()  # as weights are read, in pauses of decoding; paged side
     peak_bytes: int = 0
     peak_source: str = ""
     chosen: tuple[int, ...] = ()
@@ -112,7 +114,7 @@ class Bound:
     read_per_token_bytes: float
     disk_bytes_s: Spread
     tok_s: float
-    fraction: float  # of it, that decoding reached
+    fraction: Spread  # of it, that decoding reached: each run by its own measurements of the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,7 @@ class Bench:
     n_warmup: int
     streamed_nbytes: int
     io_mode: str | None
-    disk: tuple[DiskSample, ...]
+    disk: tuple[DiskSample, ...]  # in sequence, before each paged run: what loading could reach
     runs: tuple[Run, ...]
     paged: Summary
     stock: Summary | None
@@ -162,7 +164,7 @@ class Bench:
 
 def context_for(n_prompt: int, n_decode: int, n_warmup: int) -> int:
     """Return the smallest usual context that a run of this length needs."""
-    n_tokens = n_prompt + n_decode + n_warmup + 1
+    n_tokens = n_prompt + n_decode + n_warmup + len(part_sizes(n_decode, _DECODE_PARTS)) + 1
     return -(-n_tokens // _CTX_STEP) * _CTX_STEP
 
 
@@ -186,10 +188,11 @@ def bench_model(
     Raises UsageError when the runs do not fit into the context or memory cannot be limited,
     OutOfMemory when the paged side itself was killed at the limit, and whatever a run may raise.
     """
-    if n_prompt + n_warmup + n_decode > session.n_ctx:
+    n_decoded = n_warmup + n_decode + len(part_sizes(n_decode, _DECODE_PARTS))
+    if n_prompt + n_decoded > session.n_ctx:
         raise UsageError(
-            f"{n_prompt} tokens of prompt and {n_warmup + n_decode} decoded ones are more than "
-            f"the context of {session.n_ctx}",
+            f"{n_prompt} tokens of prompt and {n_decoded} decoded ones (one after each pause that "
+            f"measures the disk) are more than the context of {session.n_ctx}",
             hint="give a larger --ctx, or fewer tokens",
         )
     files = [os.path.abspath(file.path) for file in planned.catalog.files]
@@ -205,25 +208,39 @@ def bench_model(
         plan=planned.plan.to_json(),
         hardware=planned.hardware.to_json(),
         n_warmup=n_warmup,
+        decode_parts=_DECODE_PARTS,
         warm_pass=not cold,
         repack=not _hooked(planned),
     )
     sides: tuple[Side, ...] = ("paged", "stock") if baseline else ("paged",)
     record_bytes = _record_bytes(planned)
-    disk = [disk_sample(files, planned.hardware, record_bytes)]
+    disk: list[DiskSample] = []
     runs, how = [], ""
     for i in range(repeat):
         for side in sides:
             note(f"run {i + 1} of {repeat}: {side}")
+            samples: list[DiskSample] = []
+
+            def measure_disk(to: list[DiskSample] = samples) -> None:
+                to.append(disk_sample(files, planned.hardware, record_bytes))
+
+            if side == "paged":
+                disk.append(disk_sample(files, planned.hardware))
             if drops:
                 drop_files(files)
+            # Measuring through the page cache would change what a run has there.
+            in_pauses = measure_disk if side == "paged" and disk[-1].direct else _rest
             with nullcontext() if limit_bytes is None else memory_group(limit_bytes) as group:
-                run = _run(replace(job, side=side), files, group)
+                run = _run(replace(job, side=side), files, group, in_pauses)
                 how = group.how if group is not None else ""
-            runs.append(run)
-            if side == "paged":  # at once: some disks slow down after some GB, and rest meanwhile
-                disk.append(disk_sample(files, planned.hardware, record_bytes))
+            if side == "paged" and not samples:
+                measure_disk()
+            runs.append(replace(run, disk=tuple(samples)))
     return _result(planned, job, tuple(runs), tuple(disk), drops=drops, limit=how)
+
+
+def _rest() -> None:
+    """Do nothing in a pause."""
 
 
 def _record_bytes(planned: Planned) -> int | None:
@@ -251,10 +268,12 @@ def worker_environ(side: Side) -> dict[str, str] | None:
     return environ
 
 
-def _run(job: Job, files: list[str], group: MemoryGroup | None) -> Run:
+def _run(
+    job: Job, files: list[str], group: MemoryGroup | None, in_pauses: Callable[[], None]
+) -> Run:
     cached = cached_bytes(files)
     try:
-        report = run_worker(job, group, worker_environ(job.side))
+        report = run_worker(job, group, worker_environ(job.side), in_pauses)
     except WorkerDied as error:
         if not error.by_memory:
             raise
@@ -321,12 +340,12 @@ def _result(
         runs=runs,
         paged=paged,
         stock=stock,
-        bound=bound_of(paged, disk[1:]) if active else None,
-        shares=shares_of(runs, disk[1:]) if active else (),
+        bound=bound_of(paged, runs) if active else None,
+        shares=shares_of(runs) if active else (),
         loading=loading_of(runs, disk) if active else None,
         decode_ratio=_ratio(paged.decode_tok_s, stock.decode_tok_s if stock else None),
         prefill_ratio=_ratio(paged.prefill_tok_s, stock.prefill_tok_s if stock else None),
-        notes=tuple(_notes(planned, runs, disk)),
+        notes=tuple(_notes(planned, runs)),
     )
 
 
@@ -366,30 +385,39 @@ def disk_read(phase: Phase) -> int | None:
     return phase.engine_read_bytes
 
 
-def bound_of(summary: Summary, disk: tuple[DiskSample, ...]) -> Bound | None:
+def bound_of(summary: Summary, runs: tuple[Run, ...]) -> Bound | None:
     """Return the bound of decoding; None when it did not read from the disk, or hardly."""
     read = summary.read_per_token_bytes
-    if summary.decode_tok_s is None or not read or read < summary.engine_per_token_bytes / 2:
+    if not read or read < summary.engine_per_token_bytes / 2:
         return None  # the page cache served the rest: another bound, which nobody measured
-    rate = Spread.of([sample.bytes_s for sample in disk])
-    tok_s = rate.median / read
-    return Bound(read, rate, tok_s, summary.decode_tok_s.median / tok_s)
+    alive = [run for run in runs if run.side == summary.side and not run.died]
+    rate = Spread.of([sample.bytes_s for run in alive for sample in run.disk])
+    reached = [
+        (disk_read(run.decode) or 0) / _disk_rate(run) / run.decode.seconds
+        for run in alive
+        if run.decode is not None
+    ]
+    return Bound(read, rate, rate.median / read, Spread.of(reached))
 
 
-def shares_of(runs: tuple[Run, ...], disk: tuple[DiskSample, ...]) -> tuple[Share, ...]:
+def _disk_rate(run: Run) -> float:
+    """Return the bytes a second that the disk gave while this run went on."""
+    return statistics.median(sample.bytes_s for sample in run.disk)
+
+
+def shares_of(runs: tuple[Run, ...]) -> tuple[Share, ...]:
     """Return how well the paged runs overlapped reading with computing."""
-    rate = statistics.median(sample.bytes_s for sample in disk)
     alive = [run for run in runs if run.side == "paged" and not run.died]
     found = []
     for name, phases in (
-        ("prefill", [run.prefill for run in alive]),
-        ("decode", [run.decode for run in alive]),
+        ("prefill", [(run, run.prefill) for run in alive]),
+        ("decode", [(run, run.decode) for run in alive]),
     ):
-        known = [p for p in phases if p is not None and p.compute_s is not None]
+        known = [(r, p) for r, p in phases if p is not None and p.compute_s is not None]
         if not known:
             continue
-        phase = sorted(known, key=lambda p: p.seconds)[len(known) // 2]
-        read_s, compute_s = (disk_read(phase) or 0) / rate, phase.compute_s or 0.0
+        run, phase = sorted(known, key=lambda pair: pair[1].seconds)[len(known) // 2]
+        read_s, compute_s = (disk_read(phase) or 0) / _disk_rate(run), phase.compute_s or 0.0
         fraction = max(read_s, compute_s) / phase.seconds
         found.append(Share(name, read_s, compute_s, phase.seconds, fraction))
     return tuple(found)
@@ -418,11 +446,11 @@ def _how(drops: bool, warm_pass: bool, runs: tuple[Run, ...]) -> str:
     return f"warm after a cold load: {text}" if warm_pass else f"cold: {text}"
 
 
-def _notes(planned: Planned, runs: tuple[Run, ...], disk: tuple[DiskSample, ...]) -> list[str]:
+def _notes(planned: Planned, runs: tuple[Run, ...]) -> list[str]:
     notes = list(planned.plan.notes)
     if not _hooked(planned):
         notes.append("Everything fits: the paged side is llama.cpp as it comes, nothing is hooked.")
-    if not all(sample.direct for sample in disk):
+    if not all(sample.direct for run in runs for sample in run.disk):
         notes.append("The disk was measured through the page cache; the bound may be too high.")
     for run in runs:
         phase = run.decode

@@ -2,7 +2,8 @@
 
 `verify` and `bench` start one worker for each run, so that no side profits from what another left
 in memory, and a worker may be killed by a memory limit without taking the comparison along. A job
-goes in as JSON on stdin, the report comes out as JSON on stdout; logits go to a file, row by row.
+goes in as a line of JSON on stdin, the report comes out as one on stdout; logits go to a file, row
+by row. Where a job has pauses, "pause" comes out before, and a line on stdin ends each.
 
 The parent's half (`run_worker`) needs no llama.cpp. Decoding goes through the low-level batch of
 llama-cpp-python, the same for both sides: no sampler, no copy of the logits in between.
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 Side = Literal["paged", "stock"]
 
 _STDERR_LINES = 20  # of a worker that died, shown to the user
+_PAUSE = "pause\n"
+_SUMMED = ("bytes_read", "wait_s", "compute_s", "prefetched_bytes", "prefetch_wasted_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,9 @@ class Job:
     plan: str | None = None  # JSON; paged side
     hardware: str | None = None  # JSON; paged side
     n_warmup: int = 0  # tokens that are decoded before decoding is measured
+    # Decoding in so many parts, with a pause before each and behind the last one. The token after a
+    # pause is not measured: what was read during the pause would be a gift. 0: no pauses.
+    decode_parts: int = 0
     warm_pass: bool = False  # evaluate the prompt once before anything is measured
     tokens: tuple[int, ...] = ()  # decode along these (prompt included) instead of greedily
     logits: str | None = None  # file for the logits of every position
@@ -100,9 +106,14 @@ class WorkerDied(NexusError, RuntimeError):
 
 
 def run_worker(
-    job: Job, group: MemoryGroup | None = None, environ: Mapping[str, str] | None = None
+    job: Job,
+    group: MemoryGroup | None = None,
+    environ: Mapping[str, str] | None = None,
+    in_pauses: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Run one worker to its end, with `environ` (None: ours), and return its report.
+
+    `in_pauses` is called whenever the worker pauses.
 
     Raises the NexusError that the worker met, and WorkerDied when it left no report.
     """
@@ -120,7 +131,7 @@ def run_worker(
             env=environ,
         )
         try:
-            out, _ = child.communicate(json.dumps(asdict(job)).encode())
+            out = _converse(child, job, in_pauses)
         except BaseException:
             child.kill()
             child.wait()
@@ -136,6 +147,24 @@ def run_worker(
     if not isinstance(report, dict):
         raise _death(job, child.returncode, text, group)
     return report
+
+
+def _converse(child: subprocess.Popen[bytes], job: Job, in_pauses: Callable[[], None]) -> bytes:
+    """Return what the worker said at last; nothing where it died."""
+    assert child.stdin is not None and child.stdout is not None
+    out = b""
+    with contextlib.suppress(BrokenPipeError), child.stdin, child.stdout:
+        child.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
+        child.stdin.flush()
+        for line in child.stdout:
+            if line != _PAUSE.encode():
+                out = line
+                continue
+            in_pauses()
+            child.stdin.write(b"\n")
+            child.stdin.flush()
+    child.wait()
+    return out
 
 
 def _death(job: Job, status: int, text: str, group: MemoryGroup | None) -> WorkerDied:
@@ -294,14 +323,32 @@ def prompt_tokens(llm: Any, job: Job) -> list[int]:
     return [(i + 1) * 2654435769 % 2**32 * n_vocab >> 32 for i in range(job.n_prompt)]
 
 
-def work(job: Job) -> dict[str, Any]:
+def part_sizes(n_tokens: int, n_parts: int) -> list[int]:
+    """Return how many of `n_tokens` each part of decoding has: equally many, and at least one."""
+    n_parts = max(1, min(n_parts, n_tokens))
+    return [n_tokens // n_parts + (i < n_tokens % n_parts) for i in range(n_parts)]
+
+
+def _together(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return one report of the phases that decoding was cut into."""
+    read = [part["device_read_bytes"] for part in parts]
+    stats = [part["stats"] for part in parts]
+    return {
+        "ns": sum(part["ns"] for part in parts),
+        "device_read_bytes": None if None in read else sum(read),
+        "stats": None if None in stats else {key: sum(s[key] for s in stats) for key in _SUMMED},
+    }
+
+
+def work(job: Job, pause: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Do one job and return its report. Raises NexusError."""
     run = _Run(job)
     n_prompt = len(job.tokens) - job.n_decode if job.tokens else 0
     tokens = list(job.tokens[:n_prompt]) if job.tokens else prompt_tokens(run.llm, job)
     if not tokens:
         raise UsageError("the prompt has no tokens", hint="give a longer prompt")
-    n_tokens = len(tokens) + job.n_warmup + job.n_decode
+    parts = part_sizes(job.n_decode, job.decode_parts)
+    n_tokens = len(tokens) + job.n_warmup + job.n_decode + (len(parts) if job.decode_parts else 0)
     if n_tokens > job.session.n_ctx:
         raise UsageError(
             f"{len(tokens)} tokens of prompt and {n_tokens - len(tokens)} decoded ones are more "
@@ -315,18 +362,29 @@ def work(job: Job) -> dict[str, Any]:
         sink = stack.enter_context(open(job.logits, "wb")) if job.logits else None
         prefill = run.phase()
         last = run.decode(tokens, sink)
-        first_token, prefill_report = int(last.argmax()), prefill.report()
-        chosen, token_ns = [first_token], []
-        decode = run.phase()
-        for i in range(job.n_warmup + job.n_decode):
-            if i == job.n_warmup:
-                decode = run.phase()
-            begin = time.perf_counter_ns()
-            following = job.tokens[n_prompt + i] if job.tokens else chosen[-1]
-            chosen.append(int(run.decode([following], sink).argmax()))
-            if i >= job.n_warmup:
-                token_ns.append(time.perf_counter_ns() - begin)
-        decode_report = decode.report()
+        chosen, prefill_report = [int(last.argmax())], prefill.report()
+
+        def decode(n: int) -> list[int]:
+            """Decode n tokens; return how many ns each took."""
+            taken = []
+            for _ in range(n):
+                begin = time.perf_counter_ns()
+                following = job.tokens[n_prompt + len(chosen) - 1] if job.tokens else chosen[-1]
+                chosen.append(int(run.decode([following], sink).argmax()))
+                taken.append(time.perf_counter_ns() - begin)
+            return taken
+
+        token_ns, reports = [], []
+        decode(job.n_warmup)
+        for n in parts:
+            if job.decode_parts:
+                pause()
+                decode(1)
+            part = run.phase()
+            token_ns += decode(n)
+            reports.append(part.report())
+        if job.decode_parts:
+            pause()
     return {
         "active": run.paged,
         "n_vocab": run.n_vocab,
@@ -336,7 +394,7 @@ def work(job: Job) -> dict[str, Any]:
         "load_read_bytes": run.load_read_bytes,
         "load": run.loaded,
         "prefill": prefill_report,
-        "decode": decode_report,
+        "decode": _together(reports),
         "token_ns": token_ns,
         "peak_bytes": process_peak_bytes(),
         "io_mode": run.handle.io_mode if run.paged else None,
@@ -358,9 +416,15 @@ def main() -> int:
     # llama.cpp and its Python binding may write to stdout, which belongs to the report.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as channel:
         os.dup2(2, 1)
-        job = job_of(json.load(sys.stdin))
+        job = job_of(json.loads(sys.stdin.readline()))
+
+        def pause() -> None:
+            channel.write(_PAUSE)
+            channel.flush()
+            sys.stdin.readline()
+
         try:
-            report = work(job)
+            report = work(job, pause)
         except NexusError as error:
             named = {"code": error.code, "message": str(error), "hint": error.hint}
             if isinstance(error, DoesNotFit):

@@ -38,7 +38,11 @@ def test_both_sides_are_measured_and_choose_the_same_tokens() -> None:
     assert paged["decode"]["engine_read_bytes"] > 0
     assert stock["decode"]["engine_read_bytes"] is None
     assert result["decode_ratio"] > 0
-    assert len(result["disk"]) == 2  # before and after
+    assert len(result["disk"]) == 1  # before loading
+    # in the pauses before, between and behind four parts of a token each; or once behind them
+    assert len(paged["disk"]) == (5 if result["disk"][0]["direct"] else 1)
+    assert len(paged["chosen"]) == 1 + 1 + 4 + 4  # prompt, warm-up, one behind each pause, measured
+    assert stock["disk"] == []
 
 
 def test_a_model_that_fits_has_no_bound_and_people_can_read_it() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ def run(side: Side = "paged", *, seconds: float = 2.0, device: int | None = 4000
     paged = side == "paged"
     phase = Phase(seconds, 4, 4000 if paged else None, device, 0.5, 1.5 if paged else None)
     loaded = {"loaded_bytes": 3000, "loaded_s": seconds} if paged else {}
-    return Run(side, load_s=1.0, **loaded, prefill=phase, decode=phase, peak_bytes=7)
+    disk = DISK if paged else ()
+    return Run(side, load_s=1.0, **loaded, prefill=phase, decode=phase, disk=disk, peak_bytes=7)
 
 
 def test_rates_are_medians_with_their_spread() -> None:
@@ -42,15 +44,20 @@ def test_rates_are_medians_with_their_spread() -> None:
 
 
 def test_the_bound_is_measured_bytes_over_measured_bandwidth() -> None:
-    bound = bound_of(summarize("paged", (run(seconds=5),)), DISK)
+    fast = replace(run(seconds=5), disk=(DiskSample(2000.0, direct=True),) * 3)
+    runs = (run(seconds=5), run("stock", seconds=1), fast, Run("paged", died="gone"))
+    bound = bound_of(summarize("paged", runs), runs)
     assert bound is not None
-    assert bound.disk_bytes_s == Spread(1000.0, 900.0, 1600.0)
-    assert (bound.tok_s, bound.fraction) == (1.0, 0.8)
+    assert bound.disk_bytes_s == Spread(1800.0, 900.0, 2000.0)
+    assert (bound.read_per_token_bytes, bound.tok_s) == (1000.0, 1.8)
+    # each by the disk of its own pauses: 4000 bytes in 5 s, of 1000 and of 2000 bytes a second
+    assert bound.fraction == Spread(pytest.approx(0.6), 0.4, 0.8)
 
 
 @pytest.mark.parametrize("device", [0, 1000])
 def test_there_is_no_bound_of_the_disk_when_the_page_cache_served(device: int) -> None:
-    assert bound_of(summarize("paged", (run(device=device),)), DISK) is None
+    runs = (run(device=device),)
+    assert bound_of(summarize("paged", runs), runs) is None
 
 
 def test_the_engine_counts_where_the_kernel_does_not() -> None:
@@ -59,15 +66,15 @@ def test_the_engine_counts_where_the_kernel_does_not() -> None:
 
 def test_the_longer_of_reading_and_computing_is_compared_with_what_a_phase_took() -> None:
     runs = (run(seconds=8), run(seconds=5), run(seconds=2), run("stock", seconds=1))
-    for share in shares_of(runs, DISK):
+    for share in shares_of(runs):
         assert (share.read_s, share.compute_s, share.seconds) == (4.0, 1.5, 5)
         assert share.fraction == 0.8
-    computed = shares_of((run(seconds=2, device=1000),), DISK)
+    computed = shares_of((run(seconds=2, device=1000),))
     assert [(share.phase, share.fraction) for share in computed] == [
         ("prefill", 0.75),
         ("decode", 0.75),
     ]
-    assert shares_of((run("stock"), Run("paged", died="gone")), DISK) == ()
+    assert shares_of((run("stock"), Run("paged", died="gone"))) == ()
 
 
 def test_loading_is_compared_with_the_disk() -> None:
@@ -87,7 +94,8 @@ def test_a_killed_side_is_a_result() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "n_ctx"), [((1, 1, 0), 256), ((200, 54, 1), 256), ((512, 32, 1), 768)]
+    ("lengths", "n_ctx"),
+    [((1, 1, 0), 256), ((200, 48, 1), 256), ((200, 49, 1), 512), ((512, 32, 1), 768)],
 )
 def test_the_context_holds_the_whole_run(lengths: tuple[int, int, int], n_ctx: int) -> None:
     assert context_for(*lengths) == n_ctx
@@ -119,6 +127,22 @@ def test_the_disk_is_sampled_as_weights_are_read(
         (p for p in hardware.disk.points if p.pattern == "sequential"), key=lambda p: p.bytes_s
     )
     assert (random, block) == (expected[0], expected[1] or min(best.block_bytes, 1 << 20))
+
+
+def test_what_cannot_be_read_directly_is_measured_cold_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, events = tmp_path / "file", []
+    path.write_bytes(bytes(4096))
+
+    def read_disk(*_: object) -> tuple[int, int, bool, str]:
+        events.append("read")
+        return 4096, 2048, False, "threads"
+
+    monkeypatch.setattr(disk_module.core, "read_disk", read_disk)
+    monkeypatch.setattr(disk_module, "drop_files", lambda files: events.append("drop"))
+    assert disk_sample([str(path)], machine()) == DiskSample(2e9, direct=False)
+    assert events == ["read", "drop", "read", "drop"]
 
 
 def test_a_dropped_file_is_no_longer_in_the_page_cache(tmp_path: Path) -> None:
