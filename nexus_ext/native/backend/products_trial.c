@@ -118,6 +118,7 @@ static void find_dots(const gx_cpu_traits *(*traits_of)(int32_t)) {
     for (int32_t t = 0; t < NXB_TYPES && !is_told_to_tile(); t++) {
         const gx_cpu_traits *traits = traits_of(t);
         if (!traits || !traits->vec_dot || traits->n_rows != 1) continue;
+        if (t == type_named("tq1_0") || t == type_named("tq2_0")) continue; /* ours_ternary.c has kernels for these */
         const bool of_256 = traits->vec_dot_type == type_named("q8_K");
         if (!of_256 && traits->vec_dot_type != type_named("q8_0")) continue;
         ways.dots[t] = (nxb_dots){traits->vec_dot, traits_of(traits->vec_dot_type)->from_float, of_256 ? 256 : 32,
