@@ -19,6 +19,7 @@ from tests.integration.test_batch import Opened, prefill
 from tests.integration.test_experts import cached
 from tests.same_bits import needs_same_bits
 
+ROOT = Path(__file__).resolve().parents[2]
 DIMS = MoeDims(n_ff=128, n_experts=16, n_used=3)
 KINDS = {"q4_0", "q8_0", "iq4_nl", "mxfp4", "q4_K", "q6_K"}
 
@@ -139,12 +140,33 @@ def test_a_token_alone_is_what_the_delegate_computes(kind: str, tmp_path: Path) 
             assert n_products >= 4 * 2 * 7, "every matrix of every token that is decoded"
 
 
-def test_they_can_be_switched_off() -> None:
-    code = (
-        "from nexus_ext.runtime import backend; backend.register(); print(backend.batch_kernels())"
+@pytest.mark.parametrize("variable", ["NEXUS_BATCH_KERNELS=0", "GGML_CPU_TILED_MM_FORCE=1"])
+def test_they_stay_away_where_ggml_shall_compute_by_itself(variable: str, tmp_path: Path) -> None:
+    """As the user says, or since ggml sums otherwise when it is told to use tiles."""
+    path = tmp_path / "model.gguf"
+    write_llama(
+        path, n_layers=2, n_embd=256, n_ff=512, n_heads=4, n_heads_kv=2, n_vocab=330, quant="Q4_K"
     )
-    environ = {**os.environ, "NEXUS_BATCH_KERNELS": "0"}
+    code = f"""
+from pathlib import Path
+import numpy as np
+from nexus_ext.runtime import backend
+from tests.integration.streaming import logits, paged, prompt, stock
+path = Path({str(path)!r})
+with stock(path) as llm:
+    expected = logits(llm, prompt(3, 330), 3)
+with paged(path, "1G", pins=[("blk.0.ffn_(up|down).weight", "nvme")]) as llm:
+    assert np.array_equal(logits(llm, prompt(3, 330), 3), expected)
+print(backend.batch_kernels(), backend.n_batch_products())
+"""
+    name, value = variable.split("=")
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
+        # Appended: the checkout's nexus_ext must not hide the installed one.
+        [sys.executable, "-c", f"import sys\nsys.path.append({str(ROOT)!r})\n{code}"],
+        env={**os.environ, name: value},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert done.stdout.strip() == "()"
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "() 0"

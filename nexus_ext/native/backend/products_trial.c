@@ -108,14 +108,14 @@ static void *cpu_function(const char *name) {
     return symbol;
 }
 
-/* ggml has tiles for several columns of many types, and for one as well if it is told so. */
+/* ggml has tiles for several columns of many types, and uses them for a single one if it is told to. */
 static bool is_told_to_tile(void) {
     const char *told = getenv("GGML_CPU_TILED_MM_FORCE");
     return told && atoi(told) == 1;
 }
 
 static void find_dots(const gx_cpu_traits *(*traits_of)(int32_t)) {
-    for (int32_t t = 0; t < NXB_TYPES && !is_told_to_tile(); t++) {
+    for (int32_t t = 0; t < NXB_TYPES; t++) {
         const gx_cpu_traits *traits = traits_of(t);
         if (!traits || !traits->vec_dot || traits->n_rows != 1) continue;
         if (t == type_named("tq1_0") || t == type_named("tq2_0")) continue; /* ours_ternary.c has kernels for these */
@@ -129,7 +129,7 @@ static void find_dots(const gx_cpu_traits *(*traits_of)(int32_t)) {
 static void find_out(void) {
     for (int t = 0; t < NX_PRODUCT_COUNT; t++) ways.types[t] = -1;
     const char *wanted = getenv("NEXUS_BATCH_KERNELS");
-    if (gx.op_custom < 0 || !gx.view_nodes || (wanted && strcmp(wanted, "0") == 0)) return;
+    if (gx.op_custom < 0 || !gx.view_nodes || (wanted && strcmp(wanted, "0") == 0) || is_told_to_tile()) return;
     const gx_cpu_traits *(*traits_of)(int32_t) = NULL;
     void *symbol = cpu_function("ggml_get_type_traits_cpu");
     if (!symbol) return;
