@@ -32,7 +32,7 @@ from nexus_ext.runtime.planning import plan_model
 from nexus_ext.runtime.quantize import quantize
 from nexus_ext.runtime.refinement import ROUNDS, refine
 from nexus_ext.runtime.weights import Weights
-from tests.bench.held_out import HeldOut, split_text
+from tests.bench.held_out import HeldOut, request_of, split_text
 
 
 def main() -> int:
@@ -50,14 +50,7 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=8, help="windows that types are chosen on")
     args = parser.parse_args()
     calibration, evaluation = split_text(args.text.read_bytes())
-    request = PlanRequest(
-        n_ctx=args.ctx,
-        n_batch=args.ctx,
-        n_ubatch=min(512, args.ctx),
-        n_threads=args.threads,
-        gpu_bytes=0,
-        logits_all=True,
-    )
+    request = request_of(args)
     for model in args.models:
         print(f"{model}: {open_gguf(model).nbytes} bytes")
         with tempfile.TemporaryDirectory(prefix="nexus-bench-") as directory:

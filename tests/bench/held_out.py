@@ -7,11 +7,13 @@ tinydense-7M (quoted: 11.13), 9.5 and 13.8 with tinymoe-41M (9.74), 3.1 and 4.2 
 what is measured on is mostly of the second half. And windows cut the text as it is: they begin in
 the middle of stories, and one story follows another without the end and beginning of sequence that
 models are trained with (tinydense-7M: 12.7 in the windows of the first third). The 5.25 of
-bitllama-3M and 5.88 of stories260K are of another text. Differences are what these figures are for.
+bitllama-3M and 5.88 of stories260K match none of these figures; nobody knows why. Differences are
+what they are for.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 from typing import Any
 
@@ -27,6 +29,18 @@ from nexus_ext.runtime.predictions import opened, predictions, text_windows
 from nexus_ext.runtime.quality import scores_against
 from nexus_ext.runtime.quantize import Quantized
 from nexus_ext.runtime.reference import ReferenceFile
+
+
+def request_of(args: argparse.Namespace) -> PlanRequest:
+    """Return how models are opened for `--ctx` and `--threads`."""
+    return PlanRequest(
+        n_ctx=args.ctx,
+        n_batch=args.ctx,
+        n_ubatch=min(512, args.ctx),
+        n_threads=args.threads,
+        gpu_bytes=0,
+        logits_all=True,
+    )
 
 
 def split_text(text: bytes, split: str = "first") -> tuple[bytes, bytes]:

@@ -24,7 +24,7 @@ from nexus_ext.runtime.quantize import quantize
 from nexus_ext.runtime.refinement import refine
 from nexus_ext.runtime.rounding import compensate
 from nexus_ext.runtime.weights import Weights
-from tests.bench.held_out import HeldOut, split_text
+from tests.bench.held_out import HeldOut, request_of, split_text
 
 
 def main() -> int:
@@ -42,14 +42,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=0, help="of refinement of the allocation")
     args = parser.parse_args()
     calibration, evaluation = split_text(args.text.read_bytes(), args.split)
-    request = PlanRequest(
-        n_ctx=args.ctx,
-        n_batch=args.ctx,
-        n_ubatch=min(512, args.ctx),
-        n_threads=args.threads,
-        gpu_bytes=0,
-        logits_all=True,
-    )
+    request = request_of(args)
     for model in args.models:
         print(model)
         with tempfile.TemporaryDirectory(prefix="nexus-bench-") as directory:
